@@ -1,0 +1,20 @@
+"""One adapter folder on disk. Needs torch and safetensors only."""
+
+from __future__ import annotations
+
+from secura_serve.adapter.fingerprint import fingerprint
+from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
+from secura_serve.adapter.store import Adapter, check_name, load, save, verify
+
+__all__ = [
+    "FORMAT_VERSION",
+    "PEFT_TYPE",
+    "Adapter",
+    "AdapterConfig",
+    "CURModule",
+    "check_name",
+    "fingerprint",
+    "load",
+    "save",
+    "verify",
+]

@@ -1,0 +1,34 @@
+"""Which base an adapter belongs to, told from the rows and columns that it uses."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from secura_serve.method import Basis, gather
+
+__all__ = ["fingerprint"]
+
+
+def fingerprint(W: Tensor, basis: Basis) -> str:
+    """128 bits of SHA-256 over W's shape, the indices, C and R as little-endian float32.
+
+    Values count and the stored dtype does not: a bfloat16 base and its exact float32 copy have
+    the same fingerprint. Cost: ``r·(out + in)`` numbers read and hashed.
+
+    Args:
+        W: ``(out, in)``, pristine.
+        basis: indices within W's shape.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    C, R = gather(W, basis)
+    digest = hashlib.sha256(f"secura-1|{W.shape[0]}x{W.shape[1]}|{basis.r}".encode())
+    for part in (basis.rows.to(torch.int32), basis.cols.to(torch.int32)):
+        digest.update(part.cpu().contiguous().numpy().astype("<i4").tobytes())
+    for part in (C, R):
+        digest.update(part.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]

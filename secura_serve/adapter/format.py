@@ -1,0 +1,227 @@
+"""The adapter folder's schema: ``adapter_config.json`` and the tensors of one module.
+
+Follows PEFT's conventions: keys, file names, ``base_model.model.<module>.`` tensor prefix. C and
+R are never stored: they are rows and columns of the base, named by ``rows`` and ``cols``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secura_serve.errors import AdapterFormatError, ConfigError
+from secura_serve.method import RULES, Basis, MagNorm
+
+__all__ = [
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "PEFT_TYPE",
+    "WEIGHTS_NAME",
+    "AdapterConfig",
+    "CURModule",
+    "module_problems",
+]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_TYPE = "SECURA"
+FORMAT_VERSION = 1
+
+# What PEFT's own PeftConfig writes beside ours; none of it changes what the adapter computes.
+_PEFT_KEYS = {
+    "auto_mapping",
+    "exclude_modules",
+    "inference_mode",
+    "init",
+    "layers_pattern",
+    "layers_to_transform",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The keys of ``adapter_config.json``."""
+
+    base_model_name_or_path: str
+    r: int
+    target_modules: tuple[str, ...]
+    base_fingerprint: Mapping[str, str]
+    """Module name -> digest of W's shape and of the rows and columns used."""
+    alpha: float | str = "auto"
+    """How it was trained; already multiplied into U."""
+    selection: Mapping[str, Any] = field(
+        default_factory=lambda: {"rule": "inverse_sampled", "seed": 0}
+    )
+    core: str = "u"
+    """``u``: U trained directly (CURLoRA). ``ab``: U = A·B was trained (SECURA's CABR)."""
+    inner_rank: int | None = None
+    magnorm: MagNorm = field(default_factory=MagNorm)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object, PEFT's keys first."""
+        return {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "format_version": self.format_version,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "r": self.r,
+            "alpha": self.alpha,
+            "target_modules": list(self.target_modules),
+            "selection": dict(self.selection),
+            "core": self.core,
+            "inner_rank": self.inner_rank,
+            "magnorm": self.magnorm.to_json(),
+            "base_fingerprint": dict(self.base_fingerprint),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any) -> AdapterConfig:
+        """Parse and check. Raises AdapterFormatError listing every problem."""
+        if not isinstance(raw, Mapping):
+            raise AdapterFormatError(f"{CONFIG_NAME} must hold a JSON object")
+        if raw.get("peft_type") != PEFT_TYPE:
+            raise AdapterFormatError(
+                f"peft_type is {raw.get('peft_type')!r}; this program reads {PEFT_TYPE!r} adapters"
+            )
+        version = raw.get("format_version")
+        if version != FORMAT_VERSION:
+            raise AdapterFormatError(
+                f"format_version is {version!r}; this program reads {FORMAT_VERSION}. "
+                "Upgrade secura-serve, or write the adapter again with this version"
+            )
+        problems = _config_problems(raw)
+        norm = MagNorm()
+        try:
+            norm = MagNorm.from_json(raw.get("magnorm"))
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise AdapterFormatError(f"{CONFIG_NAME} is not valid:", problems)
+        return cls(
+            base_model_name_or_path=raw["base_model_name_or_path"],
+            r=raw["r"],
+            target_modules=tuple(raw["target_modules"]),
+            base_fingerprint=dict(raw["base_fingerprint"]),
+            alpha=raw["alpha"],
+            selection=dict(raw["selection"]),
+            core=raw["core"],
+            inner_rank=raw.get("inner_rank"),
+            magnorm=norm,
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _config_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Every key that is missing, of the wrong type, out of range or unknown."""
+
+    def strings(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+    def alpha(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value == "auto" or (number and math.isfinite(value))
+
+    def selection(value: Any) -> bool:
+        return (
+            isinstance(value, Mapping)
+            and set(value) == {"rule", "seed"}
+            and value["rule"] in RULES
+            and _is_int(value["seed"])
+        )
+
+    def prints(value: Any) -> bool:
+        return (
+            isinstance(value, Mapping)
+            and bool(value)
+            and all(isinstance(v, str) for v in value.values())
+        )
+
+    inner = raw.get("inner_rank")
+    allowed = {
+        "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
+        "r": (lambda v: _is_int(v) and 1 <= v <= 65536, "an integer >= 1"),
+        "alpha": (alpha, 'a number or "auto"'),
+        "target_modules": (strings, "a non-empty list of strings"),
+        "selection": (selection, f"an object with rule ({' | '.join(RULES)}) and integer seed"),
+        "core": (lambda v: v in ("u", "ab"), '"u" or "ab"'),
+        "base_fingerprint": (prints, "an object of module name -> digest"),
+    }
+    problems = [
+        f"{key}: got {raw.get(key)!r:.80}, allowed: {what}"
+        for key, (accepts, what) in allowed.items()
+        if not accepts(raw.get(key))
+    ]
+    if raw.get("core") == "ab" and not (_is_int(inner) and inner >= 1):
+        problems.append(f'inner_rank: got {inner!r}, core "ab" needs an integer >= r')
+    known = {*allowed, "inner_rank", "magnorm", "peft_type", "format_version", *_PEFT_KEYS}
+    problems += [
+        f"{key!r}: unknown key; it could change what the adapter means, so it is refused"
+        for key in sorted(set(raw) - known)
+    ]
+    return problems
+
+
+@dataclass(frozen=True)
+class CURModule:
+    """One adapted linear: Δ = W[:, cols] · U · W[rows, :], before S-MagNorm."""
+
+    U: Tensor
+    """``(r, r)`` float: the effective core, A·B and alpha multiplied in."""
+    rows: Tensor
+    """``(r,)`` int32, indices into the ``out`` axis."""
+    cols: Tensor
+    """``(r,)`` int32, indices into the ``in`` axis."""
+    rho_max: float | None = None
+    """``published`` only: max of |Δ|/(|W|+ε) over the module."""
+
+    @property
+    def basis(self) -> Basis:
+        """The indices as int64."""
+        return Basis(self.rows.to(torch.int64), self.cols.to(torch.int64))
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """The entries of ``adapter_model.safetensors`` for ``module``."""
+        prefix = f"base_model.model.{module}.secura_"
+        named = {"U": self.U, "rows": self.rows, "cols": self.cols}
+        if self.rho_max is not None:
+            named["rho_max"] = torch.tensor(self.rho_max, dtype=torch.float32)
+        return {prefix + name: tensor.contiguous() for name, tensor in named.items()}
+
+
+def module_problems(module: str, cur: CURModule, config: AdapterConfig) -> list[str]:
+    """Everything wrong with one module that can be seen without the base."""
+    r, problems = config.r, []
+    if cur.U.shape != (r, r) or not cur.U.is_floating_point():
+        problems.append(
+            f"{module}: secura_U is {cur.U.dtype} {tuple(cur.U.shape)}; expected float ({r}, {r})"
+        )
+    elif not torch.isfinite(cur.U).all():
+        problems.append(f"{module}: secura_U holds NaN or Inf")
+    for name, index in (("rows", cur.rows), ("cols", cur.cols)):
+        if index.dtype != torch.int32 or index.shape != (r,):
+            problems.append(
+                f"{module}: secura_{name} is {index.dtype} {tuple(index.shape)}; "
+                f"expected int32 ({r},)"
+            )
+        elif index.min() < 0 or len(index.unique()) != r:
+            problems.append(f"{module}: secura_{name} must be distinct and not negative")
+    if config.magnorm.mode == "published" and cur.rho_max is None:
+        problems.append(f"{module}: magnorm 'published' needs secura_rho_max")
+    if cur.rho_max is not None and not (math.isfinite(cur.rho_max) and cur.rho_max >= 0):
+        problems.append(f"{module}: secura_rho_max is {cur.rho_max}; expected a number >= 0")
+    if module not in config.base_fingerprint:
+        problems.append(f"{module}: no entry in base_fingerprint")
+    return problems

@@ -1,0 +1,231 @@
+"""One adapter folder on disk: save, load, verify.
+
+Saving is atomic: everything is written to a hidden folder beside the target and renamed at the
+end, so that a killed process or a full disk leaves either the old adapter or none. Loading
+trusts nothing: safetensors only, every key, shape, dtype and value checked, all problems told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secura_serve.adapter.fingerprint import fingerprint
+from secura_serve.adapter.format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    CURModule,
+    module_problems,
+)
+from secura_serve.errors import AdapterFormatError, BaseMismatchError, ConfigError
+
+__all__ = ["NAME_PATTERN", "Adapter", "WeightSource", "check_name", "load", "save", "verify"]
+
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_CONFIG_LIMIT = 16 * 2**20
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.secura_(?P<field>\w+)")
+_FIELDS = {"U", "rows", "cols", "rho_max"}
+
+
+class WeightSource(Protocol):
+    """Whatever can give a base's pristine weights by module name, ``(out, in)``."""
+
+    def shape(self, module: str) -> tuple[int, int]: ...
+
+    def weight(self, module: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter: its configuration and one :class:`CURModule` per adapted linear."""
+
+    path: Path
+    config: AdapterConfig
+    modules: Mapping[str, CURModule]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all U."""
+        return sum(m.U.nbytes for m in self.modules.values())
+
+
+def check_name(name: str) -> str:
+    """Return ``name``; raise ConfigError unless it matches :data:`NAME_PATTERN`."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"adapter name {name!r} is not allowed; use 1 to 64 letters, digits, '.', '_' or '-', "
+            "the first a letter or digit"
+        )
+    return name
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: AdapterConfig,
+    modules: Mapping[str, CURModule],
+    *,
+    extra: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter folder, all of it or nothing.
+
+    Args:
+        path: the folder; its last part is the adapter's name.
+        modules: module name -> tensors; validated before the first byte is written.
+        extra: further text files, for instance ``train.json`` and ``README.md``.
+        overwrite: replace an existing folder.
+
+    Raises:
+        AdapterFormatError: the adapter is not well-formed.
+        ConfigError: a bad name, or the folder exists and ``overwrite`` is False.
+    """
+    target = Path(path).absolute()
+    check_name(target.name)
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists; choose another folder or allow overwriting it")
+    AdapterConfig.from_json(json.loads(json.dumps(config.to_json())))
+    problems = [p for name, cur in modules.items() for p in module_problems(name, cur, config)]
+    if problems or not modules:
+        raise AdapterFormatError(f"{target.name} cannot be saved:", problems or ["no modules"])
+    tensors = {k: t.cpu() for name, cur in modules.items() for k, t in cur.tensors(name).items()}
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        for name, text in (extra or {}).items():
+            (new / name).write_text(text, encoding="utf-8")
+        # The config makes a folder an adapter, so it is written last.
+        (new / CONFIG_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        for file in new.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        _swap(new, target, work / "old")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Put ``new`` in ``target``'s place; a failure puts the old folder back."""
+    if not target.exists():
+        new.rename(target)
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> Adapter:
+    """Read and check an adapter folder; the base is not needed (see :func:`verify`).
+
+    Raises:
+        AdapterFormatError: with every problem found.
+    """
+    folder = Path(path).absolute()
+    config = _load_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
+        hint = f" ({', '.join(pickles)}: pickles are refused, they can run code)" if pickles else ""
+        raise AdapterFormatError(f"{folder.name}: {WEIGHTS_NAME} is missing{hint}")
+    fields: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                match = _KEY.fullmatch(key)
+                if match is None or match["field"] not in _FIELDS:
+                    problems.append(f"tensor {key!r} is not part of the format")
+                else:
+                    fields.setdefault(match["module"], {})[match["field"]] = file.get_tensor(key)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFormatError(
+            f"{folder.name}: {WEIGHTS_NAME} cannot be read ({error}); it is truncated or damaged, "
+            "copy or train it again"
+        ) from error
+    modules = {}
+    for module, named in fields.items():
+        missing = sorted({"U", "rows", "cols"} - set(named))
+        if missing:
+            problems.append(f"{module}: secura_{', secura_'.join(missing)} missing")
+            continue
+        peak = named.get("rho_max")
+        if peak is not None and peak.numel() != 1:
+            problems.append(f"{module}: secura_rho_max must be a scalar")
+            continue
+        modules[module] = CURModule(
+            named["U"], named["rows"], named["cols"], None if peak is None else float(peak)
+        )
+        problems += module_problems(module, modules[module], config)
+    absent = sorted(set(config.base_fingerprint) - set(fields))
+    problems += [f"{module}: in base_fingerprint but without tensors" for module in absent]
+    if problems:
+        raise AdapterFormatError(f"{folder.name} is not a valid adapter:", problems)
+    return Adapter(folder, config, modules)
+
+
+def _load_config(folder: Path) -> AdapterConfig:
+    file = folder / CONFIG_NAME
+    try:
+        if file.stat().st_size > _CONFIG_LIMIT:
+            raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is over {_CONFIG_LIMIT} bytes")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} cannot be read: {error}") from error
+    try:
+        return AdapterConfig.from_json(raw)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{folder.name}: {error}", ()) from error
+
+
+def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -> None:
+    """Check that ``adapter`` was trained on ``base``, by fingerprint; ``module`` checks only one.
+
+    Raises:
+        BaseMismatchError: naming the first differing module, and how many differ.
+    """
+    names = list(adapter.modules) if module is None else [module]
+    problems = []
+    for name in names:
+        cur = adapter.modules[name]
+        try:
+            shape = base.shape(name)
+        except KeyError:
+            problems.append(f"{name}: the base has no such linear layer")
+            continue
+        if int(cur.rows.max()) >= shape[0] or int(cur.cols.max()) >= shape[1]:
+            problems.append(f"{name}: indices beyond the base's shape {tuple(shape)}")
+        elif fingerprint(base.weight(name), cur.basis) != adapter.config.base_fingerprint[name]:
+            problems.append(f"{name}: the base holds other weights")
+    if problems:
+        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
+        raise BaseMismatchError(
+            f"{adapter.name} was trained on another base "
+            f"({adapter.config.base_model_name_or_path}): {problems[0]}{more}. "
+            "Serve it with that base, or train it again on this one"
+        )

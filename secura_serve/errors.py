@@ -1,0 +1,73 @@
+"""Every error this package raises on purpose, in one tree.
+
+    SecuraError
+    ├── ConfigError               a flag, key or value that is not allowed
+    ├── BaseModelError            the base model cannot be found, read or served
+    ├── DataError                 training data that cannot be used (file, line, field)
+    ├── AdapterError              something about one adapter folder
+    │   ├── AdapterFormatError    not a well-formed adapter (truncated, NaN, unknown format, pickle)
+    │   ├── BaseMismatchError     well-formed, but trained on another base
+    │   └── UnservableError       sound, but not in the way that was asked for
+    └── IncompatibleVLLMError     a vLLM name that we build on has moved
+
+A message says what was wrong, what was allowed and what to do. Errors that can find several
+problems at once carry them all in ``problems``, so that one run shows everything to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AdapterError",
+    "AdapterFormatError",
+    "BaseMismatchError",
+    "BaseModelError",
+    "ConfigError",
+    "DataError",
+    "IncompatibleVLLMError",
+    "SecuraError",
+    "UnservableError",
+]
+
+
+class SecuraError(Exception):
+    """Root of the tree; ``problems`` lists each fault on its own."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        self.problems: tuple[str, ...] = tuple(problems) or (message,)
+        if problems:
+            message = message + "".join(f"\n  - {p}" for p in problems)
+        super().__init__(message)
+
+
+class ConfigError(SecuraError, ValueError):
+    """A flag, a configuration key or a value that is not allowed."""
+
+
+class BaseModelError(SecuraError):
+    """The base model cannot be found, read or served."""
+
+
+class DataError(SecuraError, ValueError):
+    """Training data that cannot be used; the message names file, line and field."""
+
+
+class AdapterError(SecuraError):
+    """Something is wrong with one adapter folder."""
+
+
+class AdapterFormatError(AdapterError, ValueError):
+    """The folder is not a well-formed SECURA adapter."""
+
+
+class BaseMismatchError(AdapterError, ValueError):
+    """The adapter is well-formed but belongs to another base model."""
+
+
+class UnservableError(AdapterError):
+    """The adapter is sound but cannot be used in the way that was asked for."""
+
+
+class IncompatibleVLLMError(SecuraError, RuntimeError):
+    """A vLLM name that this package builds on is missing or has changed."""

@@ -1,0 +1,24 @@
+"""Pure functions on tensors: CUR bases, cores and S-MagNorm. Needs torch and NumPy only."""
+
+from __future__ import annotations
+
+from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
+from secura_serve.method.cur import RULES, Basis, gather, importance, select
+from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply
+
+__all__ = [
+    "FOLDABLE",
+    "INITS",
+    "MODES",
+    "RULES",
+    "Basis",
+    "MagNorm",
+    "apply",
+    "auto_alpha",
+    "delta",
+    "gather",
+    "importance",
+    "init_A",
+    "merged",
+    "select",
+]

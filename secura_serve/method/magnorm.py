@@ -1,0 +1,133 @@
+"""S-MagNorm: how the total update Δ of a weight W becomes the adapted weight W'.
+
+Every foldable mode is a pure function of ``(W, Δ)``, elementwise but for one scalar. Derived from
+the figure of SECURA (arXiv 2502.18168); ``bounded`` is ours.
+
+===========  ====================================================  ===========================
+mode         W'                                                    at Δ = 0
+===========  ====================================================  ===========================
+none         W + Δ                                                 W
+published    (2W + Δ) / (2 − σ(s·(ρ/ρ_max − ½)))                   W if ρ_max = 0, else ~1.024·W
+bounded      W + τ|W|·(2σ(2Δ / (τ|W|)) − 1)                        W, with slope 1
+===========  ====================================================  ===========================
+
+with ρ = |Δ| / (|W| + ε). ``published`` does not tend to W as Δ → 0: it rescales by 1.024 where ρ
+is near 0 and by up to 1.91 at ρ_max. ``bounded`` guarantees |W' − W| ≤ τ|W| for every weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secura_serve.errors import ConfigError
+
+__all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max"]
+
+FOLDABLE = ("none", "published", "bounded")
+MODES = (*FOLDABLE, "reference", "activation")
+
+
+@dataclass(frozen=True)
+class MagNorm:
+    """One S-MagNorm setting, as it stands under ``magnorm`` in ``adapter_config.json``."""
+
+    mode: str = "none"
+    tau: float = 0.02
+    """``bounded``: largest relative change of a weight; smaller keeps more and learns less."""
+    scale: float = 6.0
+    """``published``: steepness s of the sigmoid."""
+    eps: float = 1e-8
+    """Keeps ρ finite where W is 0."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"unknown magnorm mode {self.mode!r}; allowed: {', '.join(MODES)}")
+        for name in ("tau", "scale", "eps"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"magnorm.{name} must be a finite number > 0, got {value!r}")
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any] | None) -> MagNorm:
+        """Parse the ``magnorm`` key; null is mode ``none``. Raises ConfigError on unknown keys."""
+        if raw is None:
+            return cls()
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"magnorm must be null or an object, got {raw!r}")
+        unknown = sorted(set(raw) - {"mode", "tau", "scale", "eps"})
+        if unknown or "mode" not in raw:
+            raise ConfigError(f"magnorm needs 'mode' and allows tau, scale, eps; got {sorted(raw)}")
+        return cls(**raw)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """Only what the mode reads; null for ``none``."""
+        used = {"bounded": ("tau",), "none": ()}.get(self.mode, ("scale", "eps"))
+        if self.mode == "none":
+            return None
+        return {"mode": self.mode} | {name: getattr(self, name) for name in used}
+
+    @property
+    def foldable(self) -> bool:
+        """Whether W' is a function of W and Δ alone, so that it can be merged or served."""
+        return self.mode in FOLDABLE
+
+
+def rho_max(W: Tensor, delta: Tensor, eps: float = 1e-8) -> Tensor:
+    """max of ρ = |Δ| / (|W| + ε) over the whole matrix: a scalar in Δ's dtype."""
+    return (delta.abs() / (W.abs() + eps)).max()
+
+
+def published(
+    W: Tensor, delta: Tensor, *, scale: float = 6.0, eps: float = 1e-8, peak: Tensor | float | None
+) -> Tensor:
+    """``(2W + Δ) / Res``, ``Res = 2 − σ(s·(ρ/ρ_max − ½))``; Res is detached, as in the reference.
+
+    Args:
+        W, delta: ``(out, in)``, same floating dtype.
+        peak: ρ_max of the whole module's final Δ; None takes it from this ``delta``. Where it
+            is 0, W' = W.
+    """
+    rho = delta.detach().abs() / (W.abs() + eps)
+    top = torch.as_tensor(rho.max() if peak is None else peak, dtype=W.dtype, device=W.device)
+    safe = torch.where(top > 0, top, torch.ones_like(top))
+    res = 2 - torch.sigmoid(scale * (rho / safe - 0.5))
+    return torch.where(top > 0, (2 * W + delta) / res, W)
+
+
+def bounded(W: Tensor, delta: Tensor, *, tau: float = 0.02) -> Tensor:
+    """``W + τ|W|·(2σ(2Δ/(τ|W|)) − 1)``, written with ``2σ(2x) − 1 = tanh(x)``.
+
+    Where τ|W| is zero or subnormal, W' = W and the gradient is 0; the choice is made before the
+    division, because 0·inf in the backward pass would give NaN.
+    """
+    reach = tau * W.abs()
+    live = reach >= torch.finfo(W.dtype).tiny
+    ratio = torch.where(live, delta, torch.zeros_like(delta)) / torch.where(
+        live, reach, torch.ones_like(reach)
+    )
+    return torch.where(live, W + reach * torch.tanh(ratio), W)
+
+
+def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | None = None) -> Tensor:
+    """W' of the total update ``delta`` against the pristine ``W`` (same shape and dtype).
+
+    Raises:
+        ConfigError: the mode works on activations and has no W'.
+    """
+    if norm.mode == "none":
+        return W + delta
+    if norm.mode == "published":
+        return published(W, delta, scale=norm.scale, eps=norm.eps, peak=peak)
+    if norm.mode == "bounded":
+        return bounded(W, delta, tau=norm.tau)
+    raise ConfigError(
+        f"magnorm mode {norm.mode!r} acts on activations and has no merged weight; "
+        f"foldable modes: {', '.join(FOLDABLE)}"
+    )
