@@ -1,0 +1,216 @@
+"""One prompt, N models of an OpenAI-compatible endpoint: stream all answers at once.
+
+Knows HTTP and nothing else, so it works with any server that has /v1/models and streaming chat
+completions. `app.py` draws what this yields; the command line prints it:
+
+    python demo/compare.py --endpoint http://127.0.0.1:8000/v1 --models smollm2-135m,sql "prompt"
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import openai
+
+# The folder is a package when installed and a plain script's folder in a checkout.
+if __package__:
+    from .endpoint import add_arguments, connect, explain, list_models
+else:
+    from endpoint import add_arguments, connect, explain, list_models
+
+
+@dataclass
+class Answer:
+    """What one model has said so far. `state`: waiting, streaming, done, stopped or failed."""
+
+    model: str
+    text: str = ""
+    tokens: int = 0
+    first_token_s: float | None = None
+    tokens_per_s: float | None = None
+    error: str | None = None
+    state: str = "waiting"
+
+    @property
+    def finished(self) -> bool:
+        return self.state in ("done", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample; the defaults give the same answer every time."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = 0
+
+
+@dataclass
+class Comparison:
+    """A prompt on its way to several models. Iterate for states, `stop()` to end early.
+
+    Each step yields the one list of live answers after at least one of them has changed: a slow
+    reader misses steps, never text. Leaving the loop or cancelling it closes every request, upon
+    which the server stops generating.
+    """
+
+    client: openai.AsyncOpenAI
+    models: Sequence[str]
+    prompt: str
+    system: str = ""
+    settings: Settings = Settings()
+    answers: list[Answer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = [Answer(model) for model in self.models]
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def stop(self) -> None:
+        """Close the requests that still run; their answers keep the text they have."""
+        for answer, task in zip(self.answers, self._tasks, strict=True):
+            task.cancel()
+            if not answer.finished:
+                answer.state = "stopped"
+        self._changed.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Answer]]:
+        self._tasks = [asyncio.create_task(self._ask(answer)) for answer in self.answers]
+        try:
+            while not all(answer.finished for answer in self.answers):
+                await self._changed.wait()
+                self._changed.clear()
+                yield self.answers
+        finally:
+            self.stop()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _ask(self, answer: Answer) -> None:
+        try:
+            await self._stream(answer)
+            answer.state = "done"
+        # Whatever fails here must not take the other answers with it.
+        except Exception as error:
+            answer.state, answer.error = (
+                "failed",
+                explain(error, str(self.client.base_url).rstrip("/")),
+            )
+        self._changed.set()
+
+    async def _open(self, model: str, **usage: bool) -> openai.AsyncStream[Any]:
+        messages: list[Any] = [{"role": "system", "content": self.system}] if self.system else []
+        return await self.client.chat.completions.create(
+            model=model,
+            messages=[*messages, {"role": "user", "content": self.prompt}],
+            max_tokens=self.settings.max_tokens,
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+            stream=True,
+            stream_options={"include_usage": True, **usage},  # type: ignore[typeddict-item]
+        )
+
+    async def _stream(self, answer: Answer) -> None:
+        start = time.perf_counter()
+        first, tokens_at_first = 0.0, 0
+        try:
+            stream = await self._open(answer.model, continuous_usage_stats=True)
+        except openai.BadRequestError as error:
+            # vLLM counts in every chunk; a server that does not know that counts in the last one.
+            if "continuous_usage_stats" not in str(error):
+                raise
+            stream = await self._open(answer.model)
+        async with stream:
+            async for chunk in stream:
+                text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                answer.text += text
+                counted = chunk.usage.completion_tokens if chunk.usage else None
+                answer.tokens = answer.tokens + bool(text) if counted is None else counted
+                if chunk.choices:
+                    last = time.perf_counter()
+                if answer.tokens and answer.first_token_s is None:
+                    # The first chunk may hold several tokens: none of them belongs to the rate.
+                    first, tokens_at_first = last, answer.tokens
+                    answer.first_token_s, answer.state = last - start, "streaming"
+                elif answer.tokens > tokens_at_first and last > first:
+                    answer.tokens_per_s = (answer.tokens - tokens_at_first) / (last - first)
+                self._changed.set()
+
+
+def summary(answer: Answer) -> str:
+    """`42 tokens | 31.5 tokens/s | first token 120 ms`, as far as they are known."""
+    parts = [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
+    if answer.tokens_per_s is not None:
+        parts.append(f"{answer.tokens_per_s:.1f} tokens/s")
+    if answer.first_token_s is not None:
+        parts.append(f"first token {answer.first_token_s * 1000:.0f} ms")
+    return " | ".join(parts)
+
+
+def render(answers: Sequence[Answer], width: int) -> str:
+    """Side by side where every answer gets 36 columns or more, one after another elsewhere."""
+    column = (width - 3 * (len(answers) - 1)) // len(answers)
+    if column < 36:
+        return "\n\n\n".join("\n".join(_lines(answer, width)) for answer in answers)
+    rows = zip_longest(*(_lines(answer, column) for answer in answers), fillvalue="")
+    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
+
+
+def _lines(answer: Answer, width: int) -> list[str]:
+    text = "\n".join(filter(None, [answer.text, answer.error and f"[{answer.error}]"]))
+    # A model's words must not steer the terminal.
+    safe = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    body = [part for line in safe.split("\n") for part in textwrap.wrap(line, width) or [""]]
+    return [answer.model, "-" * width, *body, "", *textwrap.wrap(summary(answer), width)]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="compare",
+        description="Ask several models of one endpoint the same and print the answers.",
+    )
+    made.add_argument("prompt")
+    made.add_argument("--models", help="names, separated by commas (default: all that it serves)")
+    made.add_argument("--system", default="", help="system prompt")
+    made.add_argument("--max-tokens", type=int, default=256, help="per answer (%(default)s)")
+    made.add_argument("--temperature", type=float, default=0.0, help="(%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    add_arguments(made)
+    return made
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Print all answers; 1 if one of them failed."""
+    settings = Settings(args.max_tokens, args.temperature, args.seed)
+    async with connect(args.endpoint, args.api_key) as client:
+        try:
+            names = (
+                [name.strip() for name in args.models.split(",") if name.strip()]
+                if args.models
+                else [model.id for model in await list_models(client)]
+            )
+        except openai.OpenAIError as error:
+            print(f"compare: {explain(error, args.endpoint)}", file=sys.stderr)
+            return 1
+        comparison = Comparison(client, names, args.prompt, args.system, settings)
+        async for answers in comparison:
+            if sys.stderr.isatty():
+                total = sum(answer.tokens for answer in answers)
+                print(f"\r{total} tokens", end="\r", file=sys.stderr, flush=True)
+    print(render(comparison.answers, shutil.get_terminal_size().columns))
+    return int(any(answer.error for answer in comparison.answers))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(asyncio.run(run(parser().parse_args())))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,62 @@
+"""Reach an OpenAI-compatible endpoint: its address, its models, its refusals as sentences."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+import openai
+
+
+@dataclass(frozen=True)
+class Model:
+    """One entry of /v1/models; an adapter names its base as `parent`, a base has none."""
+
+    id: str
+    parent: str | None = None
+
+
+def add_arguments(to: argparse.ArgumentParser) -> None:
+    """`--endpoint` and `--api-key`, alike for every command of this folder."""
+    to.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", help="base URL (%(default)s)")
+    to.add_argument(
+        "--api-key", default=os.environ.get("VLLM_API_KEY"), help="(default: $VLLM_API_KEY)"
+    )
+
+
+def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
+    """A client that fails at once: openai retries refusals such as 409, which hides them."""
+    return openai.AsyncOpenAI(
+        base_url=endpoint,
+        # openai insists on a key and would otherwise send OPENAI_API_KEY to this endpoint.
+        api_key=api_key or "none",
+        max_retries=0,
+        timeout=openai.Timeout(600, connect=5),
+    )
+
+
+async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
+    """Bases first, then adapters by name. Raises what `explain` turns into a sentence."""
+    page = await client.models.list(timeout=10)
+    models = [Model(card.id, getattr(card, "parent", None)) for card in page.data]
+    return sorted(models, key=lambda m: (m.parent is not None, m.id if m.parent else ""))
+
+
+def explain(error: Exception, endpoint: object) -> str:
+    """The error as a sentence: what went wrong, and what to do about it."""
+    if isinstance(error, openai.APITimeoutError):
+        return f"The server at {endpoint} did not answer in time: is it overloaded?"
+    if isinstance(error, openai.APIConnectionError):
+        return f"No server answers at {endpoint}: start it, or check the endpoint's address."
+    if isinstance(error, openai.APIStatusError):
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        advice = {
+            401: "give the server's key with --api-key",
+            404: "refresh the list of models" if said else "the endpoint should end in /v1",
+        }.get(error.status_code)
+        said = str(said or error.response.reason_phrase).rstrip(". ")
+        return (
+            f"The server refused ({error.status_code}): {'; '.join(filter(None, [said, advice]))}."
+        )
+    return f"The answer broke off ({type(error).__name__}): {error or 'no details'}."
