@@ -44,8 +44,8 @@ def build(page: Page) -> gr.Blocks:
         bases, adapters = gr.State([]), gr.State([])
         with gr.Row(elem_id="head"):
             title = "<h1>secura-serve</h1><p>One base, many adapters: one prompt, side by side.</p>"
-            gr.HTML(title, elem_id="title")
-            line = gr.HTML(status("asking the endpoint…", up=True), elem_id="status")
+            gr.HTML(title, elem_id="title", min_width=280)
+            line = gr.HTML(status("asking the endpoint…", up=True), elem_id="status", min_width=280)
             refresh = gr.Button("Refresh", elem_id="refresh", size="sm", scale=0, min_width=110)
         models = gr.CheckboxGroup(
             [], label="Models", elem_id="models", show_select_all=True, interactive=True

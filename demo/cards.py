@@ -13,18 +13,20 @@ else:
 LABELS = {"waiting": "waiting", "streaming": "writing", "done": "done", "stopped": "stopped"}
 
 CSS = """
+:root { --quiet: var(--neutral-500); }
+.dark { --quiet: var(--neutral-400); }
 .gradio-container { width: 100%; max-width: 1680px !important; margin: 0 auto !important; }
 #title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
-#title p { margin: .15rem 0 0; color: var(--body-text-color-subdued); }
+#title p { margin: .15rem 0 0; color: var(--quiet); }
 #head { align-items: center; }
-#status p { margin: 0; font-size: .9rem; text-align: right; color: var(--body-text-color-subdued); }
+#status p { margin: 0; font-size: .9rem; text-align: right; color: var(--quiet); }
 #status p::before { content: ""; display: inline-block; width: .6em; height: .6em;
   margin-right: .5em; border-radius: 50%; background: #16a34a; }
 #status p.down { color: var(--error-text-color); }
 #status p.down::before { background: currentColor; }
 #models .wrap { max-height: 9.5rem; overflow-y: auto; }
 #ask { align-items: end; }
-#answers, #title, #status { padding: 0; }
+#answers .html-container { padding: 0; }
 #answers .grid { --gap: .9rem; display: grid; gap: var(--gap); grid-template-columns: repeat(
   auto-fit, minmax(max(15rem, (100% - (var(--columns) - 1) * var(--gap)) / var(--columns)), 1fr)); }
 #answers article { display: flex; flex-direction: column; min-width: 0; min-height: 11rem;
@@ -34,7 +36,7 @@ CSS = """
 #answers article[data-state=failed] { box-shadow: inset 0 3px #dc2626; }
 #answers header { display: flex; gap: .5rem; align-items: baseline; padding: .75rem .9rem .4rem; }
 #answers h2 { margin: 0; font-size: 1rem; font-weight: 600; overflow-wrap: anywhere; flex: 1; }
-#answers .kind, #answers .state { font-size: .75rem; color: var(--body-text-color-subdued); }
+#answers .kind, #answers .state { font-size: .75rem; color: var(--quiet); }
 #answers .text { flex: 1; padding: 0 .9rem .6rem; white-space: pre-wrap; overflow-wrap: anywhere;
   line-height: 1.55; font-size: .95rem; }
 #answers article[data-state=streaming] .text::after { content: "\\258d"; opacity: .55; }
@@ -46,9 +48,9 @@ CSS = """
   border-top: 1px solid var(--border-color-primary); font-size: .8rem;
   font-variant-numeric: tabular-nums; }
 #answers dl div { display: flex; gap: .35em; align-items: baseline; }
-#answers dt { order: 1; color: var(--body-text-color-subdued); }
+#answers dt { order: 1; color: var(--quiet); }
 #answers dd { margin: 0; font-weight: 600; }
-#answers .hint { padding: 2.2rem; text-align: center; color: var(--body-text-color-subdued);
+#answers .hint { padding: 2.2rem; text-align: center; color: var(--quiet);
   border: 1px dashed var(--border-color-primary); border-radius: 8px; }
 """
 
