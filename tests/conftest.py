@@ -80,16 +80,20 @@ def _write_model(arch: str, folder: Path) -> None:
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             if value.ndim == 2 and ("embed" in name or "wte" in name or "wpe" in name):
-                value.copy_(0.2 * noise)
+                value.copy_(0.1 * noise)
             elif value.ndim == 2:
-                # Variance is kept from layer to layer, so that logits are far from flat.
+                # Layers outweigh the embedding they add to; otherwise a model with tied embeddings
+                # repeats its last token for ever, and wrong adapters would go unnoticed.
                 fan_in = value.shape[0] if arch == "gpt2" else value.shape[1]
-                value.copy_(noise / fan_in**0.5)
+                value.copy_(3 * noise / fan_in**0.5)
             elif name.endswith("bias"):
                 value.copy_(0.3 * noise)
             else:
                 # Norm weights off their start, so that a test notices when one is dropped.
                 value.add_(0.1 * noise)
+                # Gemma multiplies the embedding by 16 and norms what each layer adds.
+                if arch == "gemma2" and "post_" in name:
+                    value.add_(4)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(folder)
 
