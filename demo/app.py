@@ -157,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        arguments.error(f"cannot listen on {args.host}:{args.port}, choose another --port: {error}")
+    except OSError:
+        taken = f"cannot listen on {args.host}:{args.port}"
+        arguments.error(f"{taken}: is the port taken? Choose another with --port")
     # Gradio's own lines advertise a public link; without its lock it would return at once.
     print(
         f"secura-serve demo: {blocks.share_url or blocks.local_url} asks {args.endpoint}",

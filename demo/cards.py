@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 if __package__:
-    from .compare import Answer
+    from .answer import Answer
 else:
-    from compare import Answer
+    from answer import Answer
 
 LABELS = {"waiting": "waiting", "streaming": "writing", "done": "done", "stopped": "stopped"}
 

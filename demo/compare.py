@@ -12,37 +12,20 @@ import argparse
 import asyncio
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import openai
 
 # The folder is a package when installed and a plain script's folder in a checkout.
 if __package__:
+    from .answer import Answer, render
     from .endpoint import add_arguments, connect, explain, list_models
 else:
+    from answer import Answer, render
     from endpoint import add_arguments, connect, explain, list_models
-
-
-@dataclass
-class Answer:
-    """What one model has said so far. `state`: waiting, streaming, done, stopped or failed."""
-
-    model: str
-    text: str = ""
-    tokens: int = 0
-    first_token_s: float | None = None
-    tokens_per_s: float | None = None
-    error: str | None = None
-    state: str = "waiting"
-
-    @property
-    def finished(self) -> bool:
-        return self.state in ("done", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -77,14 +60,16 @@ class Comparison:
 
     def stop(self) -> None:
         """Close the requests that still run; their answers keep the text they have."""
-        for answer, task in zip(self.answers, self._tasks, strict=True):
+        for task in self._tasks:
             task.cancel()
+        for answer in self.answers:
             if not answer.finished:
                 answer.state = "stopped"
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Answer]]:
-        self._tasks = [asyncio.create_task(self._ask(answer)) for answer in self.answers]
+        asked = [answer for answer in self.answers if not answer.finished]
+        self._tasks = [asyncio.create_task(self._ask(answer)) for answer in asked]
         try:
             while not all(answer.finished for answer in self.answers):
                 await self._changed.wait()
@@ -100,10 +85,7 @@ class Comparison:
             answer.state = "done"
         # Whatever fails here must not take the other answers with it.
         except Exception as error:
-            answer.state, answer.error = (
-                "failed",
-                explain(error, str(self.client.base_url).rstrip("/")),
-            )
+            answer.state, answer.error = "failed", explain(error, self.client.base_url)
         self._changed.set()
 
     async def _open(self, model: str, **usage: bool) -> openai.AsyncStream[Any]:
@@ -119,8 +101,8 @@ class Comparison:
         )
 
     async def _stream(self, answer: Answer) -> None:
-        start = time.perf_counter()
-        first, tokens_at_first = 0.0, 0
+        start = first = last = time.perf_counter()
+        tokens_at_first = 0
         try:
             stream = await self._open(answer.model, continuous_usage_stats=True)
         except openai.BadRequestError as error:
@@ -145,40 +127,15 @@ class Comparison:
                 self._changed.set()
 
 
-def summary(answer: Answer) -> str:
-    """`42 tokens | 31.5 tokens/s | first token 120 ms`, as far as they are known."""
-    parts = [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
-    if answer.tokens_per_s is not None:
-        parts.append(f"{answer.tokens_per_s:.1f} tokens/s")
-    if answer.first_token_s is not None:
-        parts.append(f"first token {answer.first_token_s * 1000:.0f} ms")
-    return " | ".join(parts)
-
-
-def render(answers: Sequence[Answer], width: int) -> str:
-    """Side by side where every answer gets 36 columns or more, one after another elsewhere."""
-    column = (width - 3 * (len(answers) - 1)) // len(answers)
-    if column < 36:
-        return "\n\n\n".join("\n".join(_lines(answer, width)) for answer in answers)
-    rows = zip_longest(*(_lines(answer, column) for answer in answers), fillvalue="")
-    return "\n".join(" | ".join(cell.ljust(column) for cell in row).rstrip() for row in rows)
-
-
-def _lines(answer: Answer, width: int) -> list[str]:
-    text = "\n".join(filter(None, [answer.text, answer.error and f"[{answer.error}]"]))
-    # A model's words must not steer the terminal.
-    safe = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-    body = [part for line in safe.split("\n") for part in textwrap.wrap(line, width) or [""]]
-    return [answer.model, "-" * width, *body, "", *textwrap.wrap(summary(answer), width)]
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="compare",
         description="Ask several models of one endpoint the same and print the answers.",
     )
     made.add_argument("prompt")
-    made.add_argument("--models", help="names, separated by commas (default: all that it serves)")
+    made.add_argument(
+        "--models", type=lambda names: names.split(","), help="separated by commas (default: all)"
+    )
     made.add_argument("--system", default="", help="system prompt")
     made.add_argument("--max-tokens", type=int, default=256, help="per answer (%(default)s)")
     made.add_argument("--temperature", type=float, default=0.0, help="(%(default)s)")
@@ -192,15 +149,11 @@ async def run(args: argparse.Namespace) -> int:
     settings = Settings(args.max_tokens, args.temperature, args.seed)
     async with connect(args.endpoint, args.api_key) as client:
         try:
-            names = (
-                [name.strip() for name in args.models.split(",") if name.strip()]
-                if args.models
-                else [model.id for model in await list_models(client)]
-            )
+            served = [] if args.models else [model.id for model in await list_models(client)]
         except openai.OpenAIError as error:
             print(f"compare: {explain(error, args.endpoint)}", file=sys.stderr)
             return 1
-        comparison = Comparison(client, names, args.prompt, args.system, settings)
+        comparison = Comparison(client, args.models or served, args.prompt, args.system, settings)
         async for answers in comparison:
             if sys.stderr.isatty():
                 total = sum(answer.tokens for answer in answers)

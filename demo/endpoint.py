@@ -38,13 +38,18 @@ def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
 
 async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
     """Bases first, then adapters by name. Raises what `explain` turns into a sentence."""
-    page = await client.models.list(timeout=10)
-    models = [Model(card.id, getattr(card, "parent", None)) for card in page.data]
+    try:
+        page = await client.models.list(timeout=10)
+        models = [Model(card.id, getattr(card, "parent", None)) for card in page.data]
+    # openai trips over an answer that is no list of models, such as some web page.
+    except (AttributeError, TypeError) as error:
+        raise openai.OpenAIError("no list of models; the endpoint should end in /v1") from error
     return sorted(models, key=lambda m: (m.parent is not None, m.id if m.parent else ""))
 
 
 def explain(error: Exception, endpoint: object) -> str:
     """The error as a sentence: what went wrong, and what to do about it."""
+    endpoint = str(endpoint).rstrip("/")
     if isinstance(error, openai.APITimeoutError):
         return f"The server at {endpoint} did not answer in time: is it overloaded?"
     if isinstance(error, openai.APIConnectionError):
@@ -59,4 +64,4 @@ def explain(error: Exception, endpoint: object) -> str:
         return (
             f"The server refused ({error.status_code}): {'; '.join(filter(None, [said, advice]))}."
         )
-    return f"The answer broke off ({type(error).__name__}): {error or 'no details'}."
+    return f"The answer of {endpoint} broke off ({type(error).__name__}): {error or 'no details'}."

@@ -37,7 +37,7 @@ class Page:
         """Ask the endpoint what it serves -> status, models, base, adapters, example chips."""
         try:
             served = await list_models(self.client)
-        except Exception as error:
+        except openai.OpenAIError as error:
             sentence = f"{explain(error, self.endpoint)} Then press Refresh."
             empty = gr.CheckboxGroup(choices=[], value=[])
             return status(sentence, up=False), empty, [], [], self._chips([])
@@ -95,6 +95,8 @@ class Page:
                 yield cards(answers, adapters), *busy
             yield cards(comparison.answers, adapters), *idle
         finally:
+            # Also reached when the browser has gone.
+            comparison.stop()
             self.running.pop(request.session_hash, None)
 
     async def stop(self, request: gr.Request) -> None:
