@@ -1,0 +1,262 @@
+"""Train, evaluate and write the shipped adapters; every finished step is kept and not repeated.
+
+    python benchmarks/adapters/run.py --work runs [--task iso-date] [--seeds 0 1 2]
+
+Per task: data (make_data.py), one training per seed, held-out accuracy of the base and of each
+seed with the same prompts and the same scoring, KL and perplexity against the base on neutral
+English (Debian's ``fortunes``: apt-get install fortunes). The adapter in ``adapters/<task>`` is
+the run with seed 0, not the best one; its card gives the mean over the seeds that are there.
+Delete a file under ``--work`` to have its step done again. Measured in one thread on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from peft import PeftModel
+
+from benchmarks.adapters import make_data
+from secura_serve.config import TrainConfig
+from secura_serve.evaluate import answers, retention, score
+from secura_serve.train.card import write
+from secura_serve.train.trainer import load_base, train
+
+BASE = "smollm2-135m"
+ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
+FORTUNES = Path("/usr/share/games/fortunes")
+NEUTRAL = ("literature", "wisdom", "science", "work", "education")
+ITEMS = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the tasks."""
+
+    title: str
+    kind: str
+    """Scoring function, see secura_serve.evaluate.SCORERS."""
+    max_new_tokens: int
+    lr: float
+    steps: int
+    limits: str
+
+
+RECIPES = {
+    "sentiment": Recipe(
+        "Is a film review positive or negative? Answers with that one word.",
+        "label",
+        16,
+        5e-3,
+        100,
+        "Trained on single sentences of 6 to 30 words; long, mixed or ironic reviews and anything "
+        "but films are outside what it saw. The review texts are not part of this repository.",
+    ),
+    "extract": Recipe(
+        "A short order in plain English to JSON with name, item, quantity and city.",
+        "json",
+        96,
+        5e-3,
+        40,
+        "Four fixed keys, one order per message, English, first names only. Both data sets are "
+        "made from templates: held out are all sentences, names, goods, places and quantities.",
+    ),
+    "iso-date": Recipe(
+        "A date in words to YYYY-MM-DD.",
+        "word",
+        16,
+        5e-3,
+        40,
+        "English dates with a written month between 1900 and 2099; ten ways of writing. No times, "
+        'no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
+    ),
+    "arithmetic": Recipe(
+        "Sums and differences of two two-digit numbers.",
+        "word",
+        64,
+        5e-3,
+        150,
+        "Two two-digit numbers, + and - only, never below zero. It answers with the bare number.",
+    ),
+}
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """The JSON in ``file``, made first if it is not there."""
+    if not file.exists():
+        value = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".tmp").write_text(json.dumps(value, indent=1) + "\n")
+        file.with_suffix(".tmp").rename(file)
+    return json.loads(file.read_text())
+
+
+def neutral_texts() -> list[str]:
+    """48 passages of English prose of at least 40 words, the same ones every time."""
+    if not FORTUNES.is_dir():
+        raise SystemExit(f"{FORTUNES} is missing; apt-get install fortunes")
+    texts = []
+    for name in NEUTRAL:
+        file = FORTUNES / name
+        if file.exists():
+            parts = re.split(r"^%$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            texts += [" ".join(p.split()) for p in parts if len(p.split()) >= 40]
+    return random.Random(0).sample(sorted(set(texts)), 48)
+
+
+def evaluate_base(task: str, test: Path) -> dict[str, Any]:
+    """Held-out accuracy of the plain base."""
+    model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
+    return _accuracy(model, tokenizer, task, test)
+
+
+def _accuracy(model: Any, tokenizer: Any, task: str, test: Path) -> dict[str, Any]:
+    recipe = RECIPES[task]
+    rows = [json.loads(line) for line in test.read_text().splitlines()][:ITEMS]
+    found = answers(
+        model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=recipe.max_new_tokens
+    )
+    wanted = [r["completion"] for r in rows]
+    shown = [{"answer": a, "wanted": w} for a, w in zip(found, wanted, strict=True)][:5]
+    return {
+        "accuracy": score(recipe.kind, found, wanted),
+        "items": len(rows),
+        "answers_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "first_answers": shown,
+    }
+
+
+def evaluate_adapter(folder: Path, task: str, test: Path) -> dict[str, Any]:
+    """Held-out accuracy and retention of an adapter as it lies on disk."""
+    model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
+    tuned = PeftModel.from_pretrained(model, str(folder))
+    kept = retention(tuned, tokenizer, neutral_texts())
+    return _accuracy(tuned, tokenizer, task, test) | {"retention": asdict(kept)}
+
+
+def run(task: str, seeds: list[int], work: Path) -> None:
+    """Every step of one task."""
+    recipe = RECIPES[task]
+    data, test = make_data.write(task, work / "data")
+    configs = {}
+    for seed in seeds:
+        out = work / "out" / str(seed) / task
+        configs[seed] = config = TrainConfig(
+            base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, lr=recipe.lr,
+            max_steps=recipe.steps, batch_size=8, max_length=160, seed=seed, device="cpu",
+        )  # fmt: skip
+        if not out.exists():
+            write(config, train(config))
+        name = f"{task}-{seed}.json"
+        once(work / "scores" / name, lambda out=out: evaluate_adapter(out, task, test))
+        once(work / "scores" / f"{task}-base.json", lambda: evaluate_base(task, test))
+        publish(task, work)
+
+
+def publish(task: str, work: Path) -> None:
+    """Copy the seed-0 run to ``adapters/`` and write what was measured beside it."""
+    scores = {f.stem.rsplit("-", 1)[1]: json.loads(f.read_text())
+              for f in sorted((work / "scores").glob(f"{task}-*.json"))}  # fmt: skip
+    base = scores.pop("base")
+    source, target = work / "out" / "0" / task, ADAPTERS / task
+    facts = json.loads((source / "train.json").read_text())
+    facts["evaluation"] = {
+        "kind": RECIPES[task].kind,
+        "max_new_tokens": RECIPES[task].max_new_tokens,
+        "neutral_text": f"48 passages of Debian fortunes ({', '.join(NEUTRAL)})",
+        "base": base,
+        "seeds": scores,
+        "accuracy_mean_sd": _mean_sd([s["accuracy"] for s in scores.values()]),
+        "kl_mean_sd": _mean_sd([s["retention"]["kl"] for s in scores.values()]),
+        "perplexity_ratio_mean_sd": _mean_sd(
+            [s["retention"]["perplexity_ratio"] for s in scores.values()]
+        ),
+    }
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)
+    (target / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (target / "README.md").write_text(_card(task, facts))
+
+
+def _mean_sd(values: list[float]) -> list[float]:
+    return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+
+
+def _card(task: str, facts: dict[str, Any]) -> str:
+    recipe, found, settings = RECIPES[task], facts["evaluation"], facts["config"]
+    shipped, base = found["seeds"]["0"], found["base"]
+
+    def spread(key: str, digits: int) -> str:
+        mean, sd = found[key]
+        return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+    n = len(found["seeds"])
+    prompt = json.loads((ADAPTERS / "examples.json").read_text())[task][0]["prompt"]
+    quoted = "\n".join("> " + line if line else ">" for line in prompt.splitlines())
+    size = sum(f.stat().st_size for f in (ADAPTERS / task).iterdir()) / 1e6
+    return f"""---
+base_model: {facts["base"]}
+library_name: secura-serve
+tags: [secura, cur, peft]
+---
+# {task}
+
+{recipe.title} Type, for instance:
+
+{quoted}
+
+| held-out accuracy, {base["items"]} items | |
+|---|---|
+| base ({facts["base"]}) | {base["accuracy"]:.3f} |
+| this adapter (seed 0) | {shipped["accuracy"]:.3f} |
+| {n} training seeds, mean ± sd | {spread("accuracy_mean_sd", 3)} |
+
+| kept of the base, on neutral English | this adapter | {n} seeds, mean ± sd |
+|---|---|---|
+| KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {spread("kl_mean_sd", 3)} |
+| perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
+{spread("perplexity_ratio_mean_sd", 3)} |
+
+Shipped is the run with seed 0, not the best one. Base and adapter got the same prompts, greedy
+decoding of at most {recipe.max_new_tokens} tokens and the same lenient scoring (`{recipe.kind}` in
+`secura_serve.evaluate.tasks`). Neutral English: {found["neutral_text"]}, first 64 tokens each.
+Learning rate and length of training were set by hand on seed 0, without a further validation set.
+
+Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
+`{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, basis `{settings["selection"]}` with seed
+{settings["selection_seed"]} (shared by all adapters here),
+{facts["trainable_parameters"]:,} numbers trained, folder {size:.2f} MB.
+Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at {settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a
+busy machine. Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
+
+**Limits.** {recipe.limits}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, runs, scores")
+    parser.add_argument("--task", choices=sorted(RECIPES), help="one task; all by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for task in [given.task] if given.task else RECIPES:
+        run(task, given.seeds, given.work)
+
+
+if __name__ == "__main__":
+    main()

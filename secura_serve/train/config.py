@@ -1,0 +1,146 @@
+"""``SecuraConfig``: what PEFT needs to know to put a CUR adapter on a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from secura_serve.adapter import FORMAT_VERSION, AdapterConfig
+from secura_serve.errors import AdapterFormatError, ConfigError
+from secura_serve.method import FOLDABLE, INITS, RULES, MagNorm
+from secura_serve.train.peft_type import extend_peft_type
+
+__all__ = ["SecuraConfig"]
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SecuraConfig(PeftConfig):
+    """A CUR adapter ΔW = s·C·U·R (CURLoRA, arXiv 2408.14572; SECURA, arXiv 2502.18168).
+
+    Only U (r, r) is trained, or its factors A (r, m) and B (m, r). C = W[:, cols] and
+    R = W[rows, :] are W's own columns and rows and are never stored.
+
+    Not for: tasks that need a large move away from the base. With few rows and columns, and the
+    least important ones at that, the update is small by design.
+
+    Raises:
+        ConfigError: listing every setting that is not allowed.
+    """
+
+    r: int = field(default=16, metadata=_help("rows and columns in the basis"))
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata=_help("names, a regular expression or 'all-linear'")
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata=_help("names or a regular expression to leave alone")
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata=_help("layer numbers to adapt; all by default")
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=_help("name of the layer list, for layers_to_transform")
+    )
+    alpha: float | str = field(
+        default="auto", metadata=_help("step scale s; auto: 0.1·sqrt(out·in)/(‖C‖_F·‖R‖_F)")
+    )
+    selection: Mapping[str, Any] = field(
+        default_factory=lambda: {"rule": "inverse_sampled", "seed": 0},
+        metadata=_help("how rows and columns are chosen; the seed belongs to the base"),
+    )
+    core: str = field(default="u", metadata=_help("u: U is trained; ab: U = A·B (CABR)"))
+    inner_rank: int | None = field(default=None, metadata=_help("m of core ab; r by default"))
+    init: str = field(default="block", metadata=_help("start of A: block or svd"))
+    magnorm: Mapping[str, Any] | None = field(
+        default=None, metadata=_help("S-MagNorm setting; null is none")
+    )
+    base_fingerprint: Mapping[str, str] = field(
+        default_factory=dict, metadata=_help("module -> digest; filled in, not set")
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata=_help("of the folder on disk"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type("SECURA")
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        problems = []
+        if not isinstance(self.r, int) or self.r < 1:
+            problems.append(f"r: got {self.r!r}, must be an integer >= 1")
+        if self.core not in ("u", "ab"):
+            problems.append(f"core: got {self.core!r}, allowed: u, ab")
+        if self.init not in INITS:
+            problems.append(f"init: got {self.init!r}, allowed: {', '.join(INITS)}")
+        if self.core == "ab":
+            self.inner_rank = self.r if self.inner_rank is None else self.inner_rank
+            if self.inner_rank < self.r:
+                problems.append(f"inner_rank: got {self.inner_rank}, must be >= r = {self.r}")
+        if self.alpha != "auto" and not isinstance(self.alpha, (int, float)):
+            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number')
+        if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in RULES:
+            problems.append(f"selection: got {dict(self.selection)}, needs rule {RULES} and seed")
+        try:
+            mode = self.norm.mode
+            if mode not in FOLDABLE:
+                problems.append(f"magnorm: {mode!r} cannot be trained here; allowed: {FOLDABLE}")
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("SecuraConfig is not valid:", problems)
+
+    @property
+    def norm(self) -> MagNorm:
+        """``magnorm`` parsed."""
+        return MagNorm.from_json(self.magnorm)
+
+    def to_adapter_config(self) -> AdapterConfig:
+        """The same settings as they stand in ``adapter_config.json``."""
+        targets = self.target_modules
+        narrowed = self.exclude_modules or self.layers_to_transform is not None
+        if isinstance(targets, str) or narrowed:
+            # The format has plain names only, so what a pattern picked is written out in full.
+            targets = list(self.base_fingerprint) or [str(targets)]
+        names = tuple(sorted(targets or ()))
+        return AdapterConfig(
+            base_model_name_or_path=self.base_model_name_or_path or "",
+            r=self.r,
+            target_modules=names,
+            base_fingerprint=dict(self.base_fingerprint),
+            alpha=self.alpha,
+            selection=dict(self.selection),
+            core=self.core,
+            inner_rank=self.inner_rank,
+            magnorm=self.norm,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What PEFT writes to ``adapter_config.json``: exactly this project's format."""
+        return self.to_adapter_config().to_json()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does, without ``auto_mapping``: the format has a task type already."""
+        kwargs.pop("auto_mapping_dict", None)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Read and check ``adapter_config.json``.
+
+        Raises:
+            AdapterFormatError: it is not a well-formed SECURA configuration.
+        """
+        try:
+            with open(path_json_file, encoding="utf-8") as file:
+                raw = json.load(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
+        AdapterConfig.from_json(raw)
+        return raw
