@@ -240,8 +240,9 @@ Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings[
 `{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, basis `{settings["selection"]}` with seed
 {settings["selection_seed"]} (shared by all adapters here),
 {facts["trainable_parameters"]:,} numbers trained, folder {size:.2f} MB.
-Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at {settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a
-busy machine. Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
+Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at
+{settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
+Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
 
 **Limits.** {recipe.limits}
 """

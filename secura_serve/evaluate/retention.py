@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 
 __all__ = ["Retention", "retention"]
 
@@ -28,14 +27,14 @@ class Retention:
 
 @torch.no_grad()
 def retention(
-    model: PeftModel,
+    model: Any,
     tokenizer: Any,
     texts: Sequence[str],
     *,
     max_tokens: int = 64,
     batch_size: int = 4,
 ) -> Retention:
-    """Compare base and adapter token by token on ``texts``, each cut to ``max_tokens``.
+    """Compare a PEFT model with and without its adapter on ``texts``, cut to ``max_tokens``.
 
     Peak memory: two float32 ``(batch_size · max_tokens, vocabulary)`` matrices and a few copies.
     """
