@@ -7,7 +7,8 @@ R are never stored: they are rows and columns of the base, named by ``rows`` and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +133,8 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
 
     def alpha(value: Any) -> bool:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return value == "auto" or (number and math.isfinite(value))
+        # Not isfinite: a Python integer may be too large for it.
+        return value == "auto" or (number and abs(value) <= sys.float_info.max)
 
     def selection(value: Any) -> bool:
         return (
@@ -150,7 +152,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         )
 
     inner = raw.get("inner_rank")
-    allowed = {
+    allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
         "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
         "r": (lambda v: _is_int(v) and 1 <= v <= 65536, "an integer >= 1"),
         "alpha": (alpha, 'a number or "auto"'),
@@ -164,7 +166,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         for key, (accepts, what) in allowed.items()
         if not accepts(raw.get(key))
     ]
-    if raw.get("core") == "ab" and not (_is_int(inner) and inner >= 1):
+    if raw.get("core") == "ab" and not (isinstance(inner, int) and inner >= 1):
         problems.append(f'inner_rank: got {inner!r}, core "ab" needs an integer >= r')
     known = {*allowed, "inner_rank", "magnorm", "peft_type", "format_version", *_PEFT_KEYS}
     problems += [
@@ -216,7 +218,7 @@ def module_problems(module: str, cur: CURModule, config: AdapterConfig) -> list[
                 f"{module}: secura_{name} is {index.dtype} {tuple(index.shape)}; "
                 f"expected int32 ({r},)"
             )
-        elif index.min() < 0 or len(index.unique()) != r:
+        elif int(index.min()) < 0 or len(set(index.tolist())) != r:
             problems.append(f"{module}: secura_{name} must be distinct and not negative")
     if config.magnorm.mode == "published" and cur.rho_max is None:
         problems.append(f"{module}: magnorm 'published' needs secura_rho_max")

@@ -17,7 +17,7 @@ is near 0 and by up to 1.91 at ρ_max. ``bounded`` guarantees |W' − W| ≤ τ|
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,7 @@ class MagNorm:
         for name in ("tau", "scale", "eps"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
+            if not number or not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"magnorm.{name} must be a finite number > 0, got {value!r}")
 
     @classmethod
