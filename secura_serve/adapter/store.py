@@ -29,7 +29,12 @@ from secura_serve.adapter.format import (
     CURModule,
     module_problems,
 )
-from secura_serve.errors import AdapterFormatError, BaseMismatchError, ConfigError
+from secura_serve.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    BaseModelError,
+    ConfigError,
+)
 
 __all__ = ["NAME_PATTERN", "Adapter", "WeightSource", "check_name", "load", "save", "verify"]
 
@@ -215,7 +220,7 @@ def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -
         cur = adapter.modules[name]
         try:
             shape = base.shape(name)
-        except KeyError:
+        except (KeyError, BaseModelError):
             problems.append(f"{name}: the base has no such linear layer")
             continue
         if int(cur.rows.max()) >= shape[0] or int(cur.cols.max()) >= shape[1]:

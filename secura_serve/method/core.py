@@ -51,7 +51,7 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
     else:
         block = source[:r, :m]
     A[: block.shape[0], : block.shape[1]] = block
-    norm = torch.linalg.matrix_norm(A, ord=2)
+    norm: Tensor = torch.linalg.matrix_norm(A, ord=2)
     if norm == 0:
         raise ConfigError(f"A would start at zero: W[:{r}, :{m}] is all zero; use init='svd'")
     return A / norm

@@ -49,7 +49,8 @@ def importance(W: Tensor, axis: str) -> np.ndarray:
     """
     squares = W.detach().to(torch.float64).square()
     p = squares.sum(dim=1 if axis == "row" else 0) / squares.sum()
-    return p.to(torch.float32).cpu().numpy()
+    ranked: np.ndarray = p.to(torch.float32).cpu().numpy()
+    return ranked
 
 
 def _uniform(n: int, key: str) -> np.ndarray:
@@ -69,7 +70,8 @@ def _order(p: np.ndarray, rule: str, key: str) -> np.ndarray:
         keys = p.astype(np.float64)
     else:
         keys = -np.log(_uniform(len(p), key)) * p.astype(np.float64)
-    return np.lexsort((np.arange(len(p)), keys, p == 0))
+    order: np.ndarray = np.lexsort((np.arange(len(p)), keys, p == 0))
+    return order
 
 
 def select(

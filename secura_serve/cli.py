@@ -1,0 +1,21 @@
+"""Console scripts: parse, configure, one call. Each imports only the room that it needs."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["serve", "train"]
+
+
+def serve() -> None:
+    """``secura-serve``."""
+    from secura_serve.serve.server import main
+
+    sys.exit(main())
+
+
+def train() -> None:
+    """``secura-train``."""
+    from secura_serve.train.main import main
+
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One base, many adapters, through vLLM. Importing this imports neither vLLM nor torch."""

@@ -1,0 +1,115 @@
+"""What is in an adapters folder, and which of it this base can serve. Needs no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from secura_serve import adapter as adapters
+from secura_serve.adapter import Adapter
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import AdapterError, ConfigError, SecuraError, UnservableError
+from secura_serve.serve.basis import base_id
+
+__all__ = ["Catalog", "Entry", "scan"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder: either an adapter that can be served, or the error that says why not."""
+
+    name: str
+    adapter: Adapter | None
+    error: SecuraError | None = None
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything found in one adapters folder, by name."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def served(self) -> list[Adapter]:
+        """The adapters that can be served."""
+        return [e.adapter for e in self.entries if e.adapter is not None]
+
+    @property
+    def refused(self) -> list[Entry]:
+        """The folders that cannot."""
+        return [e for e in self.entries if e.error is not None]
+
+    def table(self) -> str:
+        """The entries as aligned text, one line each; refused ones with the reason below."""
+        rows = [("ADAPTER", "RANK", "LINEARS", "SIZE", "STATUS")]
+        for entry in self.entries:
+            if entry.adapter is None:
+                rows.append((entry.name, "-", "-", "-", "SKIPPED"))
+                continue
+            found = entry.adapter
+            size = f"{found.nbytes / 1e6:.2f} MB"
+            rows.append((entry.name, str(found.config.r), str(len(found.modules)), size, "ok"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = []
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            lines.append("  ".join(text.ljust(width) for text, width in cells).rstrip())
+        lines += [f"\n{e.name} is not served: {e.error}" for e in self.refused]
+        return "\n".join(lines)
+
+
+def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> Catalog:
+    """Load every adapter in ``folder`` and compare it with ``base``.
+
+    Every sub-folder counts as an adapter, except hidden ones; files are ignored. Adapters that
+    share base and basis are compared with the checkpoint once.
+
+    Args:
+        taken: names that adapters may not have (those of the base).
+
+    Raises:
+        ConfigError: ``folder`` is not a folder.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"--adapters {folder}: not a folder. Give the folder that holds them")
+    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found and (root / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"--adapters {folder}: this is one adapter; give the folder that holds it "
+            f"({root.absolute().parent})"
+        )
+    entries, verdicts = [], dict[str, AdapterError | None]()
+    for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
+        try:
+            entries.append(Entry(path.name, _servable(path, base, set(taken), verdicts)))
+        except SecuraError as error:
+            entries.append(Entry(path.name, None, error))
+    return Catalog(tuple(entries))
+
+
+def _servable(
+    path: Path, base: Checkpoint, taken: set[str], verdicts: dict[str, AdapterError | None]
+) -> Adapter:
+    adapters.check_name(path.name)
+    if path.name in taken:
+        raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
+    found = adapters.load(path)
+    if found.config.magnorm.mode != "none":
+        raise UnservableError(
+            f"S-MagNorm {found.config.magnorm.mode!r} makes the update full-rank, so it cannot "
+            "be chosen per request beside others; it has to be merged into the base"
+        )
+    identity = base_id(found)
+    if identity not in verdicts:
+        verdicts[identity] = None
+        try:
+            adapters.verify(found, base)
+        except AdapterError as error:
+            verdicts[identity] = error
+    if (verdict := verdicts[identity]) is not None:
+        raise verdict
+    return found

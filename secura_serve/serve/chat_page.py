@@ -1,0 +1,103 @@
+"""The chat page, started beside the server as a process of its own; it speaks HTTP only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+__all__ = ["ChatPage"]
+
+
+def _command() -> list[str] | None:
+    """How to start the page: from a checkout or from an installed wheel; None without gradio."""
+    if importlib.util.find_spec("gradio") is None:
+        return None
+    script = Path(__file__).resolve().parents[2] / "demo" / "app.py"
+    if script.is_file():
+        return [sys.executable, str(script)]
+    if importlib.util.find_spec("secura_serve_demo") is not None:
+        return [sys.executable, "-m", "secura_serve_demo.app"]
+    return None
+
+
+class ChatPage:
+    """Context manager: waits in the background until the server answers, then opens the page.
+
+    Args:
+        endpoint: ``http://host:port`` of the server.
+        host, port: where the page listens.
+        api_key: passed on by environment, so that it shows in no process list.
+        examples: JSON file of example prompts per adapter.
+        enabled: False only announces the server.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        host: str,
+        port: int,
+        api_key: str | None,
+        examples: Path | None,
+        enabled: bool,
+    ) -> None:
+        self.endpoint, self.host, self.port = endpoint, host, port
+        self.api_key, self.examples, self.enabled = api_key, examples, enabled
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._announce, daemon=True)
+
+    def __enter__(self) -> ChatPage:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+
+    def _announce(self) -> None:
+        while not self._healthy():
+            if self._stop.wait(1.0):
+                return
+        print(f"\nsecura-serve is ready: OpenAI endpoint {self.endpoint}/v1", flush=True)
+        if not self.enabled:
+            return
+        command = _command()
+        if command is None:
+            print("no chat page: pip install 'secura-serve[demo]' (or start with --no-ui)")
+            return
+        command += ["--endpoint", f"{self.endpoint}/v1", "--host", self.host]
+        command += ["--port", str(self.port)]
+        if self.examples is not None:
+            command += ["--examples", str(self.examples)]
+        environment = dict(os.environ)
+        if self.api_key:
+            environment["VLLM_API_KEY"] = self.api_key
+        self._process = subprocess.Popen(command, env=environment)
+        shown = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        print(f"chat page: http://{shown}:{self.port}", flush=True)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.endpoint}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False

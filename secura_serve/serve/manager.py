@@ -1,0 +1,99 @@
+"""Adapter slots: vLLM's LRU of adapters, filled from SECURA folders.
+
+vLLM's requests, scheduling, LRU and prefix-cache keys stay as they are; only what an adapter *is*
+changes. One is read as U per module, already embedded in the shared basis, and travels through
+vLLM's packing in the place of LoRA's A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from secura_serve import adapter as adapters
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import UnservableError
+from secura_serve.serve.basis import SharedBasis, base_id
+from secura_serve.serve.layers import CURLinearMixin
+
+__all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
+
+CONFIG_KEY = "secura"
+"""Under ``additional_config``: ``{"basis": path, "base": checkpoint folder}``."""
+
+
+def _vllm_name(model: Any, module: str) -> str:
+    """The checkpoint's module name as vLLM's model calls it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is not None:
+        mapper = mapper.get_rename_mapper()
+    name, _ = parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)
+    return str(name)
+
+
+class CURModelManager(LRUCacheLoRAModelManager):
+    """Installs the shared basis in module order, which is equal on every rank."""
+
+    def __init__(self, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
+        self.shared_basis = SharedBasis.load(vllm_config.additional_config[CONFIG_KEY]["basis"])
+        for wrapper in self.punica_wrapper_mapping.values():
+            # Padding tokens read past what vLLM writes; -1 is the empty slot.
+            wrapper._token_lora_indices.fill_(-1)
+        wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
+        for name, layer in self.modules.items():
+            if isinstance(layer, CURLinearMixin):
+                parts = self.packed_modules.get(name, [name])
+                layer.install_basis([wanted.pop(part, None) for part in parts])
+        if wanted and vllm_config.parallel_config.pipeline_parallel_size == 1:
+            raise UnservableError(
+                f"adapters change {len(wanted)} modules that {type(model).__name__} does not "
+                f"offer as adapter targets, for instance {next(iter(wanted))}"
+            )
+
+    def create_dummy_lora(
+        self, lora_id: int, rank: int, embedding_modules: Any = None
+    ) -> LoRAModel:
+        """An adapter that changes nothing: warm-up runs the same step with empty slots.
+
+        vLLM looks at an adapter's first module, so there has to be one.
+        """
+        name, nothing = "secura.warm_up", torch.zeros(1)
+        return LoRAModel(
+            lora_id, rank, {name: LoRALayerWeights(name, 1, 1, nothing, nothing, scaling=1)}
+        )
+
+
+class CURWorkerManager(LRUCacheWorkerLoRAManager):
+    """Reads SECURA folders for the engine."""
+
+    _manager_cls = CURModelManager
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        """Folder -> LoRAModel whose ``lora_a`` are cores. Raises AdapterError."""
+        manager = self._adapter_manager
+        found = adapters.load(get_adapter_absolute_path(lora_request.lora_path))
+        if found.config.magnorm.mode != "none":
+            raise UnservableError(
+                f"{found.name}: S-MagNorm {found.config.magnorm.mode!r} makes the update "
+                "full-rank, so it cannot be chosen per request; merge it into the base instead"
+            )
+        if base_id(found) not in manager.shared_basis.verified:
+            # Loaded while the server runs: the server has not compared it with the base yet.
+            adapters.verify(found, Checkpoint(self._base_path))
+        layers, unused = {}, torch.zeros(1)
+        for module, cur in found.modules.items():
+            name = _vllm_name(manager.model, module)
+            U = manager.shared_basis.embed(module, cur).to(self.lora_config.lora_dtype)
+            layers[name] = LoRALayerWeights(name, found.config.r, 1, U, unused, scaling=1)
+        return LoRAModel(lora_request.lora_int_id, found.config.r, layers)

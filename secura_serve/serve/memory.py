@@ -1,0 +1,80 @@
+"""How much memory serving is expected to take, told before it is taken."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import ceil
+
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.serve.basis import SharedBasis
+
+__all__ = ["Memory", "estimate", "kv_cache_gib"]
+
+_WIDTHS = {"float32": 4, "float": 4}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose."""
+
+    weights: int
+    """All tensors of the checkpoint in the dtype they are served in."""
+    slot: int
+    """One adapter slot: U of every linear."""
+    slots: int
+    """Number of slots, the empty one included."""
+    shared: int
+    """C of every linear, kept once for all adapters."""
+    kv_per_token: int
+    """Keys and values of one token."""
+    context: int
+    """The longest sequence the base allows, in tokens."""
+
+    def __str__(self) -> str:
+        adapters = self.slot * self.slots + self.shared
+        kv = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        cache = f"KV cache {kv} GiB" if kv else "KV cache by --gpu-memory-utilization"
+        return (
+            f"base {self.weights / 2**20:.0f} MiB + adapters {adapters / 2**20:.1f} MiB "
+            f"({self.slots - 1} slots of {self.slot / 2**20:.2f} MiB, basis "
+            f"{self.shared / 2**20:.1f} MiB) + {cache} "
+            f"({self.kv_per_token / 2**10:.1f} KiB a token)"
+        )
+
+
+def estimate(base: Checkpoint, basis: SharedBasis, *, slots: int, dtype: str) -> Memory:
+    """Sizes from the checkpoint's headers and config alone.
+
+    Args:
+        slots: ``--max-loras``.
+        dtype: ``--dtype``; float32 counts 4 bytes a number, everything else 2.
+    """
+    width = _WIDTHS.get(dtype, 2)
+    config = base.config
+    heads = config.get("num_attention_heads") or config.get("n_head") or 1
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    sizes = {m: max(len(b.rows), len(b.cols)) for m, b in basis.modules.items()}
+    return Memory(
+        weights=_weights(base) * width,
+        slot=sum(r * r for r in sizes.values()) * width,
+        slots=slots + 1,
+        shared=sum(r * base.shape(m)[0] for m, r in sizes.items()) * width,
+        kv_per_token=2 * layers * kv_heads * head_dim * width,
+        context=config.get("max_position_embeddings") or config.get("n_positions") or 0,
+    )
+
+
+def _weights(base: Checkpoint) -> int:
+    """How many numbers the checkpoint holds, from the sizes of its files."""
+    stored = base.config.get("dtype") or base.config.get("torch_dtype")
+    size = sum((base.path / shard).stat().st_size for shard in base.shards())
+    return size // _WIDTHS.get(str(stored), 2)
+
+
+def kv_cache_gib(memory: Memory) -> int:
+    """The KV cache on a CPU where the user set none: four full contexts, 1 to 8 GiB."""
+    return min(8, max(1, ceil(4 * memory.context * memory.kv_per_token / 2**30)))

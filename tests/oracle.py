@@ -1,0 +1,34 @@
+"""What an answer should be, computed without this package: transformers on W + C·U·R.
+
+Reads the adapter's files itself and builds C·U·R in float64, so that agreement with the server
+checks selection, format, loading, layers and scheduling at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32):
+    """A transformers model with the adapter folded in; float64 arithmetic, one rounding."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
+    for key in [k for k in tensors if k.endswith(".secura_U")]:
+        stem = key.removesuffix("U")
+        weight = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])
+        W = weight.weight.data.double()
+        C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
+        weight.weight.data = (W + C @ tensors[key].double() @ R).float()
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """log p of every vocabulary entry at each answer position: ``(len(answer), vocab)``."""
+    ids = torch.tensor([prompt + answer])
+    scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    return scores.log_softmax(-1)
