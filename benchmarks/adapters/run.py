@@ -207,7 +207,7 @@ def _card(task: str, facts: dict[str, Any]) -> str:
     n = len(found["seeds"])
     prompt = json.loads((ADAPTERS / "examples.json").read_text())[task][0]["prompt"]
     quoted = "\n".join("> " + line if line else ">" for line in prompt.splitlines())
-    size = sum(f.stat().st_size for f in (ADAPTERS / task).iterdir()) / 1e6
+    size = (ADAPTERS / task / "adapter_model.safetensors").stat().st_size / 1e6
     return f"""---
 base_model: {facts["base"]}
 library_name: secura-serve
@@ -239,7 +239,7 @@ Learning rate and length of training were set by hand on seed 0, without a furth
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
 `{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, basis `{settings["selection"]}` with seed
 {settings["selection_seed"]} (shared by all adapters here),
-{facts["trainable_parameters"]:,} numbers trained, folder {size:.2f} MB.
+{facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at
 {settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
 Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
