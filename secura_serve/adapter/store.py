@@ -117,6 +117,8 @@ def save(
         new = work / "new"
         new.mkdir()
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        # safetensors makes it readable by its owner alone; a server often runs as somebody else.
+        (new / WEIGHTS_NAME).chmod(0o644)
         for name, text in (extra or {}).items():
             (new / name).write_text(text, encoding="utf-8")
         # The config makes a folder an adapter, so it is written last.
