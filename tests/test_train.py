@@ -1,0 +1,229 @@
+"""Proves secura-train end to end on a tiny random base: an adapter folder that loads, learns its
+data, is the same again for the same seed and says how it was made; and that bad data and bad
+settings are refused with file, line and field.
+
+Needs peft, transformers and the tiny base of conftest.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from secura_serve import adapter
+from secura_serve.config import TrainConfig, build
+from secura_serve.errors import ConfigError, DataError
+from secura_serve.train.data import IGNORE, Collator, digest, encode, read_jsonl
+from secura_serve.train.main import main, parser
+from secura_serve.train.trainer import answer_loss
+
+TinyBase = Callable[[str], Path]
+PAIRS = [
+    {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b}"}
+    for a in range(1, 5)
+    for b in range(1, 5)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "sums.jsonl", PAIRS)
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--base", str(base), "--data", str(data), "--out", str(out), "--rank", "8"),
+        *("--dtype", "float32", "--device", "cpu", "--lr", "0.03", "--batch-size", "4"),
+        *("--eval-split", "0.25", "--max-steps", "6"),
+        *more,
+    ]
+
+
+def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any) -> None:
+    base, out = tiny_base("llama"), tmp_path / "sums"
+    assert main(flags(base, data, out)) == 0
+    assert "held_out_token_accuracy" in capfd.readouterr().out
+    found = adapter.load(out)
+    assert len(found.modules) == 14 and found.config.r == 8 and found.config.core == "u"
+    assert any(cur.U.abs().max() > 0 for cur in found.modules.values())
+
+    facts = json.loads((out / "train.json").read_text())
+    assert facts["data_sha256"]["data"] == digest(data)
+    assert set(facts["config"]) == {f.name for f in fields(TrainConfig)}
+    assert facts["config"]["data"] == "sums.jsonl" and str(tmp_path) not in json.dumps(
+        facts["config"] | {"base": ""}
+    )
+    assert set(facts["alpha_per_module"]) == set(found.modules)
+    assert facts["scores"]["steps"] == 6 and "torch" in facts["versions"]
+    assert "held_out_loss" in (out / "README.md").read_text()
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, out)
+    assert main(flags(base, data, out)) == 2
+    assert "--overwrite" in capfd.readouterr().err
+
+    # The same seed gives the same bytes, from the recipe itself; another seed does not.
+    for name, more, same in (("again", [], True), ("other", ["--seed", "1"], False)):
+        recipe = ["--config", str(out / "train.json")]
+        given = ["--base", str(base), "--data", str(data), "--out", str(tmp_path / name)]
+        assert main([*recipe, *given, *more]) == 0
+        weights = [
+            (tmp_path / n / "adapter_model.safetensors").read_bytes() for n in (name, "sums")
+        ]
+        assert (weights[0] == weights[1]) is same
+        assert adapter.load(tmp_path / name).config == found.config
+
+
+@pytest.mark.parametrize(
+    ("arch", "more"),
+    [
+        ("qwen2", ["--core", "ab", "--inner-rank", "12", "--init", "svd"]),
+        ("gpt2", ["--magnorm", "bounded", "--tau", "0.1", "--targets", "c_attn,c_fc"]),
+        ("gemma2", ["--magnorm", "published", "--selection", "lowest_norm", "--alpha", "1"]),
+    ],
+)
+def test_other_models_and_settings(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, arch: str, more: list[str]
+) -> None:
+    out = tmp_path / "task"
+    assert main(flags(tiny_base(arch), data, out, "--max-steps", "2", *more)) == 0
+    found = adapter.load(out)
+    assert found.config.magnorm.mode == (more[1] if more[0] == "--magnorm" else "none")
+
+
+def test_training_lowers_the_loss(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
+    losses = []
+    for steps in ("1", "40"):
+        out = tmp_path / f"steps-{steps}"
+        more = ["--eval-data", str(data), "--max-steps", steps, "--lr", "0.1"]
+        assert main(flags(tiny_base("llama"), data, out, *more)) == 0
+        losses.append(json.loads((out / "train.json").read_text())["scores"]["held_out_loss"])
+    assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_the_loss_is_that_of_the_answers_alone(tiny_base: TinyBase, data: Path, arch: str) -> None:
+    """Batched, padded and cut to the answers: equal to one plain full forward per example."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base(arch))
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(arch), dtype=torch.float32).eval()
+    records = read_jsonl(data)[:3]
+    rows = encode(records, tokenizer, 512)
+    rows[0]["input_ids"], rows[0]["labels"] = rows[0]["input_ids"][5:], rows[0]["labels"][5:]
+    with torch.no_grad():
+        found, _, count = answer_loss(model, Collator(tokenizer.pad_token_id)(rows))
+        wanted = torch.zeros(())
+        for row in rows:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            n = int((labels != IGNORE).sum())
+            wanted += n * model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert int(count) == sum(sum(v != IGNORE for v in row["labels"]) for row in rows)
+
+
+def test_labels_are_the_answer_and_its_end(tiny_base: TinyBase, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("llama"))
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye?"},
+        {"role": "assistant", "content": "Bye"},
+    ]
+    file = write(tmp_path / "d.jsonl", [{"messages": turns}, PAIRS[0]])
+    for row, answer in zip(encode(read_jsonl(file), tokenizer, 512), ("Bye", "2"), strict=True):
+        labels = [v for v in row["labels"] if v != IGNORE]
+        assert row["input_ids"][-len(labels) :] == labels
+        assert tokenizer.decode(labels) == answer + tokenizer.eos_token
+
+
+BAD = [
+    ("{not json", "bad.jsonl:2: Expecting property name"),
+    ("[1]", "bad.jsonl:2: must be a JSON object"),
+    ('{"prompt": "x"}', "bad.jsonl:2: field 'completion' must be a non-empty string"),
+    ('{"prompt": 3, "completion": "y"}', "bad.jsonl:2: field 'prompt'"),
+    ('{"messages": []}', "bad.jsonl:2: field 'messages'"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "at least two messages"),
+    (
+        '{"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+        r"field 'messages\[0\].role'",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "y"}]}',
+        r"field 'messages\[0\].content'",
+    ),
+    (
+        '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
+        "must end with the assistant",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_bad_data_is_named_by_line_and_field(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(json.dumps(PAIRS[0]) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_jsonl(file)
+
+
+def test_unusable_files(tiny_base: TinyBase, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(DataError, match="no examples"):
+        read_jsonl(empty)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="UTF-8"):
+        read_jsonl(tmp_path / "latin.jsonl")
+    many = write(tmp_path / "many.jsonl", [{"prompt": ""}] * 50)
+    with pytest.raises(DataError, match="and 30 more"):
+        read_jsonl(many)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base("llama"))
+    long = write(tmp_path / "long.jsonl", [{"prompt": "x " * 99, "completion": "y"}])
+    with pytest.raises(DataError, match=r"long.jsonl:1: \d+ tokens, --max-length is 50"):
+        encode(read_jsonl(long), tokenizer, 50)
+
+
+GOOD = {"base": "b", "data": "d", "out": "o"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rnak": 3}, "rnak: unknown"),
+        ({"rank": "3"}, "rank: got '3', expected int"),
+        ({"rank": True}, "rank: got True"),
+        ({"rank": 0}, "rank: got 0, must be >= 1"),
+        ({"core": "x"}, "core: got 'x', allowed: u, ab"),
+        ({"alpha": "fast"}, "alpha: got 'fast'"),
+        ({"eval_split": 1.0}, "eval_split"),
+        ({"inner_rank": 8, "rank": 16}, "inner_rank"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(TrainConfig, GOOD | change)
+    with pytest.raises(ConfigError, match="data: missing"):
+        build(TrainConfig, {})
+
+
+def test_every_setting_is_a_flag_with_help() -> None:
+    text = " ".join(parser().format_help().split())
+    for item in fields(TrainConfig):
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert item.metadata["help"] in text
+    config = build(TrainConfig, GOOD | {"lr": 1})
+    assert config.lr == 1.0 and build(TrainConfig, asdict(config)) == config
