@@ -22,8 +22,8 @@ from secura_serve import adapter
 from secura_serve.config import TrainConfig, build
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.data import IGNORE, Collator, digest, encode, read_jsonl
+from secura_serve.train.loss import answer_loss
 from secura_serve.train.main import main, parser
-from secura_serve.train.trainer import answer_loss
 
 TinyBase = Callable[[str], Path]
 PAIRS = [

@@ -7,7 +7,8 @@ Importing this package registers the method with PEFT, so that ``get_peft_model`
 from __future__ import annotations
 
 from secura_serve.train.config import SecuraConfig
-from secura_serve.train.layer import SecuraLayer, SecuraLinear
+from secura_serve.train.layer import SecuraLayer
+from secura_serve.train.linear import SecuraLinear
 from secura_serve.train.model import SecuraModel, adapter_layers
 from secura_serve.train.peft_type import extend_peft_type, register
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from secura_serve.errors import DataError
 
-__all__ = ["Collator", "Record", "digest", "encode", "prompt_ids", "read_jsonl"]
+__all__ = ["Collator", "Record", "Rows", "digest", "encode", "prompt_ids", "read_jsonl"]
 
 IGNORE = -100
+Rows = list[dict[str, list[int]]]
 _ROLES = ("system", "user", "assistant")
 _SHOWN = 20
 
@@ -109,9 +110,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     return ids
 
 
-def encode(
-    records: Sequence[Record], tokenizer: Any, max_length: int
-) -> list[dict[str, list[int]]]:
+def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Rows:
     """``input_ids`` and ``labels`` (−100 outside the answer) for each record.
 
     The labels end with the end-of-sequence token: what a template puts after it is never
@@ -121,7 +120,8 @@ def encode(
         DataError: an example is longer than ``max_length``, or the template changes the prompt
             once the answer follows.
     """
-    rows, problems = [], []
+    rows: Rows = []
+    problems = []
     for record in records:
         prompt = prompt_ids(tokenizer, record.messages)
         if tokenizer.chat_template:

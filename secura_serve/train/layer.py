@@ -1,4 +1,4 @@
-"""One adapted linear layer: forward, merge and unmerge of CUR adapters."""
+"""The CUR adapters on one linear layer: their state, Δ, merge, unmerge and export."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secura_serve.adapter import CURModule
-from secura_serve.errors import ConfigError, UnservableError
-from secura_serve.method import Basis, MagNorm, apply, auto_alpha, delta, gather, init_A, select
+from secura_serve.errors import UnservableError
+from secura_serve.method import Basis, MagNorm, apply, auto_alpha, delta, init_A, select
 from secura_serve.method.magnorm import rho_max
 from secura_serve.train.config import SecuraConfig
 
-__all__ = ["SecuraLayer", "SecuraLinear"]
+__all__ = ["SecuraLayer"]
 
 
 class SecuraLayer(BaseTunerLayer):
@@ -207,42 +206,3 @@ class SecuraLayer(BaseTunerLayer):
                 values[adapter_name].data = values[adapter_name].data.to(device)
         for values in (self.secura_rows, self.secura_cols):
             values[adapter_name] = values[adapter_name].to(device)
-
-
-class SecuraLinear(nn.Module, SecuraLayer):
-    """The layer that stands in for a ``nn.Linear`` or GPT-2's ``Conv1D``."""
-
-    def __init__(self, base_layer: nn.Module, name: str, module: str, config: SecuraConfig) -> None:
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ConfigError(
-                f"{module}: {type(base_layer).__name__} cannot be adapted; allowed: nn.Linear and "
-                "Conv1D. Name other target_modules"
-            )
-        super().__init__()
-        SecuraLayer.__init__(self, base_layer, module)
-        self._active_adapter = name
-        self.update_layer(name, config)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``y + C·(U·y₀[rows])`` with y₀ = W x, so that R costs nothing; W' x under a norm."""
-        names, bias = self.applied(), self.base_bias()
-        if not names:
-            plain: Tensor = self.base_layer(x, *args, **kwargs)
-            return plain
-        if self.common_norm(names).mode != "none":
-            return F.linear(x, self.merged_weight(names).to(x.dtype), bias)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        out = y
-        for name in names:
-            rows, U = self.secura_rows[name], self.core(name)
-            z = y.index_select(-1, rows)
-            if bias is not None:
-                z = z - bias[rows]
-            C, _ = gather(self.pristine, self.basis(name))
-            wide = torch.promote_types(y.dtype, U.dtype)
-            h = z.to(wide) @ U.T.to(wide)
-            out = out + h.to(C.dtype) @ C.T
-        return out
-
-    def __repr__(self) -> str:
-        return "secura." + super().__repr__()

@@ -16,7 +16,8 @@ from secura_serve.adapter import CURModule, fingerprint
 from secura_serve.adapter.format import module_problems
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
 from secura_serve.train.config import SecuraConfig
-from secura_serve.train.layer import SecuraLayer, SecuraLinear
+from secura_serve.train.layer import SecuraLayer
+from secura_serve.train.linear import SecuraLinear
 
 __all__ = ["SecuraModel", "adapter_layers"]
 
