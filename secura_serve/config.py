@@ -146,7 +146,7 @@ class TrainConfig:
                 ("accumulate", self.accumulate >= 1, ">= 1"),
                 ("max_length", self.max_length >= 8, ">= 8"),
                 ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
-                ("warmup", 0 <= self.warmup <= 1, "in [0, 1]"),
+                ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
                 ("inner_rank", (self.inner_rank or self.rank) >= self.rank, ">= rank"),
             )
             if not fine

@@ -8,6 +8,8 @@ Needs peft, transformers and the tiny base of conftest.py.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -227,3 +229,13 @@ def test_every_setting_is_a_flag_with_help() -> None:
         assert item.metadata["help"] in text
     config = build(TrainConfig, GOOD | {"lr": 1})
     assert config.lr == 1.0 and build(TrainConfig, asdict(config)) == config
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, secura_serve.train.main as m; m.parser().format_help(); "
+        "sys.exit(any(n in sys.modules for n in ('torch', 'transformers', 'peft')))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    )

@@ -18,8 +18,16 @@ from secura_serve.errors import AdapterFormatError, BaseMismatchError, Unservabl
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
 from secura_serve.train.linear import SecuraLinear
+from secura_serve.train.peft_type import extend_peft_type, register
 
-__all__ = ["SecuraModel", "adapter_layers"]
+__all__ = [
+    "SecuraConfig",
+    "SecuraLayer",
+    "SecuraLinear",
+    "SecuraModel",
+    "adapter_layers",
+    "extend_peft_type",
+]
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.secura_(?P<field>U|rows|cols|rho_max)")
 
@@ -183,3 +191,6 @@ def _check_base(
             f"the adapter was trained on another base ({config.base_model_name_or_path}): "
             f"{problems[0]}{more}. Load it on that base, or train it again on this one"
         )
+
+
+register(SecuraConfig, SecuraModel)

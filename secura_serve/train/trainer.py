@@ -25,8 +25,8 @@ from secura_serve.adapter import check_name
 from secura_serve.bases import resolve_base
 from secura_serve.config import TrainConfig
 from secura_serve.errors import ConfigError
-from secura_serve.train.config import SecuraConfig
-from secura_serve.train.data import Collator, Rows, encode, read_jsonl
+from secura_serve.train import SecuraConfig
+from secura_serve.train.data import Collator, Record, encode, read_jsonl
 from secura_serve.train.loss import answer_loss, held_out
 
 __all__ = ["Run", "load_base", "train"]
@@ -71,8 +71,8 @@ class _Trainer(Trainer):
         return (loss / count, {}) if return_outputs else loss / count
 
 
-def _split(config: TrainConfig, tokenizer: Any) -> tuple[Rows, Rows]:
-    """Training and held-out rows."""
+def _split(config: TrainConfig) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records."""
     records = read_jsonl(config.data)
     if config.eval_data:
         kept = read_jsonl(config.eval_data)
@@ -85,8 +85,7 @@ def _split(config: TrainConfig, tokenizer: Any) -> tuple[Rows, Rows]:
         records = [r for i, r in enumerate(records) if i not in held]
     if not records:
         raise ConfigError(f"eval_split {config.eval_split} leaves no training data")
-    lengths = config.max_length
-    return encode(records, tokenizer, lengths), encode(kept, tokenizer, lengths)
+    return records, kept
 
 
 def train(config: TrainConfig, *, log: Sequence[Any] = ()) -> Run:
@@ -102,10 +101,12 @@ def train(config: TrainConfig, *, log: Sequence[Any] = ()) -> Run:
     check_name(out.absolute().name)
     if out.exists() and not config.overwrite:
         raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+    records, held = _split(config)
     set_seed(config.seed)
     hf_logging.set_verbosity_error()
     model, tokenizer, model_id = load_base(config.base, config.dtype, config.device)
-    rows, kept = _split(config, tokenizer)
+    rows = encode(records, tokenizer, config.max_length)
+    kept = encode(held, tokenizer, config.max_length)
     # PEFT records what the model says, which is the local folder.
     model.name_or_path = model_id
     norm = {"mode": config.magnorm} | ({"tau": config.tau} if config.magnorm == "bounded" else {})
