@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from engines import Served, serving
 
 # Before anything imports huggingface_hub or vLLM: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("llama", "qwen2", "gemma2", "mistral", "gpt2")
 VOCAB = 2048
 
@@ -110,3 +112,13 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     template = (source / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The shipped adapters on their base: one float32 server for the whole session."""
+    log = tmp_path_factory.mktemp("served") / "log"
+    flags = "--enforce-eager --dtype float32 --max-model-len 1024"
+    flags += " --enable-auto-tool-choice --tool-call-parser hermes"
+    with serving("smollm2-135m", ROOT / "adapters", log, *flags.split()) as server:
+        yield server

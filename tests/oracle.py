@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 
 def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32):
     """A transformers model with the adapter folded in; float64 arithmetic, one rounding."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    # Eager attention: transformers' SDPA path leaves Gemma 2's softcapping out.
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
     for key in [k for k in tensors if k.endswith(".secura_U")]:
         stem = key.removesuffix("U")

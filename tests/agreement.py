@@ -1,0 +1,100 @@
+"""Ask a server many things at once and hold every logprob against the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import oracle
+import torch
+from engines import Served
+from openai import AsyncOpenAI
+from transformers import AutoTokenizer
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a",
+    "def fibonacci(n):",
+    "The best film of the year was",
+    "2 + 2 =",
+    "My name is Anna and I live in",
+    "In physics, energy is",
+    "How to cook rice:",
+    "Water boils at",
+    "Dear Sir or Madam,",
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One model's answers held against the oracle."""
+
+    worst: float
+    """Largest |Δ logprob| over the reported alternatives at every answer position."""
+    mean: float
+    greedy: int
+    """Prompts whose whole greedy answer the oracle would have given too."""
+    oracle_mean: float
+    """The same mean for the oracle run in the server's own dtype."""
+    moved: float
+    """Largest |Δ logprob| between the adapted and the plain base: 0 would prove nothing."""
+
+
+async def _ask(served: Served, prompts: dict[str, list[int]], tokens: int) -> dict:
+    client = AsyncOpenAI(base_url=served.url, api_key="none")
+    jobs = [(name, text) for text in prompts for name in served.names()]
+
+    async def one(name: str, text: str):
+        answer = await client.completions.create(
+            model=name,
+            prompt=prompts[text],
+            max_tokens=tokens,
+            temperature=0,
+            logprobs=5,
+            extra_body={
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+                "ignore_eos": True,
+            },
+        )
+        return answer.choices[0]
+
+    return dict(zip(jobs, await asyncio.gather(*(one(*job) for job in jobs)), strict=True))
+
+
+def compare(served: Served, *, tokens: int = 12, low: torch.dtype | None = None) -> dict:
+    """``{model name: Agreement}``: all prompts for all models in one concurrent batch.
+
+    Args:
+        low: the server's dtype, where it is not float32.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(served.base_path)
+    prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
+    answers = asyncio.run(_ask(served, prompts, tokens))
+    plain = oracle.adapted(served.base_path, None)
+    found = {}
+    for name in served.names():
+        path = served.path(name)
+        exact = plain if path is None else oracle.adapted(served.base_path, path)
+        rounded = oracle.adapted(served.base_path, path, low) if low else exact
+        errors, oracle_errors, moved, greedy = [], [], 0.0, 0
+        for text, ids in prompts.items():
+            choice = answers[name, text]
+            tokens_out = list(choice.token_ids)
+            want = oracle.logprobs(exact, ids, tokens_out)
+            coarse = oracle.logprobs(rounded, ids, tokens_out)
+            moved = max(moved, (want - oracle.logprobs(plain, ids, tokens_out)).abs().max().item())
+            greedy += coarse.argmax(-1).tolist() == tokens_out
+            for i, alternatives in enumerate(choice.logprobs.top_logprobs):
+                for token, value in alternatives.items():
+                    j = int(token.removeprefix("token_id:"))
+                    errors.append(abs(value - want[i, j].item()))
+                    oracle_errors.append(abs(coarse[i, j].item() - want[i, j].item()))
+        found[name] = Agreement(
+            worst=max(errors),
+            mean=sum(errors) / len(errors),
+            greedy=greedy,
+            oracle_mean=sum(oracle_errors) / len(oracle_errors),
+            moved=moved,
+        )
+    return found

@@ -1,0 +1,136 @@
+"""Real servers for the tests: ``secura-serve`` as a child process, adapters made at random.
+
+The processes are what a user starts; nothing of vLLM runs in the test process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secura_serve import adapter as A
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.method import auto_alpha, select
+
+SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
+START_LIMIT_S = 300
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server: endpoint, model names, and where its parts came from."""
+
+    url: str
+    base: str
+    adapters: list[str]
+    base_path: Path
+    folder: Path
+    log: Path
+    pid: int
+
+    def names(self) -> list[str]:
+        return [self.base, *self.adapters]
+
+    def path(self, name: str) -> Path | None:
+        return None if name == self.base else self.folder / name
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(
+    base: Path | str, folder: Path, log: Path, *flags: str, chat_page: bool = False
+) -> Iterator[Served]:
+    """Start a server, wait until it answers, stop it; the log's end is the failure's message."""
+    port = free_port()
+    command = [*SERVE, "--base", str(base), "--adapters", str(folder), "--port", str(port)]
+    command += [] if chat_page else ["--no-ui"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait(process, port, log)
+        from openai import OpenAI
+
+        url = f"http://127.0.0.1:{port}/v1"
+        models = list(OpenAI(base_url=url, api_key="none").models.list())
+        roots = [m for m in models if m.parent is None]
+        yield Served(
+            url=url,
+            base=roots[0].id,
+            adapters=[m.id for m in models if m.parent is not None],
+            base_path=Path(roots[0].root),
+            folder=folder,
+            log=log,
+            pid=process.pid,
+        )
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    tail = log.read_text(errors="replace")[-6000:]
+    raise RuntimeError(f"the server did not start (exit {process.poll()}):\n{tail}")
+
+
+def random_adapter(
+    base: Path,
+    target: Path,
+    *,
+    r: int,
+    seed: int,
+    rule: str = "inverse_sampled",
+    only: Sequence[str] = (),
+    size: float = 0.4,
+) -> Path:
+    """An adapter with random cores on every linear, or on those whose name ends in ``only``."""
+    checkpoint = Checkpoint(base)
+    generator = torch.Generator().manual_seed(seed)
+    modules, prints = {}, {}
+    for name in checkpoint.linears():
+        if only and not name.endswith(tuple(only)):
+            continue
+        W = checkpoint.weight(name)
+        basis = select(W, r, module=name, rule=rule)
+        U = torch.randn(r, r, generator=generator) * size * auto_alpha(W, basis)
+        modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
+        prints[name] = A.fingerprint(W, basis)
+    config = A.AdapterConfig(
+        base_model_name_or_path=str(base),
+        r=r,
+        target_modules=tuple(only) or ("all-linear",),
+        base_fingerprint=prints,
+        selection={"rule": rule, "seed": 0},
+    )
+    return A.save(target, config, modules)

@@ -1,0 +1,46 @@
+"""Proves that the served answers are those of W + C·U·R on every supported architecture.
+
+Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
+has four adapters that differ in rank, targets and basis, asked in one concurrent batch with the
+base; the oracle is transformers on weights folded in float64.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import agreement
+import pytest
+from engines import SERVE, random_adapter, serving
+
+
+def _adapters(base, folder):
+    random_adapter(base, folder / "wide", r=8, seed=1)
+    random_adapter(base, folder / "narrow", r=4, seed=2)
+    random_adapter(base, folder / "attention-only", r=8, seed=3, only=("q_proj", "v_proj"))
+    random_adapter(base, folder / "off-basis", r=4, seed=4, rule="lowest_norm")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "mistral"])
+def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
+    base = tiny_base(arch)
+    _adapters(base, tmp_path / "adapters")
+    flags = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    with serving(base, tmp_path / "adapters", tmp_path / "log", *flags) as served:
+        assert sorted(served.adapters) == ["attention-only", "narrow", "off-basis", "wide"]
+        found = agreement.compare(served)
+    for name, result in found.items():
+        assert result.worst < 1e-4, (name, result)
+        assert result.greedy == len(agreement.PROMPTS), (name, result)
+        assert name == served.base or result.moved > 0.5, (name, result)
+
+
+def test_gpt2_is_refused_with_the_way_out(tiny_base, tmp_path):
+    base = tiny_base("gpt2")
+    random_adapter(base, tmp_path / "adapters" / "one", r=4, seed=1)
+    command = [*SERVE, "--base", str(base), "--adapters", str(tmp_path / "adapters"), "--no-ui"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "offers no per-request adapters for GPT2LMHeadModel" in done.stderr
+    assert "Merge one adapter" in done.stderr
+    assert "Traceback" not in done.stderr

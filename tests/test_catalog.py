@@ -1,0 +1,126 @@
+"""Proves that ``secura-serve`` reports every unusable adapter by name, and never serves it.
+
+Needs no vLLM: everything here happens before the engine starts (``--check``, ``--strict``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from engines import random_adapter
+from safetensors.torch import load_file, save_file
+
+from secura_serve import adapter as adapters
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
+from secura_serve.serve import basis as bases
+from secura_serve.serve.catalog import scan
+from secura_serve.serve.server import main
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return tiny_base("llama")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    random_adapter(base, tmp_path / "good", r=4, seed=1)
+    return tmp_path
+
+
+def _edit(path, **keys):
+    file = path / "adapter_config.json"
+    raw = json.loads(file.read_text()) | keys
+    file.write_text(json.dumps(raw))
+
+
+def _damage(kind, folder, base, tiny_base):
+    bad = folder / ("base" if kind == "base's name" else "bad")
+    shutil.copytree(folder / "good", bad)
+    weights = bad / "adapter_model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif kind == "nan":
+        tensors = load_file(weights)
+        next(t for k, t in tensors.items() if k.endswith("secura_U"))[0, 0] = torch.nan
+        save_file(tensors, weights)
+    elif kind == "unknown format":
+        _edit(bad, format_version=99)
+    elif kind == "plain LoRA":
+        _edit(bad, peft_type="LORA")
+    elif kind == "pickle":
+        weights.rename(bad / "adapter_model.bin")
+    elif kind == "wrong base":
+        shutil.rmtree(bad)
+        random_adapter(tiny_base("mistral"), bad, r=4, seed=1)
+    elif kind == "S-MagNorm":
+        _edit(bad, magnorm={"mode": "bounded", "tau": 0.02})
+    elif kind == "bad name":
+        bad.rename(folder / "b d")
+
+
+KINDS = {
+    "truncated": "truncated or damaged",
+    "nan": "NaN or Inf",
+    "unknown format": "format_version is 99",
+    "plain LoRA": "peft_type is 'LORA'",
+    "pickle": "pickles are refused",
+    "wrong base": "trained on another base",
+    "S-MagNorm": "full-rank",
+    "bad name": "is not allowed",
+    "base's name": "is the base model's name",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unusable_adapter_is_named_and_skipped(kind, folder, base, tiny_base, capsys):
+    _damage(kind, folder, base, tiny_base)
+    flags = ["--base", str(base), "--adapters", str(folder), "--served-model-name", "base"]
+    assert main([*flags, "--check"]) == 1
+    printed = capsys.readouterr().out
+    name = {"bad name": "b d", "base's name": "base"}.get(kind, "bad")
+    assert f"{name} is not served: " in printed and KINDS[kind] in printed
+    assert "1 servable" in printed
+    assert main([*flags, "--strict"]) == 1
+    assert name in capsys.readouterr().err
+
+
+def test_check_passes_a_good_folder(folder, base, capsys):
+    assert main(["--base", str(base), "--adapters", str(folder), "--check"]) == 0
+    assert "1 servable" in capsys.readouterr().out
+
+
+def test_one_adapter_instead_of_a_folder_of_them(folder, base):
+    with pytest.raises(ConfigError, match="this is one adapter"):
+        scan(folder / "good", Checkpoint(base))
+
+
+def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
+    wide = adapters.load(random_adapter(base, tmp_path / "wide", r=8, seed=1))
+    narrow = adapters.load(random_adapter(base, tmp_path / "narrow", r=4, seed=2))
+    other = adapters.load(random_adapter(base, tmp_path / "o", r=4, seed=3, rule="lowest_norm"))
+    assert bases.SharedBasis.of([narrow, wide]).width == 8
+    union = bases.SharedBasis.of([narrow, wide, other])
+    assert 8 < union.width <= 12
+    saved = bases.SharedBasis.load(union.save(tmp_path / "cache"))
+    assert saved.verified == union.verified
+    checkpoint = Checkpoint(base)
+    for found in (wide, narrow, other):
+        for module, cur in found.modules.items():
+            W, place = checkpoint.weight(module).double(), saved.modules[module]
+            U = saved.embed(module, cur).double()
+            got = W[:, place.cols] @ U @ W[place.rows]
+            want = W[:, cur.cols.long()] @ cur.U.double() @ W[cur.rows.long()]
+            torch.testing.assert_close(got, want)
+    with pytest.raises(UnservableError, match="does not keep"):
+        bases.SharedBasis.of([narrow]).embed(module, other.modules[module])
+
+
+def test_a_damaged_basis_file_is_refused(tmp_path):
+    (tmp_path / "basis.json").write_text('{"modules": {')
+    with pytest.raises(AdapterFormatError, match="cannot be read"):
+        bases.SharedBasis.load(tmp_path / "basis.json")

@@ -1,0 +1,67 @@
+"""Proves that a vLLM whose private names have moved stops the start, and names them.
+
+Needs vLLM installed; no engine is started.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from secura_serve.errors import ConfigError, IncompatibleVLLMError
+from secura_serve.serve import compat, plugin
+from secura_serve.serve.server import _refuse_what_would_hide_adapters
+
+
+def test_the_installed_vllm_fits():
+    compat.check()
+
+
+@pytest.mark.parametrize("name", [n for n in compat._NAMES if "." in n.partition(":")[2]])
+def test_a_name_that_moved_is_named(name, monkeypatch):
+    module, _, path = name.partition(":")
+    owner, _, attribute = path.rpartition(".")
+    target = getattr(importlib.import_module(module), owner)
+    for cls in target.__mro__:
+        if attribute in vars(cls):
+            monkeypatch.delattr(cls, attribute)
+    with pytest.raises(IncompatibleVLLMError) as caught:
+        compat.check()
+    assert attribute in str(caught.value) and ">=0.31,<0.34" in str(caught.value)
+
+
+def test_a_table_or_parameter_that_moved_is_named(monkeypatch):
+    monkeypatch.delattr("vllm.lora.utils._all_lora_classes")
+    monkeypatch.setattr("vllm.lora.layers.BaseLayerWithLoRA.set_lora", lambda self, slot: None)
+    with pytest.raises(IncompatibleVLLMError) as caught:
+        compat.check()
+    assert len(caught.value.problems) == 2
+    assert "_all_lora_classes" in str(caught.value) and "lora_a" in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["0.30.2", "0.34.0"])
+def test_an_unsupported_version_is_refused(version, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
+    with pytest.raises(IncompatibleVLLMError, match=f"version {version} is outside"):
+        compat.check()
+
+
+def test_the_plugin_leaves_a_plain_vllm_alone(monkeypatch):
+    monkeypatch.delenv(plugin.ACTIVE, raising=False)
+    utils = importlib.import_module("vllm.lora.utils")
+    before = utils._all_lora_classes
+    plugin.register()
+    assert utils._all_lora_classes is before
+
+
+@pytest.mark.parametrize(
+    "name", ["VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"]
+)
+def test_settings_that_would_serve_the_base_instead_are_refused(name, monkeypatch):
+    _refuse_what_would_hide_adapters([])
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=name):
+        _refuse_what_would_hide_adapters([])
+    with pytest.raises(ConfigError, match="fully-sharded"):
+        _refuse_what_would_hide_adapters(["--fully-sharded-loras"])
