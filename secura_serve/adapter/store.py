@@ -117,12 +117,12 @@ def save(
         new = work / "new"
         new.mkdir()
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
-        # safetensors makes it readable by its owner alone; a server often runs as somebody else.
-        (new / WEIGHTS_NAME).chmod(0o644)
         for name, text in (extra or {}).items():
             (new / name).write_text(text, encoding="utf-8")
         # The config makes a folder an adapter, so it is written last.
         (new / CONFIG_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        # safetensors makes its files private; an adapter is as readable as its config.
+        shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)
         for file in new.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
