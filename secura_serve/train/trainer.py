@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
@@ -49,7 +50,13 @@ def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, st
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, dtype))
+    capped = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=getattr(torch, dtype),
+        # Gemma 2: transformers' faster attention leaves the soft-capping out.
+        attn_implementation="eager" if capped else None,
+    )
     if device == "auto" and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer, base.model_id
