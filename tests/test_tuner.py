@@ -172,6 +172,16 @@ def test_modules_and_bases_are_named_as_in_the_checkpoint() -> None:
     assert "lm_head" not in layers
 
 
+def test_a_loaded_adapter_can_be_trained_on(tmp_path: Path) -> None:
+    tuned(base(), core="ab").save_pretrained(tmp_path / "task")
+    model = PeftModel.from_pretrained(base(), tmp_path / "task", is_trainable=True)
+    model(TOKENS).logits.sum().backward()
+    grads = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert len(grads) == 14 and all(".secura_U." in name for name in grads)
+    frozen = PeftModel.from_pretrained(base(), tmp_path / "task")
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_another_base_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     tuned(base()).save_pretrained(tmp_path / "task")

@@ -70,7 +70,7 @@ RECIPES = {
         "json",
         96,
         5e-3,
-        40,
+        80,
         "Four fixed keys, one order per message, English, first names only. Both data sets are "
         "made from templates: held out are all sentences, names, goods, places and quantities.",
     ),
@@ -79,7 +79,7 @@ RECIPES = {
         "word",
         16,
         5e-3,
-        40,
+        60,
         "English dates with a written month between 1900 and 2099; ten ways of writing. No times, "
         'no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
     ),

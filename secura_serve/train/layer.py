@@ -101,12 +101,14 @@ class SecuraLayer(BaseTunerLayer):
 
         A core that was trained as A·B continues as U: the factors are not in the file.
         """
+        held = (self.secura_U, self.secura_A, self.secura_B)
+        trainable = any(values[name].requires_grad for values in held if name in values)
         self._place(name, cur.basis, 1.0, norm)
         for factors in (self.secura_A, self.secura_B):
             if name in factors:
                 del factors[name]
         U = cur.U.to(self.pristine.device, torch.float32, copy=True)
-        self.secura_U[name] = nn.Parameter(U, requires_grad=False)
+        self.secura_U[name] = nn.Parameter(U, requires_grad=trainable)
 
     def core(self, name: str) -> Tensor:
         """The effective core ``s·U`` or ``s·A·B``, ``(r, r)`` float32; differentiable."""
