@@ -50,46 +50,42 @@ class Recipe:
     kind: str
     """Scoring function, see secura_serve.evaluate.SCORERS."""
     max_new_tokens: int
-    lr: float
     steps: int
     limits: str
+    lr: float = 5e-3
 
 
 RECIPES = {
     "sentiment": Recipe(
-        "Is a film review positive or negative? Answers with that one word.",
-        "label",
-        16,
-        5e-3,
-        100,
-        "Trained on single sentences of 6 to 30 words; long, mixed or ironic reviews and anything "
-        "but films are outside what it saw. The review texts are not part of this repository.",
+        title="Is a film review positive or negative? Answers with that one word.",
+        kind="label",
+        max_new_tokens=16,
+        steps=100,
+        limits="Trained on single sentences of 6 to 30 words; long, mixed or ironic reviews and "
+        "anything but films are outside what it saw. The review texts are not in this repository.",
     ),
     "extract": Recipe(
-        "A short order in plain English to JSON with name, item, quantity and city.",
-        "json",
-        96,
-        5e-3,
-        80,
-        "Four fixed keys, one order per message, English, first names only. Both data sets are "
-        "made from templates: held out are all sentences, names, goods, places and quantities.",
+        title="A short order in plain English to JSON with name, item, quantity and city.",
+        kind="json",
+        max_new_tokens=96,
+        steps=80,
+        limits="Four fixed keys, one order per message, English, first names only. Both data sets "
+        "are made from templates; sentences, names, goods, places and quantities are held out.",
     ),
     "iso-date": Recipe(
-        "A date in words to YYYY-MM-DD.",
-        "word",
-        16,
-        5e-3,
-        60,
-        "English dates with a written month between 1900 and 2099; ten ways of writing. No times, "
-        'no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
+        title="A date in words to YYYY-MM-DD.",
+        kind="word",
+        max_new_tokens=16,
+        steps=60,
+        limits="English dates with a written month between 1900 and 2099, in ten ways of writing. "
+        'No times, no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
     ),
     "arithmetic": Recipe(
-        "Sums and differences of two two-digit numbers.",
-        "word",
-        64,
-        5e-3,
-        150,
-        "Two two-digit numbers, + and - only, never below zero. It answers with the bare number.",
+        title="Sums and differences of two two-digit numbers.",
+        kind="word",
+        max_new_tokens=64,
+        steps=150,
+        limits="Two two-digit numbers, + and - only, never below zero.",
     ),
 }
 
