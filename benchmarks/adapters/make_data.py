@@ -131,10 +131,14 @@ _TRAIN_WORDS = {
         Moscow Mumbai Nairobi Naples Oslo Paris Prague Quito Rome Seoul Sydney"""),
 }
 _TEST_WORDS = {
-    "name": _words("Agnes Boris Clara Daniel Esther Frank Helen Ivan Julia Kevin Laura Martin"),
-    "item": _words("baskets brushes cameras carpets drums flags jars kites magnets ropes tents"),
-    "city": _words("Brussels Calgary Denver Florence Glasgow Houston Munich Porto Tokyo Vienna"),
+    "name": _words("Beatrice Conrad Doris Edwin Fiona Gustav Harriet Isaac Judith Leon Miriam"),
+    "item": _words("buckets cushions drills hoses ladles needles rugs saws toasters wheels"),
+    "city": _words("Antwerp Bergen Cardiff Dresden Granada Krakow Leeds Montreal Osaka Utrecht"),
 }
+_SYLLABLES = _words("""
+    ba bel bren cam dal dor el fen gar gla hal har ish jor kal kin lan lor mar mil nor o pel quin
+    ra ros sal sel tan tor ul vel ver wes win xan yar zel burg dam ford gow holm mouth sels ton
+    vik wick wood""")
 _TRAIN_FORMS = (
     "Hi, this is {name} from {city}. Please send me {quantity} {item}.",
     "{name} would like to order {quantity} {item}, to be delivered to {city}.",
@@ -156,22 +160,34 @@ _TEST_FORMS = (
 )
 
 
-def extract(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """An order in a short message -> JSON with name, item, quantity and city."""
+def _invented(rng: random.Random, key: str) -> str:
+    """A word that nobody knows: without these the model recalls a likely word, and a name that
+    is rare (Brussels) comes back as one that is common (Belgium). It must learn to copy."""
+    word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
+    return word + "s" if key == "item" else word.capitalize()
 
-    def pair(forms: tuple[str, ...], words: dict[str, list[str]], quantities: range) -> Pair:
-        fields: dict[str, str | int] = {key: rng.choice(values) for key, values in words.items()}
-        fields["quantity"] = rng.choice(quantities)
-        message = rng.choice(forms).format(**fields)
+
+def extract(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """An order in a short message -> JSON with name, item, quantity and city.
+
+    In the training data every second word is invented; the held-out words are all real.
+    """
+
+    def pair(train: bool) -> Pair:
+        words = _TRAIN_WORDS if train else _TEST_WORDS
+        fields: dict[str, str | int] = {
+            key: _invented(rng, key) if train and rng.random() < 0.5 else rng.choice(values)
+            for key, values in words.items()
+        }
+        fields["quantity"] = rng.choice(range(2, 60) if train else range(60, 100))
+        message = rng.choice(_TRAIN_FORMS if train else _TEST_FORMS).format(**fields)
         wanted = {key: fields[key] for key in ("name", "item", "quantity", "city")}
         return {
             "prompt": f"Extract name, item, quantity and city as JSON: {message}",
             "completion": json.dumps(wanted),
         }
 
-    train = [pair(_TRAIN_FORMS, _TRAIN_WORDS, range(2, 60)) for _ in range(700)]
-    test = [pair(_TEST_FORMS, _TEST_WORDS, range(60, 100)) for _ in range(TEST)]
-    return train, test
+    return [pair(True) for _ in range(700)], [pair(False) for _ in range(TEST)]
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[list[Pair], list[Pair]]]] = {

@@ -68,7 +68,7 @@ RECIPES = {
         title="A short order in plain English to JSON with name, item, quantity and city.",
         kind="json",
         max_new_tokens=96,
-        steps=80,
+        steps=50,
         limits="Four fixed keys, one order per message, English, first names only. Both data sets "
         "are made from templates; sentences, names, goods, places and quantities are held out.",
     ),
