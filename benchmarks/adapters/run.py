@@ -40,6 +40,7 @@ ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
 FORTUNES = Path("/usr/share/games/fortunes")
 NEUTRAL = ("literature", "wisdom", "science", "work", "education")
 ITEMS = 200
+BASE_ROOM = 48
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,21 @@ def neutral_texts() -> list[str]:
 def evaluate_base(task: str, test: Path) -> dict[str, Any]:
     """Held-out accuracy of the plain base."""
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
-    return _accuracy(model, tokenizer, task, test)
+    # The base talks around its answer, so it gets more room than an adapter that stops by itself.
+    room = max(BASE_ROOM, RECIPES[task].max_new_tokens)
+    return _accuracy(model, tokenizer, task, test, room)
 
 
-def _accuracy(model: Any, tokenizer: Any, task: str, test: Path) -> dict[str, Any]:
+def _accuracy(model: Any, tokenizer: Any, task: str, test: Path, room: int) -> dict[str, Any]:
     recipe = RECIPES[task]
     rows = [json.loads(line) for line in test.read_text().splitlines()][:ITEMS]
-    found = answers(
-        model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=recipe.max_new_tokens
-    )
+    found = answers(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=room)
     wanted = [r["completion"] for r in rows]
     shown = [{"answer": a, "wanted": w} for a, w in zip(found, wanted, strict=True)][:5]
     return {
         "accuracy": score(recipe.kind, found, wanted),
         "items": len(rows),
+        "max_new_tokens": room,
         "answers_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
         "first_answers": shown,
     }
@@ -140,7 +142,8 @@ def evaluate_adapter(folder: Path, task: str, test: Path) -> dict[str, Any]:
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
     tuned = PeftModel.from_pretrained(model, str(folder))
     kept = retention(tuned, tokenizer, neutral_texts())
-    return _accuracy(tuned, tokenizer, task, test) | {"retention": asdict(kept)}
+    room = RECIPES[task].max_new_tokens
+    return _accuracy(tuned, tokenizer, task, test, room) | {"retention": asdict(kept)}
 
 
 def run(task: str, seeds: list[int], work: Path) -> None:
@@ -227,9 +230,10 @@ tags: [secura, cur, peft]
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
 {spread("perplexity_ratio_mean_sd", 3)} |
 
-Shipped is the run with seed 0, not the best one. Base and adapter got the same prompts, greedy
-decoding of at most {recipe.max_new_tokens} tokens and the same lenient scoring (`{recipe.kind}` in
-`secura_serve.evaluate.tasks`). Neutral English: {found["neutral_text"]}, first 64 tokens each.
+Shipped is the run with seed 0, not the best one. Base and adapter got the same prompts and the same
+lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
+{recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
+base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
 Learning rate and length of training were set by hand on seed 0, without a further validation set.
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
