@@ -22,7 +22,12 @@ _EXPORTS: dict[str, str] = {
     "IncompatibleVLLMError": "secura_serve.errors",
     "SecuraError": "secura_serve.errors",
     "UnservableError": "secura_serve.errors",
+    "Adapter": "secura_serve.adapter",
+    "AdapterConfig": "secura_serve.adapter",
+    "CURModule": "secura_serve.adapter",
     "Checkpoint": "secura_serve.checkpoint",
+    "MagNorm": "secura_serve.method",
+    "SecuraConfig": "secura_serve.train",
     "ResolvedBase": "secura_serve.bases",
     "resolve_base": "secura_serve.bases",
 }

@@ -37,7 +37,7 @@ class Agreement:
     oracle_mean: float
     """The same mean for the oracle run in the server's own dtype."""
     moved: float
-    """Largest |Δ logprob| between the adapted and the plain base: 0 would prove nothing."""
+    """|Δ logprob| between the adapted and the plain base, one prompt: 0 would prove nothing."""
 
 
 async def _ask(served: Served, prompts: dict[str, list[int]], tokens: int) -> dict:
@@ -76,14 +76,15 @@ def compare(served: Served, *, tokens: int = 12, low: torch.dtype | None = None)
     for name in served.names():
         path = served.path(name)
         exact = plain if path is None else oracle.adapted(served.base_path, path)
-        rounded = oracle.adapted(served.base_path, path, low) if low else exact
+        rounded = oracle.adapted(served.base_path, path, low) if low else None
         errors, oracle_errors, moved, greedy = [], [], 0.0, 0
         for text, ids in prompts.items():
             choice = answers[name, text]
             tokens_out = list(choice.token_ids)
             want = oracle.logprobs(exact, ids, tokens_out)
-            coarse = oracle.logprobs(rounded, ids, tokens_out)
-            moved = max(moved, (want - oracle.logprobs(plain, ids, tokens_out)).abs().max().item())
+            coarse = oracle.logprobs(rounded, ids, tokens_out) if rounded else want
+            if moved == 0 and path is not None:
+                moved = (want - oracle.logprobs(plain, ids, tokens_out)).abs().max().item()
             greedy += coarse.argmax(-1).tolist() == tokens_out
             for i, alternatives in enumerate(choice.logprobs.top_logprobs):
                 for token, value in alternatives.items():

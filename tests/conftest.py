@@ -9,9 +9,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from engines import Served, serving
+
+if TYPE_CHECKING:
+    from engines import Served
 
 # Before anything imports huggingface_hub or vLLM: both read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,7 +23,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("llama", "qwen2", "gemma2", "mistral", "gpt2")
 VOCAB = 2048
 
@@ -117,6 +119,9 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
 @pytest.fixture(scope="session")
 def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The shipped adapters on their base: one float32 server for the whole session."""
+    from engines import serving
+    from oracle import ROOT
+
     log = tmp_path_factory.mktemp("served") / "log"
     flags = "--enforce-eager --dtype float32 --max-model-len 1024"
     flags += " --enable-auto-tool-choice --tool-call-parser hermes"

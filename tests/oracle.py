@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32):
     """A transformers model with the adapter folded in; float64 arithmetic, one rounding."""

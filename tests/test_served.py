@@ -88,11 +88,11 @@ def test_tool_call_through_an_adapter(served, client):
         "required": ["city"],
         "additionalProperties": False,
     }
-    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    function = {"name": "weather", "parameters": parameters, "strict": True}
     answer = client.chat.completions.create(
         model=served.adapters[0],
         messages=QUESTION,
-        tools=[tool],
+        tools=[{"type": "function", "function": function}],
         tool_choice={"type": "function", "function": {"name": "weather"}},
         max_tokens=60,
         temperature=0,

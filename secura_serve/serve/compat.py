@@ -168,8 +168,8 @@ def _keep_cpu_compilation() -> None:
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def make_arg_parser() -> Any:
-    """vLLM's own ``serve`` parser; its module moved between 0.32 and 0.33."""
+def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:
+    """vLLM's own ``serve`` parser and its check; their module moved between 0.32 and 0.33."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     for module in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args"):

@@ -7,86 +7,45 @@ arguments -> chat page -> vLLM. Everything up to the basis works without vLLM (`
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_serve import __version__
-from secura_serve.adapter import Adapter
-from secura_serve.bases import ALIASES, ResolvedBase, cache_root, resolve_base
+from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import BaseModelError, ConfigError, SecuraError
-from secura_serve.serve import chat_page
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
+from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
+from secura_serve.serve.options import (
+    refuse_what_hides_adapters,
+    secura_parser,
+    vllm_arguments,
+    vllm_help,
+)
 
 __all__ = ["main"]
-
-_DESCRIPTION = """\
-Serve one base model with any number of SECURA adapters, each chosen per request by the
-`model` field of an OpenAI request, through vLLM."""
-
-_EPILOG = f"""\
-Any other flag goes to vLLM (`--port 9000`, `--max-model-len 4096`, `--dtype float32`,
-`--api-key KEY`, `--enable-auto-tool-choice` ...); `secura-serve --help=all` lists them.
-
-examples:
-  secura-serve --base smollm2-135m --adapters ./adapters
-  secura-serve --base llama3-8b --adapters ./adapters --port 9000 --no-ui
-  secura-serve --base ./my-model --adapters ./adapters --check
-
-base aliases: {", ".join(ALIASES)}"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="secura-serve",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--base", default="smollm2-135m", help="alias, hub id or local folder (%(default)s)")
-    add("--adapters", metavar="DIR", help="folder of adapter folders; none: only the base")
-    add("--strict", action="store_true", help="refuse to start if any adapter is not servable")
-    add("--check", action="store_true", help="check the adapters against the base and exit")
-    add("--no-ui", action="store_true", help="no chat page")
-    add("--ui-host", default=None, help="address of the chat page (default: that of the server)")
-    add("--ui-port", type=int, default=7860, help="port of the chat page (%(default)s)")
-    add("--version", action="version", version=f"secura-serve {__version__}")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``secura-serve``. Returns the exit status; errors go to stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if any(a.startswith("--help=") for a in arguments):
-            return _vllm_help(arguments)
-        known, rest = _parser().parse_known_args(arguments)
-        return _run(known, rest)
+        if any(flag.startswith("--help=") for flag in arguments):
+            vllm_help(arguments)
+        return _run(*secura_parser().parse_known_args(arguments))
     except SecuraError as error:
         print(f"secura-serve: {error}", file=sys.stderr)
         return 1
 
 
-def _vllm_help(arguments: list[str]) -> int:
-    from secura_serve.serve import compat
-
-    parser, _ = compat.make_arg_parser()
-    parser.parse_args([a for a in arguments if a.startswith("--help=")])
-    return 0
-
-
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     base = resolve_base(known.base)
     checkpoint = Checkpoint(base.path)
-    names = _served_names(base, known.base, rest)
+    names = known.served_model_name or [_name(base)]
     catalog = scan(known.adapters, checkpoint, taken=names) if known.adapters else Catalog(())
     print(catalog.table() if catalog.entries else _nothing(known.adapters), flush=True)
     if known.check:
@@ -97,26 +56,24 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
             f"served: {', '.join(e.name for e in catalog.refused)}"
         )
-
-    from secura_serve.serve import compat, plugin
-
-    compat.check()
-    if catalog.served:
-        _refuse_what_would_hide_adapters(rest)
-        if not compat.supports_adapters(checkpoint.config.get("architectures") or []):
-            raise BaseModelError(
-                f"{known.base}: vLLM {compat.vllm_version()} offers no per-request adapters for "
-                f"{', '.join(checkpoint.config['architectures'])}. Merge one adapter into the "
-                "base and serve the result, or serve the base without --adapters"
-            )
-        plugin.activate()
-    parser, validate = compat.make_arg_parser()
+    _prepare_vllm(known.base, checkpoint, catalog, rest)
     basis = SharedBasis.of(catalog.served)
-    args = parser.parse_args(_vllm_arguments(base, names, catalog.served, basis, rest))
-    validate(args)
+    args = vllm_arguments(
+        rest,
+        path=base.path,
+        names=names,
+        served=catalog.served,
+        basis=basis,
+        cache=cache_root() / "serve",
+    )
     memory = estimate(checkpoint, basis, slots=args.max_loras, dtype=args.dtype)
-    _set_environment(memory)
-    return _serve(known, args, memory)
+    _serve(known, args, memory)
+    return 0
+
+
+def _name(base: ResolvedBase) -> str:
+    """A folder answers under its last part; an alias and a hub id under what was typed."""
+    return base.path.name if base.model_id == str(base.path) else base.name
 
 
 def _nothing(folder: str | None) -> str:
@@ -124,80 +81,51 @@ def _nothing(folder: str | None) -> str:
     return f"{where}: serving the base alone"
 
 
-def _served_names(base: ResolvedBase, asked: str, rest: list[str]) -> list[str]:
-    """The names under which the base answers: the user's, or the name of --base."""
-    if "--served-model-name" in rest:
-        start = rest.index("--served-model-name") + 1
-        stop = next((i for i in range(start, len(rest)) if rest[i].startswith("-")), len(rest))
-        return rest[start:stop]
-    for flag in rest:
-        if flag.startswith("--served-model-name="):
-            return [flag.partition("=")[2]]
-    return [base.path.name if base.model_id == str(base.path) else asked]
+def _prepare_vllm(asked: str, checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> None:
+    """Check that this vLLM and this base can serve adapters, and switch the plugin on."""
+    # vLLM's own command line sets it too: its workers must not be forked from a used process.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from secura_serve.serve import compat, plugin
+
+    compat.check()
+    if not catalog.served:
+        return
+    refuse_what_hides_adapters(rest)
+    architectures = checkpoint.config.get("architectures") or []
+    if not compat.supports_adapters(architectures):
+        raise BaseModelError(
+            f"{asked}: vLLM {compat.vllm_version()} offers no per-request adapters for "
+            f"{', '.join(architectures)}. Merge one adapter into the base and serve the result, "
+            "or serve the base without --adapters"
+        )
+    plugin.activate()
 
 
-def _refuse_what_would_hide_adapters(rest: Sequence[str]) -> None:
-    """Settings under which vLLM would answer an adapter's request with the base alone."""
-    problems = []
-    if "--fully-sharded-loras" in rest:
-        problems.append("--fully-sharded-loras: an adapter's U is not worth sharding; leave it out")
-    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
-        if os.environ.get(name, "0").lower() in ("1", "true"):
-            problems.append(f"{name} is set; unset it")
-    if problems:
-        raise ConfigError("not allowed, adapters would silently not be applied:", problems)
-
-
-def _vllm_arguments(
-    base: ResolvedBase,
-    names: list[str],
-    served: list[Adapter],
-    basis: SharedBasis,
-    rest: list[str],
-) -> list[str]:
-    """vLLM's command line: ours first, so that the user's flags win."""
-    ours = ["--model", str(base.path), "--host", "127.0.0.1"]
-    if not any(flag.startswith("--served-model-name") for flag in rest):
-        ours += ["--served-model-name", *names]
-    if not served:
-        return [*ours, *rest]
-    targets = sorted({module.rpartition(".")[2] for a in served for module in a.modules})
-    slots = min(max(len(served), 8), 256)
-    extra = {"secura": {"basis": str(basis.save(cache_root() / "serve")), "base": str(base.path)}}
-    ours += ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", "8"]
-    ours += ["--max-cpu-loras", str(max(len(served), slots)), "--lora-target-modules", *targets]
-    ours += ["--additional-config", json.dumps(extra), "--lora-modules"]
-    ours += [
-        json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
-        for a in served
-    ]
-    return [*ours, *rest]
-
-
-def _set_environment(memory: Memory) -> None:
+def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(memory)))
-
-
-def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> int:
-    import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
-
     scheme = "https" if args.ssl_certfile else "http"
-    reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::", None) else args.host
+    reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     endpoint = f"{scheme}://{reachable}:{args.port}"
     print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
     examples = Path(known.adapters) / "examples.json" if known.adapters else None
-    page = chat_page.ChatPage(
+    page = ChatPage(
         endpoint,
-        host=known.ui_host or args.host or "127.0.0.1",
+        host=known.ui_host or args.host,
         port=known.ui_port,
         api_key=args.api_key[0] if args.api_key else None,
         examples=examples if examples and examples.is_file() else None,
         enabled=not known.no_ui,
     )
     with page:
-        uvloop.run(run_server(args))
-    return 0
+        try:
+            uvloop.run(run_server(args))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {args.host}:{args.port} ({error.strerror or error}); "
+                "choose another --port"
+            ) from error

@@ -1,0 +1,145 @@
+"""The command line of ``secura-serve``: our few flags, and every flag of ``vllm serve``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from secura_serve import __version__
+from secura_serve.adapter import Adapter
+from secura_serve.bases import ALIASES
+from secura_serve.errors import ConfigError
+from secura_serve.serve.basis import SharedBasis
+
+__all__ = ["refuse_what_hides_adapters", "secura_parser", "vllm_arguments", "vllm_help"]
+
+# One of vLLM's allowed values; it sizes stock LoRA's buffers, which are never made.
+_STOCK_RANK = 8
+_MAX_DEFAULT_SLOTS = 256
+
+_DESCRIPTION = """\
+Serve one base model with any number of SECURA adapters, each chosen per request by the
+`model` field of an OpenAI request, through vLLM."""
+
+_EPILOG = f"""\
+Any other flag goes to vLLM (`--port 9000`, `--max-model-len 4096`, `--dtype float32`,
+`--api-key KEY`, `--enforce-eager` ...); `secura-serve --help=all` lists them.
+
+examples:
+  secura-serve --base smollm2-135m --adapters ./adapters
+  secura-serve --base llama3-8b --adapters ./adapters --port 9000 --no-ui
+  secura-serve --base ./my-model --adapters ./adapters --check
+
+base aliases: {", ".join(ALIASES)}"""
+
+
+def secura_parser() -> argparse.ArgumentParser:
+    """Our own flags. What it does not know is for vLLM (``parse_known_args``)."""
+    parser = argparse.ArgumentParser(
+        prog="secura-serve",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--base", default="smollm2-135m", help="alias, hub id or local folder (%(default)s)")
+    add("--adapters", metavar="DIR", help="folder of adapter folders; none: only the base")
+    add(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what the base is called in requests (default: the name given to --base)",
+    )
+    add("--strict", action="store_true", help="refuse to start if any adapter is not servable")
+    add("--check", action="store_true", help="check the adapters against the base and exit")
+    add("--no-ui", action="store_true", help="no chat page")
+    add("--ui-host", metavar="HOST", help="address of the chat page (default: the server's)")
+    add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
+    add("--version", action="version", version=f"secura-serve {__version__}")
+    return parser
+
+
+def vllm_help(argv: Sequence[str]) -> None:
+    """Print vLLM's own help for ``--help=all``, ``--help=max-model-len`` and the like; exits."""
+    from secura_serve.serve import compat
+
+    parser, _ = compat.make_arg_parser()
+    parser.parse_args([flag for flag in argv if flag.startswith("--help=")])
+
+
+def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
+    """Raise ConfigError for settings under which vLLM would answer an adapter's request with
+    the base alone, or would not know our adapters."""
+    flags = {flag.partition("=")[0].replace("_", "-") for flag in rest}
+    problems = []
+    if "--fully-sharded-loras" in flags:
+        problems.append("--fully-sharded-loras: an adapter's U is not worth sharding; leave it out")
+    if "--lora-modules" in flags:
+        problems.append("--lora-modules: put the adapter's folder into --adapters instead")
+    for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
+        if os.environ.get(name, "0").lower() in ("1", "true"):
+            problems.append(f"{name} is set in the environment; unset it")
+    if problems:
+        raise ConfigError("not allowed, adapters would silently not be applied:", problems)
+
+
+def vllm_arguments(
+    rest: Sequence[str],
+    *,
+    path: Path,
+    names: Sequence[str],
+    served: Sequence[Adapter],
+    basis: SharedBasis,
+    cache: Path,
+) -> Any:
+    """Parse vLLM's flags; what the user did not give is taken from what is to be served.
+
+    Args:
+        rest: the flags that are not ours; they win over our defaults.
+        path: the base's folder.
+        names: what the base is called in requests.
+        served: the adapters, registered from the start.
+        basis: their union, handed to the workers as a file under ``cache``.
+
+    Returns:
+        vLLM's ``serve`` namespace, validated by vLLM.
+
+    Raises:
+        ConfigError: a flag that contradicts ours.
+    """
+    from secura_serve.serve import compat
+
+    parser, validate = compat.make_arg_parser()
+    parser.set_defaults(host="127.0.0.1", served_model_name=list(names), model=str(path))
+    arguments = list(rest)
+    if served:
+        slots = min(max(len(served), 8), _MAX_DEFAULT_SLOTS)
+        targets = sorted({module.rpartition(".")[2] for a in served for module in a.modules})
+        parser.set_defaults(
+            enable_lora=True,
+            max_loras=slots,
+            max_lora_rank=_STOCK_RANK,
+            lora_target_modules=targets,
+        )
+        arguments += ["--lora-modules"]
+        arguments += [
+            json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
+            for a in served
+        ]
+    args = parser.parse_args(arguments)
+    if args.model_tag is not None or args.model != str(path):
+        raise ConfigError(
+            f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
+        )
+    if served:
+        if args.max_cpu_loras is None:
+            args.max_cpu_loras = max(len(served), args.max_loras)
+        ours = {"basis": str(basis.save(cache)), "base": str(path)}
+        args.additional_config = {**(args.additional_config or {}), "secura": ours}
+    validate(args)
+    return args
