@@ -71,7 +71,8 @@ RECIPES = {
         max_new_tokens=96,
         steps=50,
         limits="Four fixed keys, one order per message, English, first names only. Both data sets "
-        "are made from templates; sentences, names, goods, places and quantities are held out.",
+        "are made from templates; sentences, names, goods, places and quantities are held out. About "
+        "one answer in ten misspells a rare word: Zurich came back as Zuraco.",
     ),
     "iso-date": Recipe(
         title="A date in words to YYYY-MM-DD.",
@@ -79,7 +80,8 @@ RECIPES = {
         max_new_tokens=16,
         steps=60,
         limits="English dates with a written month between 1900 and 2099, in ten ways of writing. "
-        'No times, no relative dates ("next Friday"), no numeric dates such as 3/4/2021.',
+        'No times, no relative dates ("next Friday"), no numeric dates such as 3/4/2021. '
+        "What it gets wrong is mostly the day: 2 becomes 22, 30 becomes 03.",
     ),
 }
 
