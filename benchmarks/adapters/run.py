@@ -71,8 +71,8 @@ RECIPES = {
         max_new_tokens=96,
         steps=50,
         limits="Four fixed keys, one order per message, English, first names only. Both data sets "
-        "are made from templates; sentences, names, goods, places and quantities are held out. About "
-        "one answer in ten misspells a rare word: Zurich came back as Zuraco.",
+        "are made from templates; sentences, names, goods, places and quantities are held out. "
+        "About one answer in ten misspells a rare word: Zurich came back as Zuraco.",
     ),
     "iso-date": Recipe(
         title="A date in words to YYYY-MM-DD.",
