@@ -7,6 +7,7 @@ trusts nothing: safetensors only, every key, shape, dtype and value checked, all
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -133,9 +134,11 @@ def save(
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """Put ``new`` in ``target``'s place; a failure puts the old folder back."""
+    """Put ``new`` in ``target``'s place; a failure leaves the old folder there."""
     if not target.exists():
         new.rename(target)
+        return
+    if _exchange(new, target):
         return
     target.rename(old)
     try:
@@ -143,6 +146,16 @@ def _swap(new: Path, target: Path, old: Path) -> None:
     except OSError:
         old.rename(target)
         raise
+
+
+def _exchange(new: Path, target: Path) -> bool:
+    """Swap two folders in one step (Linux renameat2), so that a kill never finds neither."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_fdcwd, rename_exchange = -100, 2
+    paths = os.fsencode(new), os.fsencode(target)
+    return bool(
+        renameat2 and renameat2(at_fdcwd, paths[0], at_fdcwd, paths[1], rename_exchange) == 0
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
