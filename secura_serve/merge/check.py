@@ -13,11 +13,11 @@ from secura_serve.merge.pipe import as_bytes, opened
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.transfer import is_decoded, outgoing
 
-__all__ = ["check"]
+__all__ = ["check_merge"]
 
 
-def check(plan: MergePlan) -> int:
-    """Compare ``plan.out`` with what :func:`write` would write; returns the tensors compared.
+def check_merge(plan: MergePlan) -> int:
+    """Compare ``plan.out`` with what :func:`write_merge` would write; returns the tensors compared.
 
     Raises:
         MergeError: with every tensor and file that differs.

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
                 work.mkdir()
                 yield work
                 _sync(work)
-                if replace:
-                    out.rename(holder / "old")
-                work.rename(out)
-                _sync(out.parent)
+                _place(work, out, holder / "old" if replace else None)
+                # It is there and whole; only its name might not outlive a power cut.
+                with suppress(OSError):
+                    _sync(out.parent)
             finally:
                 shutil.rmtree(holder, ignore_errors=True)
                 lock.unlink(missing_ok=True)
@@ -59,6 +59,19 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             f"{out} was not written ({error}); nothing was left behind. Check the free space and "
             "the health of the disks, then run it again"
         ) from error
+
+
+def _place(work: Path, out: Path, aside: Path | None) -> None:
+    """Give ``work`` its name; what has it goes ``aside``, and comes back if that fails."""
+    if aside is None:
+        work.rename(out)
+        return
+    out.rename(aside)
+    try:
+        work.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -93,10 +93,10 @@ def _run(args: argparse.Namespace) -> str:
     # torch takes seconds to import: --help and typing errors must not wait.
     if args.to_base:
         from secura_serve.bases import resolve_base
-        from secura_serve.merge.restore import restore
+        from secura_serve.merge.restore import restore_base
 
         base = resolve_base(args.to_base).path
-        count = restore(base, Path(os.path.abspath(args.out)))
+        count = restore_base(base, Path(os.path.abspath(args.out)))
         return f"{args.out}: {count} tensors restored, bit for bit"
     from secura_serve.merge.plan import DTYPES, plan_merge, room_for
     from secura_serve.merge.source import open_source
@@ -112,12 +112,12 @@ def _run(args: argparse.Namespace) -> str:
     if args.dry_run:
         return plan.summary()
     if args.check:
-        from secura_serve.merge.check import check
+        from secura_serve.merge.check import check_merge
 
-        return f"{args.out}: {check(plan)} tensors are what this merge writes"
-    from secura_serve.merge.write import write
+        return f"{args.out}: {check_merge(plan)} tensors are what this merge writes"
+    from secura_serve.merge.write import write_merge
 
-    changes = write(plan)["modules"].values()
+    changes = write_merge(plan)["modules"].values()
     lost = max(change["lost"] for change in changes)
     relative = max(change["relative"] for change in changes)
     return (

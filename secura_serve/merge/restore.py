@@ -14,10 +14,10 @@ from secura_serve.merge.pipe import Writes, digest, opened, read_tensor
 from secura_serve.merge.plan import INDEX, extra_files, room_for
 from secura_serve.merge.transfer import CopyRun, runs
 
-__all__ = ["restore"]
+__all__ = ["restore_base"]
 
 
-def restore(base: Path, out: Path) -> int:
+def restore_base(base: Path, out: Path) -> int:
     """Put the base's tensors back into the merge ``out``, bit for bit; returns how many.
 
     ``base`` is first shown to be the base that the manifest names, by full digests. The folder is

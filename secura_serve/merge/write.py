@@ -12,10 +12,10 @@ from secura_serve.merge.plan import INDEX, MergePlan
 from secura_serve.merge.stream import Change
 from secura_serve.merge.transfer import write_shards
 
-__all__ = ["write"]
+__all__ = ["write_merge"]
 
 
-def write(plan: MergePlan) -> dict[str, Any]:
+def write_merge(plan: MergePlan) -> dict[str, Any]:
     """Make the checkpoint that ``plan`` describes; returns its manifest.
 
     The folder appears whole or not at all, and until the last file is on the disk not even the
