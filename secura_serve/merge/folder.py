@@ -35,22 +35,9 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         # The kernel drops this lock when its holder dies, so a killed merge blocks nobody.
         lock = out.parent / f".{out.name}.lock"
         with FileLock(lock, timeout=0):
-            for stale in out.parent.glob(f".{out.name}.*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
-            holder = Path(
-                tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent)
-            )
             try:
-                work = holder / "new"
-                work.mkdir()
-                yield work
-                _sync(work)
-                _place(work, out, holder / "old" if replace else None)
-                # It is there and whole; only its name might not outlive a power cut.
-                with suppress(OSError):
-                    _sync(out.parent)
+                yield from _filled(out, replace)
             finally:
-                shutil.rmtree(holder, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except Timeout as error:
         raise MergeError(f"another merge is writing to {out}: wait for it") from error
@@ -59,6 +46,23 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             f"{out} was not written ({error}); nothing was left behind. Check the free space and "
             "the health of the disks, then run it again"
         ) from error
+
+
+def _filled(out: Path, replace: bool) -> Iterator[Path]:
+    for stale in out.parent.glob(f".{out.name}.*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        work = holder / "new"
+        work.mkdir()
+        yield work
+        _sync(work)
+        _place(work, out, holder / "old" if replace else None)
+        # It is there and whole; only its name might not outlive a power cut.
+        with suppress(OSError):
+            _sync(out.parent)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _place(work: Path, out: Path, aside: Path | None) -> None:
