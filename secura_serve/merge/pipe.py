@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from secura_serve.merge.index import Stored
+from secura_serve.merge.stream import buffer
 
 __all__ = ["Writes", "ahead", "as_bytes", "copy_range", "digest", "opened", "read_tensor"]
 
@@ -30,17 +30,16 @@ def read_tensor(fd: int, stored: Stored) -> Tensor:
     Raises:
         OSError: the file ends early.
     """
-    # NumPy asks the kernel for huge pages, without which a fresh buffer costs more in page faults
-    # than in reading; and a buffer, unlike a mapping, does not add to the resident file pages.
-    raw = np.empty(stored.nbytes, np.uint8)
-    view, at = raw.data, 0
+    # Not a mapping of the file: its pages would count as resident memory.
+    raw = buffer(stored.nbytes)
+    view, at = raw.numpy().data, 0
     while at < len(view):
         got = os.preadv(fd, [view[at : at + 2**30]], stored.begin + at)
         if not got:
             raise OSError(f"{stored.name}: the file ends early")
         at += got
     assert stored.dtype is not None
-    return torch.from_numpy(raw).view(stored.dtype).view(stored.shape)
+    return raw.view(stored.dtype).view(stored.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

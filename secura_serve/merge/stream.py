@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,17 @@ from secura_serve.adapter import fingerprint
 from secura_serve.errors import MergeError
 from secura_serve.method import Basis, MagNorm, apply, gather
 
-__all__ = ["Change", "Doubts", "FoldPlan", "Part", "Target", "factors", "fold", "fold_stream"]
+__all__ = [
+    "Change",
+    "Doubts",
+    "FoldPlan",
+    "Part",
+    "Target",
+    "buffer",
+    "factors",
+    "fold",
+    "fold_stream",
+]
 
 # Elements per block of rows: its float32 temporaries stay in a core's L2 cache.
 _BLOCK = 2**18
@@ -71,41 +82,50 @@ class Change:
     """Share of the update lost to rounding: ‖W' − W'₃₂‖ / ‖W'₃₂ − W‖, W'₃₂ before rounding."""
 
 
-@dataclass
-class _Tally:
-    """Sums over the blocks of one weight."""
+def _weigh(W: Tensor, new: Tensor, written: Tensor) -> tuple[float, float, float, float, float]:
+    """‖W‖², ‖W'−W‖², ‖W'₃₂−W‖², ‖W'−W'₃₂‖² and max |W'−W|/|W| of one block; overwrites ``new``.
 
-    W: float = 0.0
-    change: float = 0.0
-    update: float = 0.0
-    lost: float = 0.0
-    largest: float = 0.0
+    W and new = W'₃₂ are of the computing dtype, written = W' of the output's.
+    """
+    base = _square(W)
+    if written.dtype == new.dtype:
+        change, lost = new.sub_(W), 0.0
+        update = moved = _square(change)
+    else:
+        change = written.to(new.dtype)
+        update = _square(new - W)
+        lost = _square(new.sub_(change))
+        moved = _square(change.sub_(W))
+    low, high = torch.aminmax(change.div_(W))
+    top = max(-float(low), float(high))
+    if not math.isfinite(top):  # 0/0 or x/0 where W is 0
+        ratio = change[W != 0].abs()
+        top = float(ratio.max()) if ratio.numel() else 0.0
+    return base, moved, update, lost, top
 
-    def add(self, W: Tensor, new: Tensor, written: Tensor) -> None:
-        """All of the same shape; W and new in the computing dtype."""
-        self.W += _square(W)
-        if written.dtype == new.dtype:
-            change = new - W
-            self.update += (moved := _square(change))
-        else:
-            back = written.to(new.dtype)
-            self.update += _square(new - W)
-            self.lost += _square(new.sub_(back))
-            moved = _square(change := back.sub_(W))
-        self.change += moved
-        low, high = torch.aminmax(change.div_(W))
-        top = max(-float(low), float(high))
-        if not math.isfinite(top):  # 0/0 or x/0 where W is 0
-            ratio = change[W != 0].abs()
-            top = float(ratio.max()) if ratio.numel() else 0.0
-        self.largest = max(self.largest, top)
 
-    def result(self) -> Change:
-        return Change(
-            relative=math.sqrt(self.change / self.W) if self.W else 0.0,
-            largest=self.largest,
-            lost=math.sqrt(self.lost / self.update) if self.update else 0.0,
-        )
+def _change(blocks: Iterable[tuple[float, float, float, float, float]]) -> Change:
+    base, moved, update, lost, top = zip(*blocks, strict=True)
+    return Change(
+        relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
+        largest=max(top),
+        lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
+    )
+
+
+def buffer(nbytes: int) -> Tensor:
+    """Uninitialised bytes on the CPU, ``(nbytes,)`` uint8.
+
+    NumPy asks the kernel for huge pages, without which the page faults of a fresh buffer cost
+    more than what is done with it.
+    """
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
+
+
+def _like(W: Tensor, dtype: torch.dtype) -> Tensor:
+    if W.device.type != "cpu":
+        return torch.empty(W.shape, dtype=dtype, device=W.device)
+    return buffer(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
 
 
 def _square(values: Tensor) -> float:
@@ -125,7 +145,12 @@ def factors(W: Tensor, parts: Iterable[Part], wide: torch.dtype) -> tuple[Tensor
 
 @torch.no_grad()
 def fold(
-    W: Tensor, target: Target, norm: MagNorm, dtype: torch.dtype, *, measure: bool = True
+    W: Tensor,
+    target: Target,
+    norm: MagNorm,
+    dtype: torch.dtype,
+    *,
+    measure: bool = True,
 ) -> tuple[Tensor, Change | None]:
     """W' of one weight, rounded once to ``dtype``.
 
@@ -142,20 +167,22 @@ def fold(
     Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
-    result = torch.empty(W.shape, dtype=dtype, device=W.device)
+    result = _like(W, dtype)
     rows, new = (W.T, result.T) if target.transposed else (W, result)
     L, R = factors(rows, target.parts, wide)
     peak = target.parts[0].rho_max
-    tally = _Tally()
     step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
+
+    def one(start: int) -> tuple[float, float, float, float, float] | None:
         block = slice(start, start + step)
         old = rows[block].to(wide)
         made = apply(old, L[block] @ R, norm, peak=peak)
         new[block].copy_(made)
-        if measure:
-            tally.add(old, made, new[block])
-    return result, tally.result() if measure else None
+        return _weigh(old, made, new[block]) if measure else None
+
+    starts = range(0, rows.shape[0], step)
+    found = list(map(one, starts))
+    return result, _change(block for block in found if block) if measure else None
 
 
 @dataclass
@@ -224,7 +251,8 @@ def fold_stream(
         if doubts.problems:
             continue
         dtype = plan.dtype or tensor.dtype
-        new, change = fold(tensor, target, plan.norm, dtype, measure=observe is not None)
+        measure = observe is not None
+        new, change = fold(tensor, target, plan.norm, dtype, measure=measure)
         if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
             doubts.problems.append(f"{target.module}: NaN or Inf in the base, or beyond {dtype}")
             continue
