@@ -17,21 +17,51 @@ from torch import Tensor
 from secura_serve.merge.index import Stored
 from secura_serve.merge.stream import buffer
 
-__all__ = ["Writes", "ahead", "as_bytes", "copy_range", "digest", "opened", "read_tensor"]
+__all__ = [
+    "BEHIND",
+    "Ring",
+    "Writes",
+    "ahead",
+    "as_bytes",
+    "copy_range",
+    "digest",
+    "opened",
+    "read_tensor",
+]
 
 T = TypeVar("T")
-_CHUNK = 8 * 2**20
-_BEHIND = 2
+# Larger writes are several times slower on ext4, which then looks for larger stretches of memory.
+_CHUNK = 2**20
+BEHIND = 2
 
 
-def read_tensor(fd: int, stored: Stored) -> Tensor:
+class Ring:
+    """``count`` buffers in turn, each as large as the largest that was asked for.
+
+    Fresh memory for every tensor would cost as much time as reading it: the kernel clears the
+    pages, and giving them back stops all threads for a moment.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [buffer(0) for _ in range(count)]
+        self._turn = 0
+
+    def __call__(self, nbytes: int) -> Tensor:
+        """``(nbytes,)`` uint8, valid until the ``count``-th call from here."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        if len(self._buffers[self._turn]) < nbytes:
+            self._buffers[self._turn] = buffer(nbytes)
+        return self._buffers[self._turn][:nbytes]
+
+
+def read_tensor(fd: int, stored: Stored, allocate: Callable[[int], Tensor] = buffer) -> Tensor:
     """One plain-float tensor from its file, whole.
 
     Raises:
         OSError: the file ends early.
     """
     # Not a mapping of the file: its pages would count as resident memory.
-    raw = buffer(stored.nbytes)
+    raw = allocate(stored.nbytes)
     view, at = raw.numpy().data, 0
     while at < len(view):
         got = os.preadv(fd, [view[at : at + 2**30]], stored.begin + at)
@@ -98,7 +128,7 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
 
 
 class Writes:
-    """Writes in order in a thread, at most ``_BEHIND`` waiting; fsyncs in a second one."""
+    """Writes in order in a thread, at most ``BEHIND`` waiting; fsyncs in a second one."""
 
     def __init__(self, progress: Callable[[int], object]) -> None:
         self._progress = progress
@@ -107,7 +137,7 @@ class Writes:
         self._synced: list[Future[None]] = []
 
     def _submit(self, job: Callable[..., None], *args: Any) -> None:
-        while len(self._waiting) >= _BEHIND:
+        while len(self._waiting) >= BEHIND:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(job, *args))
 

@@ -122,10 +122,10 @@ def buffer(nbytes: int) -> Tensor:
     return torch.from_numpy(np.empty(nbytes, np.uint8))
 
 
-def _like(W: Tensor, dtype: torch.dtype) -> Tensor:
+def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> Tensor:
     if W.device.type != "cpu":
         return torch.empty(W.shape, dtype=dtype, device=W.device)
-    return buffer(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
+    return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
 
 
 def _square(values: Tensor) -> float:
@@ -151,6 +151,7 @@ def fold(
     dtype: torch.dtype,
     *,
     measure: bool = True,
+    allocate: Callable[[int], Tensor] = buffer,
 ) -> tuple[Tensor, Change | None]:
     """W' of one weight, rounded once to ``dtype``.
 
@@ -160,6 +161,7 @@ def fold(
     Args:
         W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
         measure: also say what changed; costs about as much as the fold itself.
+        allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
 
     Returns:
         W' in W's orientation, contiguous, and its :class:`Change`.
@@ -167,7 +169,7 @@ def fold(
     Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
-    result = _like(W, dtype)
+    result = _like(W, dtype, allocate)
     rows, new = (W.T, result.T) if target.transposed else (W, result)
     L, R = factors(rows, target.parts, wide)
     peak = target.parts[0].rho_max
@@ -224,6 +226,7 @@ def fold_stream(
     tensors: Iterable[tuple[str, Tensor]],
     plan: FoldPlan,
     observe: Callable[[str, Change], None] | None = None,
+    allocate: Callable[[int], Tensor] = buffer,
 ) -> Iterator[tuple[str, Tensor]]:
     """Fold ``plan`` into a stream of a base's tensors; one out for each one in, in order.
 
@@ -234,6 +237,7 @@ def fold_stream(
     Args:
         tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
         observe: called with (module, :class:`Change`); without it nothing is measured.
+        allocate: see :func:`fold`; a consumer that is done with a tensor can have it reused.
 
     Raises:
         MergeError: another base, NaN or Inf in W or W', or a target that never came.
@@ -252,7 +256,7 @@ def fold_stream(
             continue
         dtype = plan.dtype or tensor.dtype
         measure = observe is not None
-        new, change = fold(tensor, target, plan.norm, dtype, measure=measure)
+        new, change = fold(tensor, target, plan.norm, dtype, measure=measure, allocate=allocate)
         if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
             doubts.problems.append(f"{target.module}: NaN or Inf in the base, or beyond {dtype}")
             continue
