@@ -135,6 +135,13 @@ class Writes:
         self._pool, self._syncs = ThreadPoolExecutor(1, "write"), ThreadPoolExecutor(1, "sync")
         self._waiting: deque[Future[None]] = deque()
         self._synced: list[Future[None]] = []
+        self._open: set[int] = set()
+
+    def open(self, path: Path, *, new: bool = False) -> int:
+        """A descriptor that is closed by :meth:`finish` or :meth:`stop`."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL if new else os.O_RDONLY, 0o666)
+        self._open.add(fd)
+        return fd
 
     def _submit(self, job: Callable[..., None], *args: Any) -> None:
         while len(self._waiting) >= BEHIND:
@@ -151,7 +158,7 @@ class Writes:
         """The first of ``fds`` is complete: fsync it; then close all."""
         while self._waiting:
             self._waiting.popleft().result()
-        self._synced.append(self._syncs.submit(_finish, *fds))
+        self._synced.append(self._syncs.submit(self._finish, *fds))
 
     def close(self) -> None:
         """Wait for everything; raises what a thread raised."""
@@ -161,6 +168,8 @@ class Writes:
     def stop(self) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._syncs.shutdown()
+        for fd in self._open:
+            os.close(fd)
 
     def _put(self, fd: int, at: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -173,8 +182,8 @@ class Writes:
         for done in copy_range(source, begin, fd, at, count):
             self._progress(done)
 
-
-def _finish(*fds: int) -> None:
-    os.fsync(fds[0])
-    for fd in fds:
-        os.close(fd)
+    def _finish(self, *fds: int) -> None:
+        os.fsync(fds[0])
+        for fd in fds:
+            self._open.remove(fd)
+            os.close(fd)

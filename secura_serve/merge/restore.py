@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from secura_serve.checkpoint import Checkpoint
@@ -50,8 +49,8 @@ def restore_base(base: Path, out: Path) -> int:
         writes = Writes(bar.update)
         try:
             for shard in shards:
-                fd = os.open(work / shard.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-                kept = os.open(out / shard.name, os.O_RDONLY)
+                fd = writes.open(work / shard.name, new=True)
+                kept = writes.open(out / shard.name)
                 opened_here = [fd, kept]
                 writes.put(fd, 0, shard.head)
                 for run in runs(shard, shard, lambda stored: stored.name in touched):
@@ -59,7 +58,7 @@ def restore_base(base: Path, out: Path) -> int:
                         writes.copy(kept, run.begin, fd, run.at, run.size)
                         continue
                     file, entry = where[run.stored.name]
-                    opened_here.append(source := os.open(file, os.O_RDONLY))
+                    opened_here.append(source := writes.open(file))
                     writes.copy(source, entry.begin, fd, run.placed.begin, entry.nbytes)
                 writes.finish(*opened_here)
             writes.close()

@@ -5,7 +5,6 @@ Three things overlap: reading (and hashing) the next tensor, folding this one, w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -123,8 +122,8 @@ def write_shards(
     tensors = outgoing(plan, digests, observe)
     try:
         for old, new in plan.shards:
-            source = os.open(plan.source.checkpoint.path / old.name, os.O_RDONLY)
-            fd = os.open(work / new.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            source = writes.open(plan.source.checkpoint.path / old.name)
+            fd = writes.open(work / new.name, new=True)
             writes.put(fd, 0, new.head)
             for run in runs(old, new, decoded):
                 if isinstance(run, CopyRun):
