@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench lock clean
+.PHONY: help setup demo test test-slow lint bench bench-merge lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -45,6 +45,9 @@ bench: ## list the benchmarks and how to run one
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "no benchmarks here yet"; exit 0; }; \
 	for f in benchmarks/[!_]*.py; do \
 	  printf '  $(PY) %-36s %s\n' "$$f" "$$(sed -n '1s/^"""//p' "$$f" | sed 's/"""$$//')"; done
+
+bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4"
+	$(PY) -P benchmarks/merge.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new

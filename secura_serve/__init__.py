@@ -20,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "ConfigError": "secura_serve.errors",
     "DataError": "secura_serve.errors",
     "IncompatibleVLLMError": "secura_serve.errors",
+    "MergeError": "secura_serve.errors",
     "SecuraError": "secura_serve.errors",
     "UnservableError": "secura_serve.errors",
     "Adapter": "secura_serve.adapter",

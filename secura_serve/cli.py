@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["serve", "train"]
+__all__ = ["merge", "serve", "train"]
+
+
+def merge() -> None:
+    """``secura-merge``."""
+    from secura_serve.merge.main import main
+
+    sys.exit(main())
 
 
 def serve() -> None:

@@ -8,6 +8,7 @@
     │   ├── AdapterFormatError    not a well-formed adapter (truncated, NaN, unknown format, pickle)
     │   ├── BaseMismatchError     well-formed, but trained on another base
     │   └── UnservableError       sound, but not in the way that was asked for
+    ├── MergeError                a merge that cannot be planned, finished or confirmed
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "IncompatibleVLLMError",
+    "MergeError",
     "SecuraError",
     "UnservableError",
 ]
@@ -67,6 +69,10 @@ class BaseMismatchError(AdapterError, ValueError):
 
 class UnservableError(AdapterError):
     """The adapter is sound but cannot be used in the way that was asked for."""
+
+
+class MergeError(SecuraError):
+    """A merge that cannot be planned, finished or confirmed; nothing was left behind."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

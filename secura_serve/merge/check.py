@@ -1,0 +1,77 @@
+"""Comparing a merge with what the same command would write, without writing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from secura_serve.errors import MergeError
+from secura_serve.merge.folder import progress
+from secura_serve.merge.index import Stored, read_shard
+from secura_serve.merge.pipe import as_bytes, opened
+from secura_serve.merge.plan import MergePlan
+from secura_serve.merge.transfer import is_decoded, outgoing
+
+__all__ = ["check_merge"]
+
+
+def check_merge(plan: MergePlan) -> int:
+    """Compare ``plan.out`` with what :func:`write_merge` would write; returns the tensors compared.
+
+    Raises:
+        MergeError: with every tensor and file that differs.
+    """
+    problems: list[str] = []
+    tensors = outgoing(plan, {}, None)
+    base, decoded = plan.source.checkpoint.path, is_decoded(plan)
+    with progress(plan.nbytes, f"checking {plan.out.name}") as bar:
+        for old, new in plan.shards:
+            try:
+                found = read_shard(plan.out / new.name).tensors
+            except (OSError, ValueError) as error:
+                raise MergeError(f"{plan.out / new.name} cannot be read: {error}") from error
+            if found != new.tensors:
+                problems.append(f"{new.name}: other tensors, shapes or dtypes")
+                for _ in filter(decoded, old.tensors):
+                    next(tensors)
+                continue
+            with opened(base / old.name) as left, opened(plan.out / new.name) as right:
+                for stored, placed in zip(old.tensors, new.tensors, strict=True):
+                    if decoded(stored):
+                        same = _equal(as_bytes(next(tensors)), right, placed)
+                    else:
+                        same = all(
+                            _equal(
+                                memoryview(os.pread(left, size, stored.begin + at)),
+                                right,
+                                placed,
+                                at,
+                            )
+                            for at, size in _steps(stored.nbytes)
+                        )
+                    if not same:
+                        problems.append(f"{stored.name}: other values")
+                    bar.update(placed.nbytes)
+    for name in plan.extras:
+        if name != "config.json" and not _same_file(base / name, plan.out / name):
+            problems.append(f"{name}: differs from the base's")
+    if problems:
+        raise MergeError(f"{plan.out} is not what this merge would write:", problems)
+    return sum(len(new.tensors) for _, new in plan.shards)
+
+
+def _steps(nbytes: int, size: int = 8 * 2**20) -> Iterator[tuple[int, int]]:
+    return ((at, min(size, nbytes - at)) for at in range(0, nbytes, size))
+
+
+def _equal(data: memoryview, fd: int, placed: Stored, at: int = 0) -> bool:
+    """Whether the file holds ``data`` at ``at`` within a tensor."""
+    return all(
+        data[step : step + size] == os.pread(fd, size, placed.begin + at + step)
+        for step, size in _steps(len(data))
+    )
+
+
+def _same_file(left: Path, right: Path) -> bool:
+    return right.is_file() and left.read_bytes() == right.read_bytes()

@@ -1,0 +1,140 @@
+"""``secura-merge``: parse -> plan -> one call."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from secura_serve.errors import ConfigError, SecuraError
+
+__all__ = ["main", "parser"]
+
+_EXAMPLES = """examples:
+  secura-merge --base smollm2-135m --adapter adapters/sentiment --out merged
+  secura-merge --base llama3-8b --adapter a*0.5 --adapter b --out mixed --dry-run
+  secura-merge --base llama3-8b --adapter a --out merged --check
+  secura-merge --to-base path/to/base --out merged
+  secura-merge --to-lora --base llama3-8b --adapter a --out a-lora
+  secura-merge --to-lora --base llama3-8b --adapter bounded --approximate --rank 64 --out b-lora
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``secura-merge``."""
+    made = argparse.ArgumentParser(
+        prog="secura-merge",
+        description="Fold CUR adapters into a checkpoint that loads like its base.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--base", help="base model: an alias, a hub id or a local folder")
+    add(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR[*WEIGHT]",
+        help="adapter folder, may be repeated: one weighted sum, S-MagNorm on the total",
+    )
+    add("--out", required=True, help="folder to write; it appears whole or not at all")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="dtype of the output; auto keeps the base's (--to-lora: float32) (default: auto)",
+    )
+    task = made.add_mutually_exclusive_group()
+    add = task.add_argument
+    add("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    add("--check", action="store_true", help="compare --out with what would be written")
+    add(
+        "--to-base",
+        metavar="BASE",
+        help="verify that BASE is the base of the merge in --out, and put its tensors back there",
+    )
+    add(
+        "--to-lora",
+        action="store_true",
+        help="write a plain LoRA folder instead: exact for S-MagNorm none",
+    )
+    made.add_argument(
+        "--approximate",
+        action="store_true",
+        help="with --to-lora: the best LoRA of --rank, its error measured",
+    )
+    made.add_argument("--rank", type=int, help="rank of --approximate")
+    return made
+
+
+def _conflicts(args: argparse.Namespace) -> list[str]:
+    """Flags that are missing, or that do not go together."""
+    problems = []
+    if args.to_base:
+        if args.base or args.adapter or args.dtype != "auto":
+            problems.append("--to-base takes --out only: the merge's manifest knows the rest")
+    elif not args.base:
+        problems.append("--base is missing: an alias, a hub id or a folder")
+    if args.approximate != (args.rank is not None):
+        problems.append("--approximate and --rank k belong together")
+    if args.approximate and not args.to_lora:
+        problems.append("--approximate needs --to-lora")
+    if args.rank is not None and args.rank < 1:
+        problems.append(f"--rank: got {args.rank}, must be >= 1")
+    return problems
+
+
+def _run(args: argparse.Namespace) -> str:
+    if problems := _conflicts(args):
+        raise ConfigError("the flags are not valid:", problems)
+    # torch takes seconds to import: --help and typing errors must not wait.
+    if args.to_base:
+        from secura_serve.bases import resolve_base
+        from secura_serve.merge.restore import restore_base
+
+        base = resolve_base(args.to_base).path
+        count = restore_base(base, Path(os.path.abspath(args.out)))
+        return f"{args.out}: {count} tensors restored, bit for bit"
+    from secura_serve.merge.plan import DTYPES, plan_merge, room_for
+    from secura_serve.merge.source import open_source
+
+    if args.to_lora:
+        from secura_serve.merge.lora import export_lora
+
+        out = Path(os.path.abspath(args.out))
+        source = open_source(args.base, args.adapter, room_for(out, 0))
+        facts = export_lora(source, out, rank=args.rank, dtype=DTYPES.get(args.dtype))
+        return f"{args.out}: {facts['lora']} LoRA of rank {facts['r']}"
+    plan = plan_merge(args.base, args.adapter, args.out, args.dtype, exists=args.check)
+    if args.dry_run:
+        return plan.summary()
+    if args.check:
+        from secura_serve.merge.check import check_merge
+
+        return f"{args.out}: {check_merge(plan)} tensors are what this merge writes"
+    from secura_serve.merge.write import write_merge
+
+    changes = write_merge(plan)["modules"].values()
+    lost = max(change["lost"] for change in changes)
+    relative = max(change["relative"] for change in changes)
+    return (
+        f"{args.out}: {len(changes)} linear layers changed, each by at most {relative:.3g} of its "
+        f"norm; rounding lost at most {lost:.3g} of an update"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    try:
+        print(_run(parser().parse_args(argv)))
+    except SecuraError as error:
+        print(f"secura-merge: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

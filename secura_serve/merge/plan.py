@@ -1,0 +1,132 @@
+"""From the command's words to a checked plan; every problem is told before the first byte."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secura_serve.errors import MergeError
+from secura_serve.merge.index import Shard, read_shard, relaid
+from secura_serve.merge.source import NOTHING, Source, open_source, plan_fold
+from secura_serve.merge.stream import FoldPlan
+
+__all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "room_for"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Weights in other formats, training state, and what describes the base only.
+_WEIGHTS = "safetensors bin pt pth ckpt h5 msgpack gguf onnx ot tflite npz pkl"
+_NOT_CARRIED = {"README.md", "secura_manifest.json", "adapter_config.json"}
+_SPARE = 2**20
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that the writer needs to know; made by :func:`plan_merge`."""
+
+    source: Source
+    fold: FoldPlan
+    shards: tuple[tuple[Shard, Shard], ...]
+    """(as it lies in the base, as it will lie in the output), in order of name."""
+    extras: tuple[str, ...]
+    out: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's safetensors files."""
+        return sum(new.nbytes for _, new in self.shards)
+
+    def summary(self) -> str:
+        """What ``--dry-run`` prints."""
+        names = ", ".join(f"{a.name}*{w:g}" for a, w in self.source.adapters)
+        dtypes = sorted({t.code for _, new in self.shards for t in new.tensors})
+        lines = [
+            f"base      {self.source.model_id} ({self.source.checkpoint.path})",
+            f"adapters  {names}; S-MagNorm {self.source.norm.to_json() or 'none'}",
+            f"output    {self.out} ({', '.join(dtypes)}; {self.nbytes / 2**20:,.1f} MiB)",
+            f"carried   {', '.join(self.extras)}",
+        ]
+        for old, new in self.shards:
+            touched = [t for t in old.tensors if t.name in self.fold.targets]
+            size = sum(t.nbytes for t in touched) / 2**20
+            lines.append(
+                f"  {new.name}: {len(touched)} of {len(old.tensors)} tensors folded, "
+                f"{size:,.1f} of {old.nbytes / 2**20:,.1f} MiB"
+            )
+        return "\n".join(lines)
+
+
+def extra_files(folder: Path) -> list[str]:
+    """Files that go along: configuration, tokenizer, template, licence, code; no weights."""
+    return sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix.lstrip(".") not in _WEIGHTS.split()
+        and not file.name.endswith(".index.json")
+        and file.name not in _NOT_CARRIED
+    )
+
+
+def room_for(out: Path, nbytes: int) -> list[str]:
+    """Why ``nbytes`` cannot be written to a new folder ``out``, if they cannot."""
+    problems = []
+    if os.path.lexists(out):
+        problems.append(f"{out} exists: choose another folder, or remove it first")
+    above = next(p for p in out.parents if p.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        problems.append(f"{above} is not a folder that can be written to")
+    elif (free := shutil.disk_usage(above).free) < nbytes + _SPARE:
+        problems.append(
+            f"{above} has {free / 2**20:,.0f} MiB free, the output needs {nbytes / 2**20:,.0f}: "
+            "make room or choose another disk"
+        )
+    return problems
+
+
+def plan_merge(
+    base: str, specs: Sequence[str], out: str | Path, dtype: str = "auto", *, exists: bool = False
+) -> MergePlan:
+    """Plan a merge and check everything that can be checked without reading all weights.
+
+    Args:
+        base: alias, hub id or folder.
+        specs: adapter folders, ``folder`` or ``folder*weight``.
+        dtype: of the output's floats; ``auto`` keeps each tensor's own.
+        exists: the output is there and will only be compared.
+
+    Raises:
+        MergeError: with every problem found.
+    """
+    target = Path(os.path.abspath(out))
+    source = open_source(base, specs, () if exists else room_for(target, 0))
+    kind = DTYPES.get(dtype)
+    folder = source.checkpoint.path
+    old = [read_shard(folder / name) for name in sorted(source.checkpoint.shards())]
+    plan = MergePlan(
+        source,
+        plan_fold(source, kind),
+        tuple((shard, relaid(shard, kind)) for shard in old),
+        tuple(extra_files(folder)),
+        target,
+    )
+    problems = [
+        f"{t.name} is stored as {t.code}, a quantised weight: use the unquantised checkpoint"
+        for shard in old
+        for t in shard.tensors
+        if t.name in plan.fold.targets and t.dtype is None
+    ]
+    if exists:
+        problems += [] if target.is_dir() else [f"{target} is not there to be checked"]
+    else:
+        carried = sum((folder / name).stat().st_size for name in plan.extras)
+        problems += room_for(target, plan.nbytes + carried)
+    if problems:
+        raise MergeError(NOTHING, problems)
+    return plan

@@ -1,0 +1,150 @@
+"""A base and its adapters, opened and checked against each other; what they fold to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secura_serve.adapter import Adapter, load, verify
+from secura_serve.bases import resolve_base
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import AdapterError, BaseModelError, MergeError
+from secura_serve.merge.stream import FoldPlan, Part, Target
+from secura_serve.method import FOLDABLE, MagNorm
+
+__all__ = ["NOTHING", "Source", "open_source", "plan_fold"]
+
+NOTHING = "nothing was written:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base that is open, and the adapters to fold into it with their weights."""
+
+    model_id: str
+    checkpoint: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    norm: MagNorm
+
+
+def _adapter(spec: str) -> tuple[Adapter, float]:
+    """``folder`` or ``folder*weight``."""
+    path, star, number = spec.rpartition("*")
+    weight = 1.0
+    if star:
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight) or weight == 0:
+            raise MergeError(f"--adapter {spec}: {number!r} is no weight; write folder*0.5")
+    return load(path if star else spec), weight
+
+
+def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, list[str]]:
+    """The one S-MagNorm of all, and why there is none."""
+    problems = []
+    for adapter, _ in adapters:
+        mode = adapter.config.magnorm.mode
+        if not adapter.config.magnorm.foldable:
+            problems.append(
+                f"{adapter.name}: S-MagNorm {mode!r} acts on activations, so that no weight gives "
+                f"the same outputs; foldable modes: {', '.join(FOLDABLE)}. Train it with 'bounded'"
+            )
+    kinds = {str(a.config.magnorm.to_json()): a.config.magnorm for a, _ in adapters}
+    if len(kinds) > 1:
+        each = "; ".join(f"{a.name}: {a.config.magnorm.to_json() or 'none'}" for a, _ in adapters)
+        problems.append(
+            "S-MagNorm acts on the total update, so all adapters must have the same mode and tau; "
+            f"got {each}. Merge them one at a time into checkpoints of their own"
+        )
+    norm = next(iter(kinds.values()), MagNorm())
+    if norm.mode == "published" and (len(adapters) > 1 or adapters[0][1] != 1):
+        problems.append(
+            "S-MagNorm 'published' is scaled by the largest change of one adapter: merge that "
+            "adapter alone and with weight 1"
+        )
+    if len({a.path.resolve() for a, _ in adapters}) < len(adapters):
+        problems.append("the same adapter is given twice; write folder*2 if that is meant")
+    return norm, problems
+
+
+def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -> Source:
+    """The base and its adapters, opened and checked against each other.
+
+    Of the fingerprints only those of the first and the last module are checked here: all of them
+    would mean reading the base twice. The stream checks each one before it folds.
+
+    Args:
+        problems: found already; told together with what is found here.
+
+    Raises:
+        MergeError: with every problem found.
+    """
+    problems = list(problems)
+    adapters: list[tuple[Adapter, float]] = []
+    for spec in specs:
+        try:
+            adapters.append(_adapter(spec))
+        except (AdapterError, MergeError) as error:
+            problems += [str(error)]
+    if not specs:
+        problems.append("no adapter is given; name at least one with --adapter")
+    norm, clashes = _common_norm(adapters)
+    problems += clashes
+    try:
+        found = resolve_base(base)
+        checkpoint = Checkpoint(found.path)
+    except BaseModelError as error:
+        problems += [f"base {base}: {p}" for p in error.problems]
+    else:
+        problems += [p for adapter, _ in adapters for p in _strangers(adapter, checkpoint)]
+    if problems:
+        raise MergeError(NOTHING, problems)
+    # The folder names of this machine say nothing to others.
+    local = Path(found.model_id).is_absolute()
+    return Source(
+        Path(found.model_id).name if local else found.model_id, checkpoint, tuple(adapters), norm
+    )
+
+
+def _strangers(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """Modules of ``adapter`` that the base lacks or holds in another shape."""
+    problems = []
+    held = set(checkpoint.linears())
+    for name, cur in adapter.modules.items():
+        if name not in held:
+            problems.append(f"{adapter.name}: the base has no linear layer {name}")
+            continue
+        out, into = checkpoint.shape(name)
+        if int(cur.rows.max()) >= out or int(cur.cols.max()) >= into:
+            problems.append(f"{adapter.name}: {name} uses indices beyond ({out}, {into})")
+    if not problems:
+        names = list(adapter.modules)
+        for name in dict.fromkeys((names[0], names[-1])):
+            try:
+                verify(adapter, checkpoint, module=name)
+            except (AdapterError, BaseModelError) as error:
+                return [str(error)]
+    return problems
+
+
+def plan_fold(source: Source, dtype: torch.dtype | None = None) -> FoldPlan:
+    """Which tensors change and how, by their names in the base's files."""
+    parts: dict[str, list[Part]] = {}
+    for adapter, weight in source.adapters:
+        for module, cur in adapter.modules.items():
+            print_ = adapter.config.base_fingerprint[module]
+            parts.setdefault(module, []).append(
+                Part(adapter.name, weight, cur.U, cur.basis, print_, cur.rho_max)
+            )
+    base = source.checkpoint
+    targets = {
+        base.tensor_name(m): Target(m, tuple(found), base.is_conv1d(m))
+        for m, found in parts.items()
+    }
+    return FoldPlan(targets, source.norm, dtype)

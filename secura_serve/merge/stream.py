@@ -1,0 +1,269 @@
+"""The fold as a stream: tensors of a base go in, the same tensors with adapters folded come out.
+
+One function serves every consumer: the checkpoint writer, an engine that is loading and one that
+is running. For a target W' = S-MagNorm(W, Σᵢ wᵢ·Cᵢ·Uᵢ·Rᵢ), C and R taken from the pristine W.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secura_serve.adapter import fingerprint
+from secura_serve.errors import MergeError
+from secura_serve.method import Basis, MagNorm, apply, gather
+
+__all__ = [
+    "Change",
+    "Doubts",
+    "FoldPlan",
+    "Part",
+    "Target",
+    "buffer",
+    "factors",
+    "fold",
+    "fold_stream",
+]
+
+# Elements per block of rows: its float32 temporaries stay in a core's L2 cache.
+_BLOCK = 2**18
+# Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
+# sums may end in another last bit than those of the whole matrix.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter's share in a target: ``weight``·C·U·R."""
+
+    adapter: str
+    weight: float
+    U: Tensor
+    basis: Basis
+    print: str
+    """The fingerprint of the base that it was trained on, see :mod:`secura_serve.adapter`."""
+    rho_max: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor that changes."""
+
+    module: str
+    parts: tuple[Part, ...]
+    transposed: bool = False
+    """The tensor is W as ``(in, out)``: GPT-2's Conv1D."""
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What the stream does: targets by the tensor names that come along, one norm, one dtype."""
+
+    targets: Mapping[str, Target]
+    norm: MagNorm
+    dtype: torch.dtype | None = None
+    """Of the folded tensors; None keeps each tensor's own."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What folding did to one weight, W' being what is written."""
+
+    relative: float
+    """‖W'−W‖ / ‖W‖."""
+    largest: float
+    """max |W'−W| / |W| over the weights that are not 0."""
+    lost: float
+    """Share of the update lost to rounding: ‖W' − W'₃₂‖ / ‖W'₃₂ − W‖, W'₃₂ before rounding."""
+
+
+def _weigh(W: Tensor, new: Tensor, written: Tensor) -> tuple[float, float, float, float, float]:
+    """‖W‖², ‖W'−W‖², ‖W'₃₂−W‖², ‖W'−W'₃₂‖² and max |W'−W|/|W| of one block; overwrites ``new``.
+
+    W and new = W'₃₂ are of the computing dtype, written = W' of the output's.
+    """
+    base = _square(W)
+    if written.dtype == new.dtype:
+        change, lost = new.sub_(W), 0.0
+        update = moved = _square(change)
+    else:
+        change = written.to(new.dtype)
+        update = _square(new - W)
+        lost = _square(new.sub_(change))
+        moved = _square(change.sub_(W))
+    low, high = torch.aminmax(change.div_(W))
+    top = max(-float(low), float(high))
+    if not math.isfinite(top):  # 0/0 or x/0 where W is 0
+        ratio = change[W != 0].abs()
+        top = float(ratio.max()) if ratio.numel() else 0.0
+    return base, moved, update, lost, top
+
+
+def _change(blocks: Iterable[tuple[float, float, float, float, float]]) -> Change:
+    base, moved, update, lost, top = zip(*blocks, strict=True)
+    return Change(
+        relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
+        largest=max(top),
+        lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
+    )
+
+
+def buffer(nbytes: int) -> Tensor:
+    """Uninitialised bytes on the CPU, ``(nbytes,)`` uint8.
+
+    NumPy asks the kernel for huge pages, without which the page faults of a fresh buffer cost
+    more than what is done with it.
+    """
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
+
+
+def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> Tensor:
+    if W.device.type != "cpu":
+        return torch.empty(W.shape, dtype=dtype, device=W.device)
+    return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
+
+
+def factors(W: Tensor, parts: Iterable[Part], wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R, W ``(out, in)``."""
+    left, right = [], []
+    for part in parts:
+        C, R = gather(W, part.basis)
+        CU = C.to(wide) @ part.U.to(W.device, wide)
+        left.append(CU if part.weight == 1 else CU * part.weight)
+        right.append(R.to(wide))
+    return (torch.cat(left, 1), torch.cat(right)) if len(left) > 1 else (left[0], right[0])
+
+
+@torch.no_grad()
+def fold(
+    W: Tensor,
+    target: Target,
+    norm: MagNorm,
+    dtype: torch.dtype,
+    *,
+    measure: bool = True,
+    allocate: Callable[[int], Tensor] = buffer,
+) -> tuple[Tensor, Change | None]:
+    """W' of one weight, rounded once to ``dtype``.
+
+    The update is one product L·R with inner dimension Σr, made and applied a block of rows at a
+    time: W is read once, W' written once, everything between stays in cache.
+
+    Args:
+        W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
+        measure: also say what changed; costs about as much as the fold itself.
+        allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
+
+    Returns:
+        W' in W's orientation, contiguous, and its :class:`Change`.
+
+    Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    result = _like(W, dtype, allocate)
+    rows, new = (W.T, result.T) if target.transposed else (W, result)
+    L, R = factors(rows, target.parts, wide)
+    peak = target.parts[0].rho_max
+    step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
+
+    def one(start: int) -> tuple[float, float, float, float, float] | None:
+        block = slice(start, start + step)
+        old = rows[block].to(wide)
+        made = apply(old, L[block] @ R, norm, peak=peak)
+        new[block].copy_(made)
+        return _weigh(old, made, new[block]) if measure else None
+
+    starts = range(0, rows.shape[0], step)
+    found = list(map(one, starts))
+    return result, _change(block for block in found if block) if measure else None
+
+
+@dataclass
+class Doubts:
+    """Problems found on the way, and the targets that have not come by yet."""
+
+    waiting: set[str]
+    problems: list[str] = field(default_factory=list)
+
+    def look(self, name: str, tensor: Tensor, target: Target) -> None:
+        """Note a tensor that has the wrong shape or belongs to another base."""
+        self.waiting.discard(name)
+        if tensor.ndim != 2:
+            self.problems.append(f"{name}: has {tensor.ndim} axes, a linear has 2")
+            return
+        W = tensor.T if target.transposed else tensor
+        for part in target.parts:
+            rows, cols = part.basis
+            if int(rows.max()) >= W.shape[0] or int(cols.max()) >= W.shape[1]:
+                self.problems.append(
+                    f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}"
+                )
+            elif fingerprint(W, part.basis) != part.print:
+                self.problems.append(
+                    f"{target.module}: not the weight that {part.adapter} was trained on"
+                )
+
+    def settle(self) -> None:
+        """Raise MergeError where there was anything to complain about."""
+        missing = [f"{name}: never came, but is to be folded" for name in sorted(self.waiting)]
+        if self.problems or missing:
+            raise MergeError(
+                "the fold was abandoned; use the base that the adapter was trained on, undamaged:",
+                self.problems + missing,
+            )
+
+
+def fold_stream(
+    tensors: Iterable[tuple[str, Tensor]],
+    plan: FoldPlan,
+    observe: Callable[[str, Change], None] | None = None,
+    allocate: Callable[[int], Tensor] = buffer,
+) -> Iterator[tuple[str, Tensor]]:
+    """Fold ``plan`` into a stream of a base's tensors; one out for each one in, in order.
+
+    Tensors that are not targets pass through untouched. Each target is checked against the
+    adapters' fingerprints first. After the first problem nothing more is yielded, but the rest
+    of the stream is still checked, so that one error names everything.
+
+    Args:
+        tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
+        observe: called with (module, :class:`Change`); without it nothing is measured.
+        allocate: see :func:`fold`; a consumer that is done with a tensor can have it reused.
+
+    Raises:
+        MergeError: another base, NaN or Inf in W or W', or a target that never came.
+
+    Peak memory: one tensor, its fold and small change; nothing is kept between tensors.
+    """
+    doubts = Doubts(set(plan.targets))
+    for name, tensor in tensors:
+        target = plan.targets.get(name)
+        if target is None:
+            if not doubts.problems:
+                yield name, tensor
+            continue
+        doubts.look(name, tensor, target)
+        if doubts.problems:
+            continue
+        dtype = plan.dtype or tensor.dtype
+        measure = observe is not None
+        new, change = fold(tensor, target, plan.norm, dtype, measure=measure, allocate=allocate)
+        if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
+            doubts.problems.append(f"{target.module}: NaN or Inf in the base, or beyond {dtype}")
+            continue
+        if observe is not None and change is not None:
+            observe(target.module, change)
+        # The consumer owns it from here: holding on would keep two tensors alive.
+        del tensor
+        yield name, new
+        del new
+    doubts.settle()
