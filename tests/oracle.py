@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,10 +25,13 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
     tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
     for key in [k for k in tensors if k.endswith(".secura_U")]:
         stem = key.removesuffix("U")
-        weight = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])
-        W = weight.weight.data.double()
+        linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])
+        transposed = isinstance(linear, Conv1D)
+        W = linear.weight.data.double()
+        W = W.T if transposed else W
         C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
-        weight.weight.data = (W + C @ tensors[key].double() @ R).float()
+        new = (W + C @ tensors[key].double() @ R).float()
+        linear.weight.data = new.T.contiguous() if transposed else new
     return model.to(dtype)
 
 

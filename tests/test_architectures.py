@@ -42,5 +42,5 @@ def test_gpt2_is_refused_with_the_way_out(tiny_base, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "offers no per-request adapters for GPT2LMHeadModel" in done.stderr
-    assert "Merge one adapter" in done.stderr
+    assert "Fold one adapter with secura-merge" in done.stderr
     assert "Traceback" not in done.stderr

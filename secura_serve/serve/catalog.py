@@ -101,7 +101,7 @@ def _servable(
     if found.config.magnorm.mode != "none":
         raise UnservableError(
             f"S-MagNorm {found.config.magnorm.mode!r} makes the update full-rank, so it cannot "
-            "be chosen per request beside others; it has to be merged into the base"
+            "be chosen per request beside others. Fold it with secura-merge and serve the result"
         )
     identity = base_id(found)
     if identity not in verdicts:

@@ -86,7 +86,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         if found.config.magnorm.mode != "none":
             raise UnservableError(
                 f"{found.name}: S-MagNorm {found.config.magnorm.mode!r} makes the update "
-                "full-rank, so it cannot be chosen per request; merge it into the base instead"
+                "full-rank, so it cannot be chosen per request; fold it with secura-merge"
             )
         if base_id(found) not in manager.shared_basis.verified:
             # Loaded while the server runs: the server has not compared it with the base yet.

@@ -95,8 +95,8 @@ def _prepare_vllm(asked: str, checkpoint: Checkpoint, catalog: Catalog, rest: li
     if not compat.supports_adapters(architectures):
         raise BaseModelError(
             f"{asked}: vLLM {compat.vllm_version()} offers no per-request adapters for "
-            f"{', '.join(architectures)}. Merge one adapter into the base and serve the result, "
-            "or serve the base without --adapters"
+            f"{', '.join(architectures)}. Fold one adapter with "
+            "secura-merge and serve the result, or serve the base without --adapters"
         )
     plugin.activate()
 

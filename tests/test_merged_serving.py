@@ -1,0 +1,44 @@
+"""Proves that a merged checkpoint is served by vLLM as it is, GPT-2 and S-MagNorm included.
+
+Needs vLLM on a CPU; one server per case (slow). The oracle is transformers on the merged folder,
+and for S-MagNorm `none` also transformers on weights folded in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import agreement
+import oracle
+import pytest
+import torch
+from engines import random_adapter, serving
+
+from secura_serve import adapter as A
+from secura_serve.merge.main import main
+from secura_serve.method import MagNorm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "mode"), [("gpt2", "none"), ("llama", "bounded")])
+def test_served_merge_agrees_with_transformers(arch, mode, tiny_base, tmp_path):
+    base = tiny_base(arch)
+    plain = random_adapter(base, tmp_path / "plain", r=8, seed=1)
+    found = A.load(plain)
+    config = dataclasses.replace(found.config, magnorm=MagNorm(mode, tau=0.2))
+    adapter = A.save(tmp_path / mode, config, found.modules)
+    out = tmp_path / "merged"
+    assert main(["--base", str(base), "--adapter", str(adapter), "--out", str(out)]) == 0
+    nothing = tmp_path / "no-adapters"
+    nothing.mkdir()
+    flags = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    with serving(out, nothing, tmp_path / "log", *flags) as served:
+        result = agreement.compare(served)[served.base]
+    assert result.worst < 1e-4 and result.greedy == len(agreement.PROMPTS)
+    ids = list(range(3, 40))
+    merged, before = oracle.adapted(out, None), oracle.adapted(base, None)
+    moved = oracle.logprobs(merged, ids, [7]) - oracle.logprobs(before, ids, [7])
+    assert moved.abs().max() > 0.1
+    if mode == "none":
+        folded = oracle.logprobs(oracle.adapted(base, plain), ids, [7])
+        torch.testing.assert_close(oracle.logprobs(merged, ids, [7]), folded, atol=1e-4, rtol=0)
