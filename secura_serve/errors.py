@@ -33,13 +33,18 @@ __all__ = [
 ]
 
 
+_SHOWN = 20
+
+
 class SecuraError(Exception):
-    """Root of the tree; ``problems`` lists each fault on its own."""
+    """Root of the tree; ``problems`` lists each fault, the message the first 20 of them."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.problems: tuple[str, ...] = tuple(problems) or (message,)
         if problems:
-            message = message + "".join(f"\n  - {p}" for p in problems)
+            message += "".join(f"\n  - {p}" for p in problems[:_SHOWN])
+            if len(problems) > _SHOWN:
+                message += f"\n  - and {len(problems) - _SHOWN} more"
         super().__init__(message)
 
 

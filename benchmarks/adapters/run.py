@@ -5,7 +5,7 @@
 Per task: data (make_data.py), one training per seed, held-out accuracy of the base and of each
 seed with the same prompts and the same scoring, KL and perplexity against the base on neutral
 English (Debian's ``fortunes``: apt-get install fortunes). The adapter in ``adapters/<task>`` is
-the run with seed 0, not the best one; its card gives the mean over the seeds that are there.
+the run with seed 0, whatever its score; its card gives the mean over the seeds that are there.
 Delete a file under ``--work`` to have its step done again. Measured in one thread on a CPU.
 """
 
@@ -225,8 +225,8 @@ tags: [secura, cur, peft]
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
 {spread("perplexity_ratio_mean_sd", 3)} |
 
-Shipped is the run with seed 0, not the best one. Base and adapter got the same prompts and the same
-lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
+Shipped is the run with seed 0, whatever its score. Base and adapter got the same prompts and the
+same lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
 Learning rate, length and training data were settled by hand while looking at held-out scores of

@@ -67,9 +67,9 @@ class Adapter:
         return self.path.name
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all U."""
-        return sum(m.U.nbytes for m in self.modules.values())
+    def file_size(self) -> int:
+        """Bytes of the weights file."""
+        return (self.path / WEIGHTS_NAME).stat().st_size
 
 
 def check_name(name: str) -> str:

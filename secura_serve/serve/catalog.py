@@ -50,7 +50,7 @@ class Catalog:
                 rows.append((entry.name, "-", "-", "-", "SKIPPED"))
                 continue
             found = entry.adapter
-            size = f"{found.nbytes / 1e6:.2f} MB"
+            size = f"{found.file_size / 1e6:.2f} MB"
             rows.append((entry.name, str(found.config.r), str(len(found.modules)), size, "ok"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
@@ -76,7 +76,12 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ConfigError(f"--adapters {folder}: not a folder. Give the folder that holds them")
-    found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = sorted(
+        # A link that leads nowhere is reported like a folder without an adapter.
+        p
+        for p in root.iterdir()
+        if (p.is_dir() or p.is_symlink() and not p.exists()) and not p.name.startswith(".")
+    )
     if not found and (root / "adapter_config.json").is_file():
         raise ConfigError(
             f"--adapters {folder}: this is one adapter; give the folder that holds it "

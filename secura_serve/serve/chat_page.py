@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import TracebackType
+
+from secura_serve.errors import ConfigError
 
 __all__ = ["ChatPage"]
 
@@ -54,6 +57,19 @@ class ChatPage:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._announce, daemon=True)
 
+    def check_port(self) -> None:
+        """Raise ConfigError if the page could not listen; better now than after the engine."""
+        if not self.enabled:
+            return
+        try:
+            with socket.create_server((self.host, self.port)):
+                pass
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"the chat page cannot listen on {self.host}:{self.port} ({error}); choose "
+                "another --ui-port, or leave the page out with --no-ui"
+            ) from error
+
     def __enter__(self) -> ChatPage:
         self._thread.start()
         return self
@@ -74,9 +90,8 @@ class ChatPage:
                 self._process.kill()
 
     def _announce(self) -> None:
-        while not self._healthy():
-            if self._stop.wait(1.0):
-                return
+        if not self._wait(f"{self.endpoint}/health"):
+            return
         print(f"\nsecura-serve is ready: OpenAI endpoint {self.endpoint}/v1", flush=True)
         if not self.enabled:
             return
@@ -93,11 +108,16 @@ class ChatPage:
             environment["VLLM_API_KEY"] = self.api_key
         self._process = subprocess.Popen(command, env=environment)
         shown = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        print(f"chat page: http://{shown}:{self.port}", flush=True)
+        if self._wait(f"http://{shown}:{self.port}/"):
+            print(f"chat page: http://{shown}:{self.port}", flush=True)
 
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.endpoint}/health", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+    def _wait(self, url: str) -> bool:
+        """True once ``url`` answers; False when told to stop, or when the page has ended."""
+        while self._process is None or self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(url, timeout=2):
+                    return True
+            except (urllib.error.URLError, OSError):
+                if self._stop.wait(1.0):
+                    return False
+        return False

@@ -60,7 +60,12 @@ _NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._load_adapter": ("lora_request",),
     "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": ("vllm_config", "device"),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
-    "vllm.entrypoints.launchers.api_server.entry:run_server": ("args",),
+    "vllm.entrypoints.launchers.api_server.entry:setup_server": ("args", "reuse_port"),
+    "vllm.entrypoints.launchers.api_server.entry:run_server_worker": (
+        "listen_address",
+        "sock",
+        "args",
+    ),
 }
 _LINEARS = (
     "ColumnParallelLinearWithLoRA",

@@ -37,9 +37,9 @@ class Memory:
         cache = f"KV cache {kv} GiB" if kv else "KV cache by --gpu-memory-utilization"
         return (
             f"base {self.weights / 2**20:.0f} MiB + adapters {adapters / 2**20:.1f} MiB "
-            f"({self.slots - 1} slots of {self.slot / 2**20:.2f} MiB, basis "
+            f"({self.slots - 1} slots and an empty one of {self.slot / 2**20:.2f} MiB, basis "
             f"{self.shared / 2**20:.1f} MiB) + {cache} "
-            f"({self.kv_per_token / 2**10:.1f} KiB a token)"
+            f"({self.kv_per_token / 2**10:.1f} KiB a token) + vLLM's processes themselves"
         )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from secura_serve import __version__
 from secura_serve.adapter import Adapter
@@ -88,6 +88,11 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
         raise ConfigError("not allowed, adapters would silently not be applied:", problems)
 
 
+def _refuse(message: str) -> NoReturn:
+    """In place of argparse's exit, which prints hundreds of lines of usage first."""
+    raise ConfigError(f"{message}. See secura-serve --help, or --help=all for vLLM's flags")
+
+
 def vllm_arguments(
     rest: Sequence[str],
     *,
@@ -131,6 +136,7 @@ def vllm_arguments(
             json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
             for a in served
         ]
+    parser.error = _refuse
     args = parser.parse_args(arguments)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(

@@ -26,6 +26,7 @@ from secura_serve.serve.options import (
     vllm_arguments,
     vllm_help,
 )
+from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
 
@@ -103,7 +104,7 @@ def _prepare_vllm(asked: str, checkpoint: Checkpoint, catalog: Catalog, rest: li
 
 def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -111,7 +112,6 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     scheme = "https" if args.ssl_certfile else "http"
     reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     endpoint = f"{scheme}://{reachable}:{args.port}"
-    print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
     examples = Path(known.adapters) / "examples.json" if known.adapters else None
     page = ChatPage(
         endpoint,
@@ -121,11 +121,17 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
         examples=examples if examples and examples.is_file() else None,
         enabled=not known.no_ui,
     )
+    page.check_port()
+    try:
+        address, socket = setup_server(args, reuse_port=False)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
+        ) from error
+    print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
+    stop_cleanly_during_start()
     with page:
         try:
-            uvloop.run(run_server(args))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {args.host}:{args.port} ({error.strerror or error}); "
-                "choose another --port"
-            ) from error
+            uvloop.run(run_server_worker(address, socket, args))
+        except ValueError as error:
+            raise ConfigError(f"vLLM does not accept these settings: {error}") from error

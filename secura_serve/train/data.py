@@ -24,7 +24,6 @@ __all__ = ["Collator", "Record", "Rows", "digest", "encode", "prompt_ids", "read
 IGNORE = -100
 Rows = list[dict[str, list[int]]]
 _ROLES = ("system", "user", "assistant")
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,13 @@ def read_jsonl(path: str | Path) -> list[Record]:
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from error
+        content = file.read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        at = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error
     records, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -62,8 +65,7 @@ def read_jsonl(path: str | Path) -> list[Record]:
         except (ValueError, RecursionError) as error:
             problems.append(str(error) if isinstance(error, DataError) else f"{where}: {error}")
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise DataError(f"{file} cannot be used:", problems[:_SHOWN] + more)
+        raise DataError(f"{file} cannot be used:", problems)
     if not records:
         raise DataError(f"{file}: no examples; write one JSON object per line")
     return records
@@ -142,7 +144,7 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Rows:
         labels = [IGNORE] * len(prompt) + full[len(prompt) :]
         rows.append({"input_ids": full, "labels": labels})
     if problems:
-        raise DataError("examples cannot be used:", problems[:_SHOWN])
+        raise DataError("examples cannot be used:", problems)
     return rows
 
 

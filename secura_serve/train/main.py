@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SecuraError as error:
         print(f"secura-train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nsecura-train: interrupted; no adapter was written", file=sys.stderr)
+        return 130
     scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
     print(f"{folder}: {scores}")
     return 0

@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from secura_serve.adapter import check_name
 from secura_serve.bases import resolve_base
 from secura_serve.config import TrainConfig
-from secura_serve.errors import ConfigError
+from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.train import SecuraConfig
 from secura_serve.train.data import Collator, Record, encode, read_jsonl
 from secura_serve.train.loss import answer_loss, held_out
@@ -95,6 +95,16 @@ def _split(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     return records, kept
 
 
+def _adapt(model: Any, config: SecuraConfig) -> Any:
+    """get_peft_model; PEFT's own complaint about targets becomes ours."""
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        if isinstance(error, SecuraError):
+            raise
+        raise ConfigError(f"--targets: {error}".partition("\n")[0]) from error
+
+
 def train(config: TrainConfig, *, log: Sequence[Any] = ()) -> Run:
     """Train one adapter; nothing is written (see :func:`secura_serve.train.card.write`).
 
@@ -117,7 +127,7 @@ def train(config: TrainConfig, *, log: Sequence[Any] = ()) -> Run:
     # PEFT records what the model says, which is the local folder.
     model.name_or_path = model_id
     norm = {"mode": config.magnorm} | ({"tau": config.tau} if config.magnorm == "bounded" else {})
-    tuned = get_peft_model(
+    tuned = _adapt(
         model,
         SecuraConfig(
             task_type="CAUSAL_LM",
