@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
+from engines import free_port
 
 APP = Path(__file__).parent.parent / "demo" / "app.py"
 FLAGS = [
@@ -45,12 +45,6 @@ WATCH = """() => { window.lengths = {}; new MutationObserver(() => {
     (window.lengths[card.dataset.model] ??= []).push(card.querySelector('.text').innerText.length);
 }).observe(document.body, {childList: true, subtree: true, characterData: true}); }"""
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> {{value}} ${value} & co"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from secura_serve.adapter.fingerprint import fingerprint
+from secura_serve.adapter.fingerprint import fingerprint, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
+from secura_serve.adapter.place import put_in_place
 from secura_serve.adapter.store import Adapter, check_name, load, save, verify
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "check_name",
     "fingerprint",
     "load",
+    "mismatch",
+    "put_in_place",
     "save",
     "verify",
 ]

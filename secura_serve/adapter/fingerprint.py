@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secura_serve.method import Basis, gather
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "mismatch"]
 
 
 def fingerprint(W: Tensor, basis: Basis) -> str:
@@ -32,3 +32,10 @@ def fingerprint(W: Tensor, basis: Basis) -> str:
     for part in (C, R):
         digest.update(part.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def mismatch(W: Tensor, basis: Basis, expected: str | None) -> str | None:
+    """Why W ``(out, in)`` is not the weight that ``expected`` was taken from; None if it is."""
+    if int(basis.rows.max()) >= W.shape[0] or int(basis.cols.max()) >= W.shape[1]:
+        return f"indices beyond the base's shape {tuple(W.shape)}"
+    return None if fingerprint(W, basis) == expected else "the base holds other weights"

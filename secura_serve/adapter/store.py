@@ -7,7 +7,6 @@ trusts nothing: safetensors only, every key, shape, dtype and value checked, all
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secura_serve.adapter.fingerprint import fingerprint
+from secura_serve.adapter.fingerprint import mismatch
 from secura_serve.adapter.format import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,6 +29,7 @@ from secura_serve.adapter.format import (
     CURModule,
     module_problems,
 )
+from secura_serve.adapter.place import put_in_place
 from secura_serve.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -127,35 +127,10 @@ def save(
         for file in new.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        _swap(new, target, work / "old")
+        put_in_place(new, target, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def _swap(new: Path, target: Path, old: Path) -> None:
-    """Put ``new`` in ``target``'s place; a failure leaves the old folder there."""
-    if not target.exists():
-        new.rename(target)
-        return
-    if _exchange(new, target):
-        return
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-
-
-def _exchange(new: Path, target: Path) -> bool:
-    """Swap two folders in one step (Linux renameat2), so that a kill never finds neither."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_fdcwd, rename_exchange = -100, 2
-    paths = os.fsencode(new), os.fsencode(target)
-    return bool(
-        renameat2 and renameat2(at_fdcwd, paths[0], at_fdcwd, paths[1], rename_exchange) == 0
-    )
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
@@ -234,14 +209,13 @@ def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -
     for name in names:
         cur = adapter.modules[name]
         try:
-            shape = base.shape(name)
+            base.shape(name)
         except (KeyError, BaseModelError):
             problems.append(f"{name}: the base has no such linear layer")
             continue
-        if int(cur.rows.max()) >= shape[0] or int(cur.cols.max()) >= shape[1]:
-            problems.append(f"{name}: indices beyond the base's shape {tuple(shape)}")
-        elif fingerprint(base.weight(name), cur.basis) != adapter.config.base_fingerprint[name]:
-            problems.append(f"{name}: the base holds other weights")
+        claimed = adapter.config.base_fingerprint[name]
+        if reason := mismatch(base.weight(name), cur.basis, claimed):
+            problems.append(f"{name}: {reason}")
     if problems:
         more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
         raise BaseMismatchError(

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from secura_serve.adapter import put_in_place
 from secura_serve.errors import MergeError
 
 __all__ = ["carry", "new_folder", "progress", "save_text"]
@@ -57,25 +58,15 @@ def _filled(out: Path, replace: bool) -> Iterator[Path]:
         work.mkdir()
         yield work
         _sync(work)
-        _place(work, out, holder / "old" if replace else None)
+        if replace:
+            put_in_place(work, out, holder / "old")
+        else:
+            work.rename(out)
         # It is there and whole; only its name might not outlive a power cut.
         with suppress(OSError):
             _sync(out.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
-
-
-def _place(work: Path, out: Path, aside: Path | None) -> None:
-    """Give ``work`` its name; what has it goes ``aside``, and comes back if that fails."""
-    if aside is None:
-        work.rename(out)
-        return
-    out.rename(aside)
-    try:
-        work.rename(out)
-    except OSError:
-        aside.rename(out)
-        raise
 
 
 def _sync(path: Path) -> None:

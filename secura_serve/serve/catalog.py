@@ -14,7 +14,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError, SecuraError, UnservableError
 from secura_serve.serve.basis import base_id
 
-__all__ = ["Catalog", "Entry", "scan"]
+__all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,16 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     return Catalog(tuple(entries))
 
 
+def refuse_full_rank(adapter: Adapter) -> None:
+    """Raise UnservableError for an adapter that is not C·U·R once its norm is applied."""
+    mode = adapter.config.magnorm.mode
+    if mode != "none":
+        raise UnservableError(
+            f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
+            "chosen per request beside others. Fold it with secura-merge and serve the result"
+        )
+
+
 def _servable(
     path: Path, base: Checkpoint, taken: set[str], verdicts: dict[str, AdapterError | None]
 ) -> Adapter:
@@ -103,11 +113,7 @@ def _servable(
     if path.name in taken:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
     found = adapters.load(path)
-    if found.config.magnorm.mode != "none":
-        raise UnservableError(
-            f"S-MagNorm {found.config.magnorm.mode!r} makes the update full-rank, so it cannot "
-            "be chosen per request beside others. Fold it with secura-merge and serve the result"
-        )
+    refuse_full_rank(found)
     identity = base_id(found)
     if identity not in verdicts:
         verdicts[identity] = None

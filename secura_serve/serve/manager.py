@@ -20,6 +20,7 @@ from secura_serve import adapter as adapters
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
 from secura_serve.serve.basis import SharedBasis, base_id
+from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
 
 __all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
@@ -83,11 +84,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         """Folder -> LoRAModel whose ``lora_a`` are cores. Raises AdapterError."""
         manager = self._adapter_manager
         found = adapters.load(get_adapter_absolute_path(lora_request.lora_path))
-        if found.config.magnorm.mode != "none":
-            raise UnservableError(
-                f"{found.name}: S-MagNorm {found.config.magnorm.mode!r} makes the update "
-                "full-rank, so it cannot be chosen per request; fold it with secura-merge"
-            )
+        refuse_full_rank(found)
         if base_id(found) not in manager.shared_basis.verified:
             # Loaded while the server runs: the server has not compared it with the base yet.
             adapters.verify(found, Checkpoint(self._base_path))

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from secura_serve.adapter import CURModule, fingerprint
+from secura_serve.adapter import CURModule, fingerprint, mismatch
 from secura_serve.adapter.format import module_problems
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
 from secura_serve.train.config import SecuraConfig
@@ -180,11 +180,9 @@ def _check_base(
     for module, cur in modules.items():
         if module not in layers:
             continue
-        W = layers[module].pristine
-        if int(cur.rows.max()) >= W.shape[0] or int(cur.cols.max()) >= W.shape[1]:
-            problems.append(f"{module}: indices beyond the base's shape {tuple(W.shape)}")
-        elif fingerprint(W, cur.basis) != config.base_fingerprint.get(module):
-            problems.append(f"{module}: the base holds other weights")
+        claimed = config.base_fingerprint.get(module)
+        if reason := mismatch(layers[module].pristine, cur.basis, claimed):
+            problems.append(f"{module}: {reason}")
     if problems:
         more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
         raise BaseMismatchError(
