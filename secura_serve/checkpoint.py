@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,26 @@ class Checkpoint:
     def is_conv1d(self, module: str) -> bool:
         """Whether the file holds this weight as ``(in, out)``."""
         return self.config.get("model_type") == "gpt2" and _CONV1D.search(module) is not None
+
+    def tensors(self, modules: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in the file, tensor as the file holds it) of each module's weight and bias.
+
+        In the order of the files; a view of the mapped file, valid while the caller holds it and
+        not to be written to.
+
+        Raises:
+            BaseModelError: no such linear.
+        """
+        wanted: dict[str, set[str]] = {}
+        for module in modules:
+            self._locate(module)
+            for key in (f"{module}.weight", f"{module}.bias"):
+                if (entry := self._where.get(key)) is not None:
+                    wanted.setdefault(entry[1], set()).add(entry[0])
+        for shard, handle in self._shards.items():
+            for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+                if name in wanted.get(shard, ()):
+                    yield name, handle.get_tensor(name)
 
     def shards(self) -> dict[str, list[str]]:
         """File name -> the tensor names in it, as they stand in the files, in file order."""

@@ -9,6 +9,7 @@
     │   ├── BaseMismatchError     well-formed, but trained on another base
     │   └── UnservableError       sound, but not in the way that was asked for
     ├── MergeError                a merge that cannot be planned, finished or confirmed
+    ├── FoldError                 a fold into the running engine that did not happen
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -26,6 +27,7 @@ __all__ = [
     "BaseModelError",
     "ConfigError",
     "DataError",
+    "FoldError",
     "IncompatibleVLLMError",
     "MergeError",
     "SecuraError",
@@ -78,6 +80,10 @@ class UnservableError(AdapterError):
 
 class MergeError(SecuraError):
     """A merge that cannot be planned, finished or confirmed; nothing was left behind."""
+
+
+class FoldError(SecuraError):
+    """A fold into the running engine that did not happen; the message says what is served now."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

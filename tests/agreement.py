@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 import oracle
 import torch
@@ -40,9 +41,9 @@ class Agreement:
     """|Δ logprob| between the adapted and the plain base, one prompt: 0 would prove nothing."""
 
 
-async def _ask(served: Served, prompts: dict[str, list[int]], tokens: int) -> dict:
+async def _ask(served: Served, names: list, prompts: dict[str, list[int]], tokens: int) -> dict:
     client = AsyncOpenAI(base_url=served.url, api_key="none")
-    jobs = [(name, text) for text in prompts for name in served.names()]
+    jobs = [(name, text) for text in prompts for name in names]
 
     async def one(name: str, text: str):
         answer = await client.completions.create(
@@ -62,19 +63,28 @@ async def _ask(served: Served, prompts: dict[str, list[int]], tokens: int) -> di
     return dict(zip(jobs, await asyncio.gather(*(one(*job) for job in jobs)), strict=True))
 
 
-def compare(served: Served, *, tokens: int = 12, low: torch.dtype | None = None) -> dict:
+def compare(
+    served: Served,
+    *names: str,
+    tokens: int = 12,
+    low: torch.dtype | None = None,
+    adapter: Path | None = None,
+) -> dict[str, Agreement]:
     """``{model name: Agreement}``: all prompts for all models in one concurrent batch.
 
     Args:
+        names: models to ask; all that answer per request by default.
         low: the server's dtype, where it is not float32.
+        adapter: folded into the weights that answer, where the name does not say so.
     """
+    asked = list(names) or served.names()
     tokenizer = AutoTokenizer.from_pretrained(served.base_path)
     prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
-    answers = asyncio.run(_ask(served, prompts, tokens))
+    answers = asyncio.run(_ask(served, asked, prompts, tokens))
     plain = oracle.adapted(served.base_path, None)
     found = {}
-    for name in served.names():
-        path = served.path(name)
+    for name in asked:
+        path = adapter or served.path(name)
         exact = plain if path is None else oracle.adapted(served.base_path, path)
         rounded = oracle.adapted(served.base_path, path, low) if low else None
         errors, oracle_errors, moved, greedy = [], [], 0.0, 0

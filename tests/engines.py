@@ -22,7 +22,7 @@ import torch
 
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.method import auto_alpha, select
+from secura_serve.method import MagNorm, auto_alpha, select
 
 SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
 START_LIMIT_S = 300
@@ -75,7 +75,7 @@ def serving(
         yield Served(
             url=url,
             base=roots[0].id,
-            adapters=[m.id for m in models if m.parent is not None],
+            adapters=[m.id for m in models if m.parent is not None and _answers(m)],
             base_path=Path(roots[0].root),
             folder=folder,
             log=log,
@@ -88,6 +88,11 @@ def serving(
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
+
+
+def _answers(model: object) -> bool:
+    """Whether it can be asked now; one that has to be folded first cannot."""
+    return getattr(model, "status", "ready") == "ready"
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -113,6 +118,7 @@ def random_adapter(
     rule: str = "inverse_sampled",
     only: Sequence[str] = (),
     size: float = 0.4,
+    magnorm: MagNorm | None = None,
 ) -> Path:
     """An adapter with random cores on every linear, or on those whose name ends in ``only``."""
     checkpoint = Checkpoint(base)
@@ -129,8 +135,9 @@ def random_adapter(
     config = A.AdapterConfig(
         base_model_name_or_path=str(base),
         r=r,
-        target_modules=tuple(only) or ("all-linear",),
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
         base_fingerprint=prints,
         selection={"rule": rule, "seed": 0},
+        magnorm=magnorm or MagNorm(),
     )
     return A.save(target, config, modules)

@@ -1,11 +1,12 @@
 """What an answer should be, computed without this package: transformers on W + C·U·R.
 
-Reads the adapter's files itself and builds C·U·R in float64, so that agreement with the server
-checks selection, format, loading, layers and scheduling at once.
+Reads the adapter's files itself and builds C·U·R (and ``bounded``) in float64, so that agreement
+with the server checks selection, format, loading, layers and scheduling at once.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
+    norm = json.loads((adapter / "adapter_config.json").read_text())["magnorm"] if adapter else None
     for key in [k for k in tensors if k.endswith(".secura_U")]:
         stem = key.removesuffix("U")
         linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])
@@ -30,7 +32,13 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
         W = linear.weight.data.double()
         W = W.T if transposed else W
         C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
-        new = (W + C @ tensors[key].double() @ R).float()
+        delta = C @ tensors[key].double() @ R
+        if norm is None:
+            new = (W + delta).float()
+        else:
+            assert norm["mode"] == "bounded"
+            reach = norm["tau"] * W.abs()
+            new = torch.where(reach > 0, W + reach * torch.tanh(delta / reach), W).float()
         linear.weight.data = new.T.contiguous() if transposed else new
     return model.to(dtype)
 

@@ -7,11 +7,9 @@ base; the oracle is transformers on weights folded in float64. Slow: the same on
 
 from __future__ import annotations
 
-import subprocess
-
 import agreement
 import pytest
-from engines import SERVE, random_adapter, serving
+from engines import random_adapter, serving
 
 
 def _adapters(base, folder):
@@ -43,14 +41,3 @@ def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
 def test_two_tensor_parallel_ranks_agree_with_transformers(arch, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     _serve_and_compare(tiny_base(arch), tmp_path, "--tensor-parallel-size", "2")
-
-
-def test_gpt2_is_refused_with_the_way_out(tiny_base, tmp_path):
-    base = tiny_base("gpt2")
-    random_adapter(base, tmp_path / "adapters" / "one", r=4, seed=1)
-    command = [*SERVE, "--base", str(base), "--adapters", str(tmp_path / "adapters"), "--no-ui"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "offers no per-request adapters for GPT2LMHeadModel" in done.stderr
-    assert "Fold one adapter with secura-merge" in done.stderr
-    assert "Traceback" not in done.stderr

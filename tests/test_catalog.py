@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from secura_serve import adapter as adapters
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
+from secura_serve.method import MagNorm
 from secura_serve.serve import basis as bases
 from secura_serve.serve.catalog import scan
 from secura_serve.serve.server import main
@@ -58,7 +59,7 @@ def _damage(kind, folder, base, tiny_base):
         shutil.rmtree(bad)
         random_adapter(tiny_base("mistral"), bad, r=4, seed=1)
     elif kind == "S-MagNorm":
-        _edit(bad, magnorm={"mode": "bounded", "tau": 0.02})
+        _edit(bad, magnorm={"mode": "activation", "scale": 6.0, "eps": 1e-8})
     elif kind == "bad name":
         bad.rename(folder / "b d")
 
@@ -70,7 +71,7 @@ KINDS = {
     "plain LoRA": "peft_type is 'LORA'",
     "pickle": "pickles are refused",
     "wrong base": "trained on another base",
-    "S-MagNorm": "full-rank",
+    "S-MagNorm": "acts on activations",
     "bad name": "is not allowed",
     "base's name": "is the base model's name",
 }
@@ -92,6 +93,16 @@ def test_an_unusable_adapter_is_named_and_skipped(kind, folder, base, tiny_base,
 def test_check_passes_a_good_folder(folder, base, capsys):
     assert main(["--base", str(base), "--adapters", str(folder), "--check"]) == 0
     assert "1 servable" in capsys.readouterr().out
+
+
+def test_an_s_magnorm_adapter_is_to_be_folded(folder, base, capsys):
+    random_adapter(base, folder / "bounded", r=4, seed=2, magnorm=MagNorm("bounded"))
+    flags = ["--base", str(base), "--adapters", str(folder)]
+    assert main([*flags, "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "fold (bounded)" in printed and "1 servable" in printed and "1 by folding" in printed
+    assert main([*flags, "--fold", "nobody"]) == 1
+    assert "no such adapter; there are bounded, good" in capsys.readouterr().err
 
 
 def test_one_adapter_instead_of_a_folder_of_them(folder, base):

@@ -20,7 +20,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,12 @@ class Recipe:
     max_new_tokens: int
     steps: int
     limits: str
-    lr: float = 5e-3
+    lrs: tuple[float, ...] = (5e-3,)
+    """More than one: the best on ``VALIDATION`` training items that are kept apart is taken."""
+    data: str | None = None
+    """Task whose data it uses; its own by default."""
+    core: str = "u"
+    magnorm: str = "none"
 
 
 RECIPES = {
@@ -84,6 +89,14 @@ RECIPES = {
         "What it gets wrong is mostly the day: 2 becomes 22, 30 becomes 03.",
     ),
 }
+RECIPES |= {
+    name: replace(RECIPES["iso-date"], data="iso-date", core=core, lrs=lrs, magnorm="bounded")
+    for name, core, lrs in (
+        ("iso-date-bounded", "u", (1e-2, 2e-2, 4e-2)),
+        ("iso-date-bounded-ab", "ab", (5e-3, 1e-2, 2e-2)),
+    )
+}
+VALIDATION = 200
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:
@@ -137,40 +150,71 @@ def evaluate_adapter(folder: Path, task: str, test: Path) -> dict[str, Any]:
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
     tuned = PeftModel.from_pretrained(model, str(folder))
     kept = retention(tuned, tokenizer, neutral_texts())
+    if RECIPES[task].magnorm != "none":
+        # The same weights as in the forward pass, made once instead of at every token.
+        tuned.merge_adapter()
     room = RECIPES[task].max_new_tokens
     return _accuracy(tuned, tokenizer, task, test, room) | {"retention": asdict(kept)}
 
 
+def _data(task: str, folder: Path) -> tuple[Path, Path, Path]:
+    """Files to train on, to choose the learning rate by, and to report."""
+    recipe = RECIPES[task]
+    data, test = make_data.write(recipe.data or task, folder)
+    if len(recipe.lrs) == 1:
+        return data, data, test
+    lines = data.read_text().splitlines(keepends=True)
+    fit, chosen_by = folder / f"{task}.fit.jsonl", folder / f"{task}.validation.jsonl"
+    fit.write_text("".join(lines[:-VALIDATION]))
+    chosen_by.write_text("".join(lines[-VALIDATION:]))
+    return fit, chosen_by, test
+
+
 def run(task: str, seeds: list[int], work: Path) -> None:
     """Every step of one task."""
-    recipe = RECIPES[task]
-    data, test = make_data.write(task, work / "data")
-    configs = {}
-    for seed in seeds:
-        out = work / "out" / str(seed) / task
-        configs[seed] = config = TrainConfig(
-            base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, lr=recipe.lr,
+    recipe, scores = RECIPES[task], work / "scores"
+    data, chosen_by, test = _data(task, work / "data")
+
+    def trained(lr: float, seed: int) -> Path:
+        out = work / "out" / f"{lr:g}" / str(seed) / task
+        config = TrainConfig(
+            base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, lr=lr,
             max_steps=recipe.steps, batch_size=8, max_length=160, seed=seed, device="cpu",
+            core=recipe.core, magnorm=recipe.magnorm,
         )  # fmt: skip
         if not out.exists():
             write(config, train(config))
-        name = f"{task}-{seed}.json"
-        once(work / "scores" / name, lambda out=out: evaluate_adapter(out, task, test))
-        once(work / "scores" / f"{task}-base.json", lambda: evaluate_base(task, test))
-        publish(task, work)
+        return out
+
+    tried = {
+        lr: once(
+            work / "tuning" / f"{task}-{lr:g}.json",
+            lambda lr=lr: evaluate_adapter(trained(lr, 0), task, chosen_by),
+        )
+        for lr in recipe.lrs
+        if len(recipe.lrs) > 1
+    }
+    best = max(recipe.lrs, key=lambda lr: tried[lr]["accuracy"] if tried else 0)
+    for seed in seeds:
+        out = trained(best, seed)
+        once(scores / f"{task}-{seed}.json", lambda out=out: evaluate_adapter(out, task, test))
+        once(scores / f"{task}-base.json", lambda: evaluate_base(task, test))
+        tuning = {f"{lr:g}": found["accuracy"] for lr, found in tried.items()}
+        publish(task, work, trained(best, 0), tuning)
 
 
-def publish(task: str, work: Path) -> None:
+def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> None:
     """Copy the seed-0 run to ``adapters/`` and write what was measured beside it."""
     scores = {f.stem.rsplit("-", 1)[1]: json.loads(f.read_text())
-              for f in sorted((work / "scores").glob(f"{task}-*.json"))}  # fmt: skip
-    base = scores.pop("base")
-    source, target = work / "out" / "0" / task, ADAPTERS / task
+              for f in sorted((work / "scores").glob(f"{task}-[0-9]*.json"))}  # fmt: skip
+    base = json.loads((work / "scores" / f"{task}-base.json").read_text())
+    target = ADAPTERS / task
     facts = json.loads((source / "train.json").read_text())
     facts["evaluation"] = {
         "kind": RECIPES[task].kind,
         "max_new_tokens": RECIPES[task].max_new_tokens,
         "neutral_text": f"48 passages of Debian fortunes ({', '.join(NEUTRAL)})",
+        "validation_accuracy_by_lr": tuning,
         "base": base,
         "seeds": scores,
         "accuracy_mean_sd": _mean_sd([s["accuracy"] for s in scores.values()]),

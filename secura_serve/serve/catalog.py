@@ -25,6 +25,11 @@ class Entry:
     adapter: Adapter | None
     error: SecuraError | None = None
 
+    @property
+    def per_request(self) -> bool:
+        """Whether it can be chosen per request, beside others; if not, it must be folded."""
+        return self.adapter is not None and self.adapter.config.magnorm.mode == "none"
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -34,7 +39,12 @@ class Catalog:
 
     @property
     def served(self) -> list[Adapter]:
-        """The adapters that can be served."""
+        """The adapters that can be chosen per request."""
+        return [e.adapter for e in self.entries if e.adapter is not None and e.per_request]
+
+    @property
+    def foldable(self) -> list[Adapter]:
+        """The adapters that can be folded: those of :attr:`served`, and the S-MagNorm ones."""
         return [e.adapter for e in self.entries if e.adapter is not None]
 
     @property
@@ -51,7 +61,8 @@ class Catalog:
                 continue
             found = entry.adapter
             size = f"{found.file_size / 1e6:.2f} MB"
-            rows.append((entry.name, str(found.config.r), str(len(found.modules)), size, "ok"))
+            status = "ok" if entry.per_request else f"fold ({found.config.magnorm.mode})"
+            rows.append((entry.name, str(found.config.r), str(len(found.modules)), size, status))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
         for row in rows:
@@ -102,7 +113,7 @@ def refuse_full_rank(adapter: Adapter) -> None:
     if mode != "none":
         raise UnservableError(
             f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
-            "chosen per request beside others. Fold it with secura-merge and serve the result"
+            "chosen per request beside others. Start with --fold, or POST to /admin/fold"
         )
 
 
@@ -113,7 +124,11 @@ def _servable(
     if path.name in taken:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
     found = adapters.load(path)
-    refuse_full_rank(found)
+    if not found.config.magnorm.foldable:
+        raise UnservableError(
+            f"{found.name}: S-MagNorm {found.config.magnorm.mode!r} acts on activations and has no "
+            "weights to serve; it is for reproduction only. Train it with 'bounded'"
+        )
     identity = base_id(found)
     if identity not in verdicts:
         verdicts[identity] = None

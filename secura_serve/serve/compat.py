@@ -14,20 +14,35 @@ What is used, and why there is no public way:
 * ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
 * ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
+* ``OpenAIServingModels``: which names a server answers to, changed while an adapter is folded.
+* ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
+  stream are silenced.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 from secura_serve.errors import IncompatibleVLLMError
 
-__all__ = ["SUPPORTED", "check", "install", "make_arg_parser", "supports_adapters", "vllm_version"]
+__all__ = [
+    "SUPPORTED",
+    "ServedModels",
+    "check",
+    "install",
+    "make_arg_parser",
+    "quiet_reload",
+    "supports_adapters",
+    "vllm_version",
+]
 
 SUPPORTED = ("0.31", "0.34")
 
@@ -65,6 +80,17 @@ _NAMES: Mapping[str, tuple[str, ...] | None] = {
         "listen_address",
         "sock",
         "args",
+    ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": (
+        "base_model_paths",
+        "lora_modules",
+    ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": (),
+    "vllm.entrypoints.serve.engine.protocol:ModelCard": None,
+    "vllm.v1.worker.gpu_worker:Worker.reload_weights": (),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
+        "weights_iterator",
+        "is_checkpoint_format",
     ),
 }
 _LINEARS = (
@@ -171,6 +197,67 @@ def _keep_cpu_compilation() -> None:
             vllm_config.lora_config = lora
 
     platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+@contextmanager
+def quiet_reload() -> Iterator[None]:
+    """Without the warnings that vLLM's reload gives for every linear that is not in the stream."""
+    loggers = [
+        logging.getLogger(f"vllm.model_executor.model_loader.reload.{name}")
+        for name in ("layerwise", "inplace")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class ServedModels:
+    """The table of model names behind ``/v1/models`` and the routing of requests.
+
+    Takes over ``show_available_models`` of the one ``OpenAIServingModels`` of a server; its
+    ``base_model_paths`` says which names run on the engine's weights as they are.
+    """
+
+    def __init__(self, models: Any) -> None:
+        self._models, self._original = models, models.show_available_models
+        self._bases, self._adapters = list(models.base_model_paths), models.lora_requests
+        self._status: Callable[[str], str] = lambda name: "ready"
+        self._more: list[Any] = []
+        self._before: list[Any] | None = None
+        models.show_available_models = self._show
+
+    def describe(self, status: Callable[[str], str], more: Sequence[tuple[str, Path]]) -> None:
+        """Add a ``status`` to every entry, and entries of (name, folder) that vLLM has not."""
+        from vllm.entrypoints.serve.engine.protocol import ModelCard
+
+        self._status, parent = status, self._bases[0].name
+        self._more = [ModelCard(id=name, root=str(path), parent=parent) for name, path in more]
+
+    async def answer_as(self, folded: tuple[str, str] | None) -> None:
+        """Serve the engine's weights under this (name, folder) alone; None: as it was."""
+        if self._before is None:
+            self._before = (await self._original()).data
+        if folded is None:
+            self._models.base_model_paths[:] = self._bases
+            self._models.lora_requests, self._before = self._adapters, None
+            return
+        one = type(self._bases[0])(name=folded[0], model_path=folded[1])
+        self._models.base_model_paths[:] = [one]
+        self._models.lora_requests = {}
+
+    async def _show(self) -> Any:
+        listed = await self._original()
+        cards = listed.data if self._before is None else self._before
+        listed.data = [
+            card.model_copy(update={"status": self._status(card.id)})
+            for card in (*cards, *self._more)
+        ]
+        return listed
 
 
 def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:

@@ -14,12 +14,14 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
 from secura_serve.errors import ConfigError
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.plugin import LOAD_FORMAT
 
 __all__ = ["refuse_what_hides_adapters", "secura_parser", "vllm_arguments", "vllm_help"]
 
 # One of vLLM's allowed values; it sizes stock LoRA's buffers, which are never made.
 _STOCK_RANK = 8
 _MAX_DEFAULT_SLOTS = 256
+_EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 _DESCRIPTION = """\
 Serve one base model with any number of SECURA adapters, each chosen per request by the
@@ -33,6 +35,7 @@ examples:
   secura-serve --base smollm2-135m --adapters ./adapters
   secura-serve --base llama3-8b --adapters ./adapters --port 9000 --no-ui
   secura-serve --base ./my-model --adapters ./adapters --check
+  secura-serve --base llama3-8b --adapters ./adapters --fold my-bounded-adapter
 
 base aliases: {", ".join(ALIASES)}"""
 
@@ -57,6 +60,19 @@ def secura_parser() -> argparse.ArgumentParser:
     )
     add("--strict", action="store_true", help="refuse to start if any adapter is not servable")
     add("--check", action="store_true", help="check the adapters against the base and exit")
+    add(
+        "--fold",
+        metavar="NAME",
+        help="start with this adapter folded into the weights: it alone is served, at base cost, "
+        "until POST /admin/unfold",
+    )
+    add(
+        "--admin-api-key",
+        metavar="KEY",
+        default=os.environ.get("SECURA_ADMIN_API_KEY"),
+        help="key of the admin routes (fold, unfold); without it they answer on loopback only "
+        "(default: $SECURA_ADMIN_API_KEY)",
+    )
     add("--no-ui", action="store_true", help="no chat page")
     add("--ui-host", metavar="HOST", help="address of the chat page (default: the server's)")
     add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
@@ -79,6 +95,8 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
     problems = []
     if "--fully-sharded-loras" in flags:
         problems.append("--fully-sharded-loras: an adapter's U is not worth sharding; leave it out")
+    if "--load-format" in flags and LOAD_FORMAT in " ".join(rest):
+        problems.append(f"--load-format {LOAD_FORMAT}: use --fold NAME beside --adapters")
     if "--lora-modules" in flags:
         problems.append("--lora-modules: put the adapter's folder into --adapters instead")
     for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
@@ -99,6 +117,7 @@ def vllm_arguments(
     path: Path,
     names: Sequence[str],
     served: Sequence[Adapter],
+    foldable: bool,
     basis: SharedBasis,
     cache: Path,
 ) -> Any:
@@ -109,6 +128,7 @@ def vllm_arguments(
         path: the base's folder.
         names: what the base is called in requests.
         served: the adapters, registered from the start.
+        foldable: there are adapters to fold, so the workers must know how.
         basis: their union, handed to the workers as a file under ``cache``.
 
     Returns:
@@ -122,6 +142,8 @@ def vllm_arguments(
     parser, validate = compat.make_arg_parser()
     parser.set_defaults(host="127.0.0.1", served_model_name=list(names), model=str(path))
     arguments = list(rest)
+    if foldable:
+        parser.set_defaults(worker_extension_cls=_EXTENSION)
     if served:
         slots = min(max(len(served), 8), _MAX_DEFAULT_SLOTS)
         targets = sorted({module.rpartition(".")[2] for a in served for module in a.modules})
@@ -141,6 +163,16 @@ def vllm_arguments(
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
             f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
+        )
+    if foldable and args.worker_extension_cls != _EXTENSION:
+        raise ConfigError(
+            f"--worker-extension-cls {args.worker_extension_cls}: adapters need this place for "
+            "folding; leave it out"
+        )
+    if foldable and (args.api_server_count or 1) > 1:
+        raise ConfigError(
+            f"--api-server-count {args.api_server_count}: what is folded is known to one server "
+            "process; leave it out"
         )
     if served:
         if args.max_cpu_loras is None:

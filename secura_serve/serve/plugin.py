@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 
-__all__ = ["ACTIVE", "activate", "register"]
+from secura_serve.errors import ConfigError
+
+__all__ = ["ACTIVE", "LOAD_FORMAT", "activate", "allow_admin_routes", "register"]
+
+LOAD_FORMAT = "secura"
+_GROUP, _ADMIN = "vllm.endpoint_plugins", "secura_admin"
 
 ACTIVE = "SECURA_SERVE_ACTIVE"
 """Set by ``secura-serve``, inherited by vLLM's workers. Without it, vLLM stays as it is."""
 
 
 def register() -> None:
-    """Install the adapter layers if this vLLM was started by us; safe to call again.
+    """Make ``--load-format secura`` known; install the adapter layers if this vLLM was started by
+    us. Safe to call again.
 
     Raises:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
+    from secura_serve.serve.loader import register_loader
+
+    register_loader()
     if os.environ.get(ACTIVE) != "1":
         return
     from secura_serve.serve import compat
@@ -31,3 +41,27 @@ def activate() -> None:
     """Switch the plugin on for this process and those that it starts."""
     os.environ[ACTIVE] = "1"
     register()
+
+
+def allow_admin_routes() -> None:
+    """Have vLLM load our endpoint plugin, and leave its other plugins as they would be.
+
+    It loads endpoint plugins only where ``VLLM_PLUGINS`` names them, and setting that variable
+    makes it a list of all plugins allowed, of every kind.
+
+    Raises:
+        ConfigError: this installation does not have the plugin.
+    """
+    if not any(p.name == _ADMIN for p in entry_points(group=_GROUP)):
+        raise ConfigError(
+            "this installation of secura-serve has no entry point for its admin routes; install "
+            "it again (make setup, or pip install -e .)"
+        )
+    wanted = os.environ.get("VLLM_PLUGINS")
+    if wanted is None:
+        groups = [g for g in entry_points().groups if g.startswith("vllm.")]
+        groups.remove(_GROUP)
+        names = [plugin.name for g in sorted(groups) for plugin in entry_points(group=g)]
+    else:
+        names = [name for name in wanted.split(",") if name]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "secura", _ADMIN]))

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import BaseModelError, ConfigError, SecuraError
+from secura_serve.errors import ConfigError, FoldError, SecuraError
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
@@ -50,25 +51,45 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     catalog = scan(known.adapters, checkpoint, taken=names) if known.adapters else Catalog(())
     print(catalog.table() if catalog.entries else _nothing(known.adapters), flush=True)
     if known.check:
-        print(f"\n{len(catalog.served)} servable on {known.base}, {len(catalog.refused)} not")
+        only = len(catalog.foldable) - len(catalog.served)
+        print(
+            f"\n{len(catalog.served)} servable on {known.base} per request, {only} by folding, "
+            f"{len(catalog.refused)} not"
+        )
         return 1 if catalog.refused else 0
+    if known.fold is not None and known.fold not in {a.name for a in catalog.foldable}:
+        raise ConfigError(
+            f"--fold {known.fold}: no such adapter; there are "
+            f"{', '.join(a.name for a in catalog.foldable) or 'none (give --adapters DIR)'}"
+        )
     if known.strict and catalog.refused:
         raise ConfigError(
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
             f"served: {', '.join(e.name for e in catalog.refused)}"
         )
-    _prepare_vllm(known.base, checkpoint, catalog, rest)
-    basis = SharedBasis.of(catalog.served)
+    served = _prepare_vllm(checkpoint, catalog, rest)
+    basis = SharedBasis.of(served)
     args = vllm_arguments(
         rest,
         path=base.path,
         names=names,
-        served=catalog.served,
+        served=served,
+        foldable=bool(catalog.foldable),
         basis=basis,
         cache=cache_root() / "serve",
     )
     memory = estimate(checkpoint, basis, slots=args.max_loras, dtype=args.dtype)
+    if not catalog.foldable:
+        _serve(known, args, memory)
+        return 0
+    from secura_serve.serve.endpoints import configure
+    from secura_serve.serve.folding import Folding
+
+    folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
+    configure(folding, key=known.admin_api_key, at_start=known.fold)
     _serve(known, args, memory)
+    if folding.broken is not None:
+        raise FoldError(folding.broken)
     return 0
 
 
@@ -82,24 +103,29 @@ def _nothing(folder: str | None) -> str:
     return f"{where}: serving the base alone"
 
 
-def _prepare_vllm(asked: str, checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> None:
-    """Check that this vLLM and this base can serve adapters, and switch the plugin on."""
+def _prepare_vllm(checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> list[Adapter]:
+    """Check this vLLM and switch the plugins on; returns the adapters to serve per request."""
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from secura_serve.serve import compat, plugin
 
     compat.check()
-    if not catalog.served:
-        return
+    if not catalog.foldable:
+        return []
     refuse_what_hides_adapters(rest)
+    plugin.allow_admin_routes()
     architectures = checkpoint.config.get("architectures") or []
+    if not catalog.served:
+        return []
     if not compat.supports_adapters(architectures):
-        raise BaseModelError(
-            f"{asked}: vLLM {compat.vllm_version()} offers no per-request adapters for "
-            f"{', '.join(architectures)}. Fold one adapter with "
-            "secura-merge and serve the result, or serve the base without --adapters"
+        print(
+            f"\nvLLM {compat.vllm_version()} offers no per-request adapters for "
+            f"{', '.join(architectures)}: each of these answers only while it is folded "
+            "(--fold NAME, or POST /admin/fold)"
         )
+        return []
     plugin.activate()
+    return catalog.served
 
 
 def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:

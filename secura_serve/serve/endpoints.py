@@ -1,0 +1,158 @@
+"""The operator's routes: fold an adapter into the running engine, unfold it, ask what is folded.
+
+    curl -X POST localhost:8000/admin/fold -H 'Content-Type: application/json' -d '{"name": "x"}'
+    curl -X POST localhost:8000/admin/unfold
+    curl localhost:8000/admin/fold
+
+An ``vllm.endpoint_plugins`` entry point. They have a key of their own (``--admin-api-key``);
+without one they answer on loopback only, and never to a web page or through a proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from argparse import Namespace
+from ipaddress import ip_address
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.serve.compat import ServedModels
+from secura_serve.serve.folding import Folding
+from secura_serve.serve.gate import GateMiddleware
+
+__all__ = ["AdminPlugin", "configure"]
+
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+
+class _Settings:
+    """Handed over in this process: vLLM would print what stands in its arguments."""
+
+    folding: Folding | None = None
+    key: str | None = None
+    at_start: str | None = None
+
+
+def configure(folding: Folding, *, key: str | None, at_start: str | None) -> None:
+    """Say what :class:`AdminPlugin` will serve.
+
+    Args:
+        key: bearer token of the admin routes; None leaves them to loopback.
+        at_start: adapter to fold before the first request.
+    """
+    _Settings.folding, _Settings.key, _Settings.at_start = folding, key, at_start
+
+
+class Fold(BaseModel):
+    """Body of ``POST /admin/fold``."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(description="the adapter, as /v1/models calls it")
+    timeout: float | None = Field(
+        None, gt=0, description="seconds to wait for running requests; without it, for ever"
+    )
+
+
+class Unfold(BaseModel):
+    """Body of ``POST /admin/unfold``; may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+    timeout: float | None = Field(None, gt=0, description="as for /admin/fold")
+
+
+def _allowed(request: Request) -> None:
+    """Raise HTTPException unless the operator asks."""
+    if _Settings.key is not None:
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {_Settings.key}".encode()):
+            raise HTTPException(401, "the admin routes need the key given with --admin-api-key")
+        return
+    client = request.client.host if request.client else ""
+    try:
+        local = ip_address(client).is_loopback
+    except ValueError:
+        local = False
+    # Browsers send Origin with every POST, so that no web page can use the operator's loopback.
+    strange = [h for h in (*_FORWARDED, "origin") if h in request.headers]
+    if not local or strange:
+        raise HTTPException(
+            403,
+            "without --admin-api-key the admin routes answer direct requests on loopback only; "
+            + (f"this one carries {', '.join(strange)}" if strange else f"this came from {client}"),
+        )
+
+
+async def _change(name: str | None, timeout: float | None) -> JSONResponse:
+    assert _Settings.folding is not None
+    # A client that goes away must not leave the work half done.
+    work = asyncio.ensure_future(_Settings.folding.change(name, timeout))
+    try:
+        return JSONResponse(await asyncio.shield(work))
+    except ConfigError as error:
+        status, problem = 404, error
+    except FoldError as error:
+        status, problem = 409, error  # type: ignore[assignment]
+    return JSONResponse({"error": {"message": str(problem), "code": status}}, status)
+
+
+async def folded() -> dict[str, Any]:
+    """What is folded, whether that is changing now, and what could be folded."""
+    folding = _Settings.folding
+    assert folding is not None
+    return {
+        "folded": folding.folded,
+        "busy": folding.busy,
+        "running_requests": folding.gate.inside,
+        "foldable": list(folding.paths),
+    }
+
+
+async def fold(body: Fold) -> JSONResponse:
+    """Fold an adapter into the weights: its requests then cost what the base's cost."""
+    return await _change(body.name, body.timeout)
+
+
+async def unfold(body: Unfold | None = None) -> JSONResponse:
+    """Put the base's weights back: base and adapters answer as before."""
+    return await _change(None, body.timeout if body else None)
+
+
+def _routes() -> APIRouter:
+    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_allowed)])
+    router.add_api_route("/fold", folded, methods=["GET"])
+    router.add_api_route("/fold", fold, methods=["POST"], response_model=None)
+    router.add_api_route("/unfold", unfold, methods=["POST"], response_model=None)
+    return router
+
+
+class AdminPlugin:
+    """vLLM's ``EndpointPlugin`` protocol."""
+
+    name = "secura_admin"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        if _Settings.folding is None:
+            raise SecuraError("the plugin secura_admin belongs to secura-serve; start that")
+
+    def attach_router(self, app: FastAPI) -> None:
+        """The routes, and the gate in front of all others (inside vLLM's own authentication)."""
+        assert _Settings.folding is not None
+        app.include_router(_routes())
+        app.add_middleware(GateMiddleware, gate=_Settings.folding.gate)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Take hold of the engine; fold what ``--fold`` names before the first request.
+
+        Raises:
+            FoldError: that fold failed, and the server does not start.
+        """
+        assert _Settings.folding is not None
+        _Settings.folding.bind(engine_client, ServedModels(state.openai_serving_models))
+        if _Settings.at_start is not None:
+            await _Settings.folding.change(_Settings.at_start)

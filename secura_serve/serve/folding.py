@@ -1,0 +1,170 @@
+"""Which adapter is folded into the running engine, and the one way to change that.
+
+The state belongs to the API server's process; the engine follows it. A change shuts the gate,
+waits for the requests inside, pauses the engine (which forgets its prefix cache), has every rank
+put the new weights in place, renames what the server answers to, and opens the gate again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from secura_serve.adapter import Adapter
+from secura_serve.errors import ConfigError, FoldError, MergeError
+from secura_serve.merge import open_source
+from secura_serve.serve.compat import ServedModels
+from secura_serve.serve.gate import Gate, Refusal
+
+__all__ = ["Folding"]
+
+
+class Folding:
+    """What is folded, who may ask for what, and the change from one to another.
+
+    Args:
+        base: the base's folder.
+        names: what the base is called in requests.
+        adapters: all that can be folded.
+        per_request: names of those that can also be chosen per request.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        names: Sequence[str],
+        adapters: Iterable[Adapter],
+        per_request: Iterable[str],
+    ) -> None:
+        self.base, self.names = base, tuple(names)
+        self.paths = {adapter.name: adapter.path for adapter in adapters}
+        self.per_request = frozenset(per_request)
+        self.folded: str | None = None
+        self.broken: str | None = None
+        """Why the weights are no longer known; the server is then on its way out."""
+        self.gate = Gate(self.refusal)
+        self._one_at_a_time = asyncio.Lock()
+        self._engine: Any = None
+        self._models: ServedModels | None = None
+
+    def bind(self, engine: Any, models: ServedModels) -> None:
+        """Take hold of the engine once it is there."""
+        self._engine, self._models = engine, models
+        models.describe(self.status, [(n, self.paths[n]) for n in self._only_folded()])
+
+    def _only_folded(self) -> list[str]:
+        return [name for name in self.paths if name not in self.per_request]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a change is under way."""
+        return self._one_at_a_time.locked()
+
+    def status(self, model: str) -> str:
+        """``ready``, ``folded`` (answers, at base cost), ``unfolded`` (must be folded to answer)
+        or ``blocked`` (another adapter is folded)."""
+        if self.folded is not None:
+            return "folded" if model == self.folded else "blocked"
+        return "unfolded" if model in self._only_folded() else "ready"
+
+    def refusal(self, model: str | None) -> Refusal | None:
+        """Why a request for ``model`` cannot be answered now; unknown names are left to vLLM."""
+        if self.broken is not None:
+            return Refusal(503, f"the server is stopping: {self.broken}")
+        if self.folded is None:
+            if model is None or self.status(model) == "ready":
+                return None
+            return Refusal(
+                409,
+                f"{model} answers only while it is folded into the weights (S-MagNorm makes an "
+                "adapter full-rank, and not every architecture takes adapters per request): the "
+                f'operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
+                f"{model}; or ask for another model",
+            )
+        known = model is None or model in self.names or model in self.paths
+        if model == self.folded or not known:
+            return None
+        return Refusal(
+            409,
+            f"{self.folded} is folded into the weights, so only requests for it are answered, not "
+            f"for {model or 'the base'}: ask for {self.folded}, or the operator can POST to "
+            "/admin/unfold",
+        )
+
+    async def change(self, name: str | None, timeout: float | None = None) -> dict[str, Any]:
+        """Fold ``name``, whatever is folded now; None puts the base back.
+
+        Args:
+            timeout: seconds to wait for running requests; None waits for ever.
+
+        Returns:
+            What is folded, what was done, and how long it took.
+
+        Raises:
+            ConfigError: no adapter of that name.
+            FoldError: the fold failed and the base was put back, or running requests took longer
+                than ``timeout`` and nothing changed, or the server must stop.
+        """
+        if name is not None and name not in self.paths:
+            raise ConfigError(
+                f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
+            )
+        async with self._one_at_a_time:
+            if self.broken is not None:
+                raise FoldError(f"the server is stopping: {self.broken}")
+            if name == self.folded:
+                return {"folded": name, "changed": False}
+            begin = time.perf_counter()
+            if name is not None:
+                # Most faults show here, while the engine still answers.
+                await asyncio.to_thread(self._look, name)
+            try:
+                async with self.gate.shut(timeout):
+                    done = await self._put(name)
+            except TimeoutError as error:
+                raise FoldError(
+                    f"nothing was changed: {self.gate.inside} requests were still running after "
+                    f"{timeout:g} s; try again, or with a longer timeout"
+                ) from error
+            total = time.perf_counter() - begin
+            return {"folded": name, "changed": True, **done, "total_seconds": total}
+
+    def _look(self, name: str) -> None:
+        try:
+            open_source(str(self.base), [str(self.paths[name])])
+        except MergeError as error:
+            raise FoldError(f"{name} cannot be folded, nothing was changed: {error}") from error
+
+    async def _put(self, name: str | None) -> dict[str, Any]:
+        """Change the engine's weights behind the shut gate."""
+        assert self._models is not None
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        path = None if name is None else str(self.paths[name])
+        try:
+            ranks = await self._engine.collective_rpc("secura_fold", args=(path,))
+        except Exception as error:
+            await self._restore(error)
+            raise FoldError(f"the fold failed and the base was put back: {error}") from error
+        self.folded = name
+        await self._models.answer_as(None if name is None else (name, str(self.paths[name])))
+        await self._engine.resume_generation()
+        slowest: dict[str, Any] = max(ranks, key=lambda rank: float(rank["seconds"]))
+        return slowest
+
+    async def _restore(self, cause: Exception) -> None:
+        """The base back on every rank, or the end of the server."""
+        assert self._models is not None
+        self.folded = None
+        try:
+            await self._engine.collective_rpc("secura_fold", args=(None,))
+            await self._models.answer_as(None)
+            await self._engine.resume_generation()
+        except Exception as error:
+            self.broken = f"a fold failed ({cause}) and the base could not be put back ({error})"
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise FoldError(f"the server is stopping: {self.broken}") from error

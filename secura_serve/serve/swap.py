@@ -1,0 +1,107 @@
+"""The worker's half of a fold in the running engine: weights change in place, no copy is kept.
+
+Mixed into vLLM's worker (``--worker-extension-cls``) and called on every rank while the engine is
+paused. Folded weights always come from the pristine base on disk, through the stream that merging
+uses, and reach the model through vLLM's own reload: it slices for the rank, repacks for the
+kernel, and copies into the tensors that compiled code and CUDA graphs hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.merge import FoldPlan, fold_stream, open_source, plan_fold
+from secura_serve.method import MagNorm
+from secura_serve.serve import compat
+
+__all__ = ["FoldExtension", "with_siblings"]
+
+
+def with_siblings(
+    modules: Iterable[str], packed: dict[str, list[str]], held: Iterable[str]
+) -> list[str]:
+    """``modules`` and whatever the engine packs into one linear with any of them.
+
+    vLLM takes a reloaded linear as complete once it has seen as many numbers as it holds, so q
+    and v without k would leave the memory of k as it happens to be.
+
+    Args:
+        packed: vLLM's ``packed_modules_mapping``, for instance ``{"qkv_proj": ["q_proj", …]}``.
+        held: the linears of the base, which give the order of the result.
+    """
+    wanted = set(modules)
+    for module in tuple(wanted):
+        parent, _, leaf = module.rpartition(".")
+        for parts in packed.values():
+            if leaf in parts:
+                wanted |= {f"{parent}.{part}" for part in parts}
+    return [module for module in held if module in wanted]
+
+
+class FoldExtension:
+    """Methods that vLLM adds to each worker; ``model_runner`` and ``reload_weights`` are its."""
+
+    model_runner: Any
+    reload_weights: Any
+
+    def secura_fold(self, spec: str | None) -> dict[str, Any]:
+        """Put the weights of ``spec`` (an adapter's folder) or of the base (None) in place.
+
+        Only linears that change are touched, with their packed siblings: those of ``spec`` and
+        those of what was folded before.
+
+        Returns:
+            ``{"modules": changed, "bytes": read, "seconds": taken}``.
+
+        Raises:
+            MergeError, AdapterError: the weights are then those of neither, and the caller must
+                put the base back (``spec=None``) or stop the engine.
+        """
+        start = time.perf_counter()
+        config = self.model_runner.model_config
+        if spec is None:
+            base, plan = Checkpoint(config.model), FoldPlan({}, MagNorm())
+        else:
+            source = open_source(config.model, [spec])
+            base, plan = source.checkpoint, plan_fold(source, config.dtype)
+        now = {target.module for target in plan.targets.values()}
+        model = self.model_runner.get_model()
+        # Kept on the worker, not by name: what lies in the adapter's folder may have changed.
+        dirty: set[str] = getattr(self, "_secura_dirty", set())
+        self._secura_dirty = now | dirty
+        packed = getattr(model, "packed_modules_mapping", {})
+        modules = with_siblings(self._secura_dirty, packed, base.linears())
+        stream = _Stream(fold_stream(base.tensors(modules), plan))
+        with compat.quiet_reload():
+            self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
+        if stream.error is not None:
+            raise stream.error
+        self._secura_dirty = now
+        taken = time.perf_counter() - start
+        return {"modules": len(modules), "bytes": stream.nbytes, "seconds": taken}
+
+
+class _Stream:
+    """The tensors of a fold, up to its first error.
+
+    An exception inside vLLM's reload would leave linears without memory. Ending early instead
+    lets it put every linear back together; the values are made good afterwards.
+    """
+
+    def __init__(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        self._tensors = tensors
+        self.error: Exception | None = None
+        self.nbytes = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        try:
+            for name, tensor in self._tensors:
+                self.nbytes += tensor.nbytes
+                yield name, tensor
+        except Exception as error:
+            self.error = error

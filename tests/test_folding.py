@@ -1,0 +1,264 @@
+"""Proves a fold in the running server: right weights, nobody sees half of one, and back again.
+
+Needs vLLM on a CPU; real servers on tiny bases, the ``openai`` client. The oracle is transformers
+on weights folded in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+
+import agreement
+import openai
+import pytest
+import torch
+from engines import random_adapter, serving
+
+from secura_serve import adapter as A
+from secura_serve.method import MagNorm
+
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+BOUNDED = MagNorm("bounded", tau=0.2)
+
+
+@dataclass
+class Operator:
+    """The admin routes over plain HTTP."""
+
+    url: str
+    headers: dict[str, str]
+
+    def __call__(self, path, body=None, method="POST", **headers):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url.removesuffix("/v1") + path,
+            data if method == "GET" else data or b"",
+            {"Content-Type": "application/json"} | self.headers | headers,
+            method=method,
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("folding")
+    base, folder = tiny_base("qwen2"), root / "adapters"
+    random_adapter(base, folder / "all", r=8, seed=1)
+    random_adapter(base, folder / "q-and-v", r=16, seed=2, only=("q_proj", "v_proj"))
+    random_adapter(base, folder / "bounded", r=8, seed=3, magnorm=BOUNDED, size=20)
+    # Finite as it stands on disk, infinite once it is multiplied out, and not in the first layer.
+    wild = A.load(random_adapter(base, root / "wild", r=8, seed=4))
+    name = next(n for n in wild.modules if "layers.1.mlp" in n)
+    wild.modules[name].U.fill_(3e38)
+    A.save(folder / "wild", wild.config, wild.modules)
+    with serving(base, folder, root / "log", *FLAGS) as server:
+        yield server
+
+
+@pytest.fixture
+def operator(served):
+    ready = Operator(served.url, {})
+    yield ready
+    ready("/admin/unfold")
+
+
+@pytest.fixture
+def client(served):
+    return openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
+
+
+def statuses(client):
+    return {m.id: m.status for m in client.models.list()}
+
+
+def logprobs(client, name):
+    """One answer to a prompt that is long enough to be cached."""
+    answer = client.completions.create(
+        model=name,
+        prompt="The quick brown fox jumps over the lazy dog. " * 12,
+        max_tokens=4,
+        temperature=0,
+        logprobs=5,
+    )
+    return answer.choices[0].logprobs.top_logprobs
+
+
+def test_an_unfolded_s_magnorm_adapter_is_listed_and_refused_with_the_hint(served, client):
+    found = statuses(client)
+    assert found.pop("bounded") == "unfolded"
+    assert set(found) == {served.base, "all", "q-and-v", "wild"} and {*found.values()} == {"ready"}
+    with pytest.raises(openai.ConflictError, match="--fold bounded"):
+        client.completions.create(model="bounded", prompt="x")
+
+
+def test_folded_switched_and_unfolded_weights(served, operator, client):
+    models = (served.base, "all", "q-and-v")
+    before = {name: logprobs(client, name) for name in models}
+    for name in ("bounded", "q-and-v", "all"):
+        status, done = operator("/admin/fold", {"name": name})
+        assert status == 200 and done["folded"] == name and done["changed"], done
+        result = agreement.compare(served, name)[name]
+        assert result.worst < 1e-4 and result.greedy == len(agreement.PROMPTS), (name, result)
+        assert result.moved > 0.1
+        folded = logprobs(client, name)
+        for other in models:
+            assert folded != before[other] or other == name
+        if name in before:
+            # The same adapter chosen per request computes the same, in another order.
+            got, want = (
+                torch.tensor([list(p.values()) for p in x]) for x in (folded, before[name])
+            )
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    status, done = operator("/admin/unfold")
+    assert (status, done["folded"], done["changed"]) == (200, None, True)
+    assert {name: logprobs(client, name) for name in models} == before
+    assert operator("/admin/unfold") == (200, {"folded": None, "changed": False})
+
+
+def test_while_folded_everything_else_gets_409_with_the_way_out(served, operator, client):
+    assert operator("/admin/fold", {"name": "bounded"})[0] == 200
+    assert operator("/admin/fold", {"name": "bounded"})[1] == {
+        "folded": "bounded",
+        "changed": False,
+    }
+    found = statuses(client)
+    assert found.pop("bounded") == "folded" and {*found.values()} == {"blocked"}
+    assert operator("/admin/fold", method="GET")[1]["folded"] == "bounded"
+    question = [{"role": "user", "content": "hello"}]
+    for name in (served.base, "all", "wild"):
+        with pytest.raises(openai.ConflictError, match="bounded is folded.*/admin/unfold"):
+            client.chat.completions.create(model=name, messages=question)
+    for body in ({"prompt": "x"}, {"prompt": "x", "model": None}, {"model": ""}):
+        assert operator("/v1/completions", body)[0] == 409
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="unknown", prompt="x")
+    answer = client.chat.completions.create(model="bounded", messages=question, max_tokens=4)
+    assert answer.model == "bounded"
+
+
+def slowly(client, model, stream=True):
+    """A request that takes seconds: many prompts, each to the end of the context."""
+    return client.completions.create(
+        model=model,
+        prompt=["Once upon"] * 64,
+        max_tokens=240,
+        temperature=0,
+        stream=stream,
+        extra_body={"ignore_eos": True},
+    )
+
+
+def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, operator, client):
+    alone = [choice.text for choice in slowly(client, served.base, stream=False).choices]
+    stream = slowly(client, served.base)
+    pieces = [next(stream).choices[0]]
+    status, answer = operator("/admin/fold", {"name": "bounded", "timeout": 0.05})
+    assert status == 409 and "1 requests were still running" in answer["error"]["message"]
+    done = {}
+    folding = threading.Thread(
+        target=lambda: done.update(fold=operator("/admin/fold", {"name": "bounded"}))
+    )
+    folding.start()
+    while not operator("/admin/fold", method="GET")[1]["busy"]:
+        time.sleep(0.01)
+    held = threading.Thread(target=lambda: done.update(held=logprobs(client, "bounded")))
+    refused = threading.Thread(
+        target=lambda: done.update(
+            refused=operator("/v1/completions", {"model": served.base, "prompt": "x"})[0]
+        )
+    )
+    held.start()
+    refused.start()
+    assert operator("/admin/fold", method="GET")[1]["folded"] is None
+    pieces += [chunk.choices[0] for chunk in stream]
+    for thread in (folding, held, refused):
+        thread.join(timeout=60)
+    texts = [""] * len(alone)
+    for piece in pieces:
+        texts[piece.index] += piece.text
+    assert texts == alone
+    assert done["fold"][0] == 200 and done["refused"] == 409
+    assert done["held"] == logprobs(client, "bounded")
+
+
+def test_a_fold_that_fails_midway_puts_the_base_back(served, operator, client):
+    before = logprobs(client, served.base)
+    assert operator("/admin/fold", {"name": "bounded"})[0] == 200
+    status, answer = operator("/admin/fold", {"name": "wild"})
+    assert status == 409 and "the base was put back" in answer["error"]["message"], answer
+    assert "layers.1.mlp" in answer["error"]["message"]
+    assert statuses(client)[served.base] == "ready"
+    assert logprobs(client, served.base) == before
+    assert agreement.compare(served, "all")["all"].worst < 1e-4
+
+
+def test_bad_requests_to_the_admin_routes(served, operator):
+    assert operator("/admin/fold", {"name": "nobody"})[0] == 404
+    assert operator("/admin/fold", {})[0] == 400
+    assert operator("/admin/fold", {"name": "all", "surprise": 1})[0] == 400
+    assert operator("/admin/fold", {"name": "all", "timeout": -1})[0] == 400
+    # A web page, and a proxy in front: not the operator.
+    for strange in ({"Origin": "http://evil.example"}, {"X-Forwarded-For": "127.0.0.1"}):
+        assert operator("/admin/fold", {"name": "all"}, **strange)[0] == 403
+    assert operator("/admin/fold", method="GET")[1]["folded"] is None
+
+
+def test_a_damaged_adapter_is_refused_before_the_engine_is_touched(served, operator):
+    weights = served.folder / "q-and-v" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[: len(whole) // 2])
+        status, answer = operator("/admin/fold", {"name": "q-and-v"})
+    finally:
+        weights.write_bytes(whole)
+    assert status == 409 and "nothing was changed" in answer["error"]["message"]
+    assert "truncated or damaged" in answer["error"]["message"]
+
+
+def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_back(
+    tiny_base, tmp_path
+):
+    base, folder = tmp_path / "base", tmp_path / "adapters"
+    shutil.copytree(tiny_base("gpt2"), base)
+    random_adapter(base, folder / "one", r=8, seed=1)
+    random_adapter(base, folder / "two", r=8, seed=2, magnorm=BOUNDED)
+    log = tmp_path / "log"
+    with serving(base, folder, log, *FLAGS, "--fold", "one", "--admin-api-key", "sesame") as served:
+        assert "no per-request adapters for GPT2LMHeadModel" in log.read_text()
+        result = agreement.compare(served, "one")["one"]
+        assert result.worst < 1e-4 and result.greedy == len(agreement.PROMPTS)
+        stranger = Operator(served.url, {})
+        assert stranger("/admin/unfold")[0] == 401
+        assert stranger("/admin/unfold", Authorization="Bearer wrong")[0] == 401
+        operator = Operator(served.url, {"Authorization": "Bearer sesame"})
+        assert operator("/admin/unfold")[0] == 200
+        client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
+        assert agreement.compare(served, served.base)[served.base].worst < 1e-4
+        with pytest.raises(openai.ConflictError, match="--fold one"):
+            client.completions.create(model="one", prompt="x")
+        stream = slowly(client, served.base)
+        next(stream)
+        answers = []
+        folding = threading.Thread(
+            target=lambda: answers.append(operator("/admin/fold", {"name": "two"}))
+        )
+        folding.start()
+        while not operator("/admin/fold", method="GET")[1]["busy"]:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the look at the adapter is over, the fold waits for the stream
+        (base / "model.safetensors").rename(base / "gone")
+        for _ in stream:
+            pass
+        folding.join(timeout=60)
+        assert answers[0][0] == 409 and "server is stopping" in answers[0][1]["error"]["message"]
+    assert "could not be put back" in log.read_text()
