@@ -37,10 +37,18 @@ def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
 
 
 async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
-    """Bases first, then adapters by name. Raises what `explain` turns into a sentence."""
+    """Those that answer now: bases first, then adapters by name.
+
+    secura-serve gives a status: an adapter can be `unfolded`, and all others `blocked` while one is
+    `folded`. Raises what `explain` turns into a sentence.
+    """
     try:
         page = await client.models.list(timeout=10)
-        models = [Model(card.id, getattr(card, "parent", None)) for card in page.data]
+        models = [
+            Model(card.id, getattr(card, "parent", None))
+            for card in page.data
+            if getattr(card, "status", "ready") in ("ready", "folded")
+        ]
     # openai trips over an answer that is no list of models, such as some web page.
     except (AttributeError, TypeError) as error:
         raise openai.OpenAIError("no list of models; the endpoint should end in /v1") from error

@@ -8,6 +8,7 @@ differs from it.
 from __future__ import annotations
 
 import asyncio
+import json
 import urllib.request
 from functools import cache
 
@@ -15,7 +16,7 @@ import oracle
 import pytest
 import torch
 from engines import free_port, serving
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAI
 from transformers import AutoTokenizer
 
 ROOT = oracle.ROOT
@@ -71,8 +72,8 @@ def started(tmp_path_factory):
         yield server, page
 
 
-def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
-    served, _ = started
+def _hold_against_transformers(served, prompts):
+    """All prompts in one concurrent batch; nine of ten greedy answers equal, noise no larger."""
     tokenizer = AutoTokenizer.from_pretrained(served.base_path)
 
     @cache
@@ -82,7 +83,7 @@ def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
 
     async def ask():
         client = AsyncOpenAI(base_url=served.url, api_key="none")
-        jobs = [(name, text) for name, texts in PROMPTS.items() for text in texts]
+        jobs = [(name, text) for name, texts in prompts.items() for text in texts]
         calls = [
             client.completions.create(
                 model=name,
@@ -97,8 +98,7 @@ def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
         return dict(zip(jobs, await asyncio.gather(*calls), strict=True))
 
     answers = asyncio.run(ask())
-    assert set(served.names()) >= set(PROMPTS)
-    for name, texts in PROMPTS.items():
+    for name, texts in prompts.items():
         exact = oracle.adapted(served.base_path, served.path(name))
         coarse = oracle.adapted(served.base_path, served.path(name), torch.bfloat16)
         equal, served_error, noise = 0, [], []
@@ -114,6 +114,39 @@ def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
         mean, allowed = sum(served_error) / len(served_error), sum(noise) / len(noise)
         assert equal >= 9, (name, equal)
         assert mean <= 1.5 * allowed, (name, mean, allowed)
+
+
+def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
+    served, _ = started
+    assert set(served.names()) >= set(PROMPTS)
+    _hold_against_transformers(served, PROMPTS)
+
+
+def test_an_adapter_folded_into_the_compiled_model_and_taken_out_again(started):
+    served, _ = started
+    client = OpenAI(base_url=served.url, api_key="none", max_retries=0)
+    prompt = "The quick brown fox jumps over the lazy dog. " * 12
+
+    def ask(model):
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=8, temperature=0, logprobs=5
+        )
+        return answer.choices[0].logprobs.top_logprobs
+
+    def post(path, **body):
+        request = urllib.request.Request(
+            served.url.replace("/v1", path),
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            assert answer.status == 200
+
+    before = {name: ask(name) for name in ("smollm2-135m", "iso-date")}
+    post("/admin/fold", name="iso-date-bounded")
+    _hold_against_transformers(served, {"iso-date-bounded": PROMPTS["iso-date"]})
+    post("/admin/unfold")
+    assert {name: ask(name) for name in before} == before
 
 
 def test_chat_page_is_announced_and_answers(started):

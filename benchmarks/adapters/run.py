@@ -214,6 +214,7 @@ def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> No
         "kind": RECIPES[task].kind,
         "max_new_tokens": RECIPES[task].max_new_tokens,
         "neutral_text": f"48 passages of Debian fortunes ({', '.join(NEUTRAL)})",
+        "lr": facts["config"]["lr"],
         "validation_accuracy_by_lr": tuning,
         "base": base,
         "seeds": scores,
@@ -234,18 +235,53 @@ def _mean_sd(values: list[float]) -> list[float]:
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
 
+def _variants(task: str) -> str:
+    """Score and retention of every adapter trained on the same data, one row each."""
+    rows = ["| variant | held-out accuracy | KL | perplexity × |", "|---|---|---|---|"]
+    for name, recipe in RECIPES.items():
+        file = ADAPTERS / name / "train.json"
+        if (recipe.data or name) != (RECIPES[task].data or task) or not file.is_file():
+            continue
+        found = json.loads(file.read_text())["evaluation"]
+        kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {recipe.lrs[0]:g}"
+        if tuned := found.get("validation_accuracy_by_lr"):
+            kind = kind.rpartition(" ")[0] + f" {found['lr']:g} of {', '.join(tuned)}"
+        cells = (_spread(found, k) for k in ("accuracy", "kl", "perplexity_ratio"))
+        rows.append(f"| [`{name}`](../{name}): {kind} | {' | '.join(cells)} |")
+    return "\n".join(rows) if len(rows) > 3 else ""
+
+
+def _spread(found: dict[str, Any], key: str) -> str:
+    mean, sd = found[f"{key}_mean_sd"]
+    return f"{mean:.3f} ± {sd:.3f}"
+
+
 def _card(task: str, facts: dict[str, Any]) -> str:
     recipe, found, settings = RECIPES[task], facts["evaluation"], facts["config"]
     shipped, base = found["seeds"]["0"], found["base"]
-
-    def spread(key: str, digits: int) -> str:
-        mean, sd = found[key]
-        return f"{mean:.{digits}f} ± {sd:.{digits}f}"
-
     n = len(found["seeds"])
-    prompt = json.loads((ADAPTERS / "examples.json").read_text())[task][0]["prompt"]
+    examples = json.loads((ADAPTERS / "examples.json").read_text())
+    prompt = examples[recipe.data or task][0]["prompt"]
     quoted = "\n".join("> " + line if line else ">" for line in prompt.splitlines())
     size = (ADAPTERS / task / "adapter_model.safetensors").stat().st_size / 1e6
+    chosen = (
+        f"The learning rate is the best of {', '.join(found['validation_accuracy_by_lr'])} on "
+        f"{VALIDATION} training items kept apart, one training with seed 0 each."
+        if found["validation_accuracy_by_lr"]
+        else "Learning rate, length and training data were settled by hand while looking at "
+        "held-out scores of\nseed 0; there was no further validation set."
+    )
+    norm = f"`{settings['magnorm']}`"
+    if settings["magnorm"] == "bounded":
+        norm += (
+            f" with τ = {settings['tau']:g}: no weight moves by more than that share of itself.\n"
+            "That makes the update full-rank, so it answers only while folded into the weights "
+            f"(`--fold {task}`, or\n`secura-merge`)"
+        )
+    core = f"`{settings['core']}`"
+    if settings["core"] == "ab":
+        core += f" (A·B, inner rank {settings['inner_rank'] or settings['rank']})"
+    variants = _variants(task)
     return f"""---
 base_model: {facts["base"]}
 library_name: secura-serve
@@ -261,23 +297,23 @@ tags: [secura, cur, peft]
 |---|---|
 | base ({facts["base"]}) | {base["accuracy"]:.3f} |
 | this adapter (seed 0) | {shipped["accuracy"]:.3f} |
-| {n} training seeds, mean ± sd | {spread("accuracy_mean_sd", 3)} |
+| {n} training seeds, mean ± sd | {_spread(found, "accuracy")} |
 
 | kept of the base, on neutral English | this adapter | {n} seeds, mean ± sd |
 |---|---|---|
-| KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {spread("kl_mean_sd", 3)} |
+| KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {_spread(found, "kl")} |
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
-{spread("perplexity_ratio_mean_sd", 3)} |
+{_spread(found, "perplexity_ratio")} |
 
-Shipped is the run with seed 0, whatever its score. Base and adapter got the same prompts and the
-same lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
+{variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
+Base and adapter got the same prompts and the same
+lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
-Learning rate, length and training data were settled by hand while looking at held-out scores of
-seed 0; there was no further validation set.
+{chosen}
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
-`{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, basis `{settings["selection"]}` with seed
+{core}, S-MagNorm {norm}. Basis `{settings["selection"]}` with seed
 {settings["selection_seed"]} (shared by all adapters here),
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at

@@ -1,0 +1,133 @@
+"""Folding into a running engine against a plain reload of the same weights through the same path.
+
+    python benchmarks/fold.py [--base smollm2-135m] [--repeat 5] [--out results/fold.json]
+
+One vLLM engine in this process (eager, the base's dtype). ``reload`` reads W from the page cache
+and writes it in place through vLLM's reload: what unfolding does. ``fold`` does the same with the
+fold between. The engine is idle: waiting for requests is not part of either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTENSION = "secura_serve.serve.swap.FoldExtension"
+
+
+def make_adapters(base: Path, folder: Path) -> dict[str, Path]:
+    """Random adapters of rank 32: q and v or all linears, `none` and `bounded`."""
+    import torch
+
+    from secura_serve import adapter as A
+    from secura_serve.checkpoint import Checkpoint
+    from secura_serve.method import MagNorm, auto_alpha, select
+
+    checkpoint, made = Checkpoint(base), {}
+    for targets, leaves in (("q,v", ("q_proj", "v_proj")), ("all linears", ())):
+        modules, prints = {}, {}
+        for name in checkpoint.linears():
+            if leaves and not name.endswith(leaves):
+                continue
+            W = checkpoint.weight(name)
+            basis = select(W, 32, module=name)
+            U = 0.1 * torch.randn(32, 32) * auto_alpha(W, basis)
+            modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
+            prints[name] = A.fingerprint(W, basis)
+        for mode in ("none", "bounded"):
+            config = A.AdapterConfig(
+                base_model_name_or_path=str(base),
+                r=32,
+                target_modules=tuple(sorted({n.rpartition(".")[2] for n in modules})),
+                base_fingerprint=prints,
+                magnorm=MagNorm(mode),
+            )
+            path = folder / f"{targets.replace(',', '-').replace(' ', '-')}-{mode}"
+            made[f"{targets}, {mode}"] = A.save(path, config, modules)
+    return made
+
+
+def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str, Any]]:
+    """One row per adapter: seconds of a fold and of the reload that takes it back."""
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(base), enforce_eager=True, max_model_len=256, worker_extension_cls=EXTENSION
+    )
+
+    def swap(spec: str | None) -> dict[str, Any]:
+        return max(llm.collective_rpc("secura_fold", args=(spec,)), key=lambda r: r["seconds"])
+
+    rows = []
+    for name, path in adapters.items():
+        fold, reload = [], []
+        for _ in range(repeat + 1):
+            done = swap(str(path))
+            fold.append(done["seconds"])
+            back = swap(None)
+            reload.append(back["seconds"])
+        # The first round touches memory that the others find warm.
+        fold_s, reload_s = statistics.median(fold[1:]), statistics.median(reload[1:])
+        rows.append(
+            {
+                "adapter": name,
+                "linears": done["modules"],
+                "mib": round(back["bytes"] / 2**20, 1),
+                "fold_s": round(fold_s, 3),
+                "reload_s": round(reload_s, 3),
+                "fold_over_reload": round(fold_s / reload_s, 2),
+                "all_fold_s": [round(s, 3) for s in fold],
+                "all_reload_s": [round(s, 3) for s in reload],
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="smollm2-135m", help="alias or folder (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    given = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from secura_serve.bases import resolve_base
+
+    base = resolve_base(given.base).path
+    before = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(base, make_adapters(base, Path(folder)), given.repeat)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    report = {
+        "command": " ".join(["python", "benchmarks/fold.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "load_before": before,
+        },
+        "versions": {p: version(p) for p in ("torch", "transformers")},
+        "base": given.base,
+        "rows": rows,
+    }
+    if given.out:
+        given.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
