@@ -46,7 +46,7 @@ bench: ## list the benchmarks and how to run one
 	for f in benchmarks/[!_]*.py; do \
 	  printf '  $(PY) %-36s %s\n' "$$f" "$$(sed -n '1s/^"""//p' "$$f" | sed 's/"""$$//')"; done
 
-bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4"
+bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4 --mergekit auto"
 	$(PY) -P benchmarks/merge.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv

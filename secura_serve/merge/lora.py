@@ -2,6 +2,10 @@
 
 Without a norm Δ = C·U·R *is* a LoRA: lora_B · lora_A with lora_alpha = r, that is, scale 1. With
 ``bounded`` or ``published`` W' − W has full rank, and only an approximation can be had.
+
+llama.cpp's convert_lora_to_gguf.py, as it comes with llama-cpp-python 0.3.36, was run on exports
+for Llama, Mistral, Qwen2, Gemma 2 and SmolLM2 (iso-date): every factor arrives, equal in float32.
+GPT-2's Conv1D it transposes without need, in LoRAs that PEFT wrote too: fold those instead.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, li
 def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -> Source:
     """The base and its adapters, opened and checked against each other.
 
-    Of the fingerprints only those of the first and the last module are checked here: all of them
-    would mean reading the base twice. The stream checks each one before it folds.
+    Of the fingerprints only those of the first and the last module are checked here, which is
+    enough to tell another base at once. The stream checks each one before it folds, and
+    :func:`~secura_serve.merge.plan.plan_merge` before anything is written.
 
     Args:
         problems: found already; told together with what is found here.
