@@ -16,7 +16,7 @@ differ from torch in the last bit of exp() only. Whatever vectorises here does s
 
 enum kind { BF16, F16, F32 };
 enum mode { NONE, PUBLISHED, BOUNDED };
-enum { STRIP = 1024 };
+enum { STRIP = 2048 };
 
 static inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float number(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -72,8 +72,8 @@ static void narrow(void *restrict to, const float *restrict from, enum kind kind
 static inline float sigmoid(float x)
 {
     float y = -x;
-    y = y < -87 ? -87 : y;                                /* beyond: 0 or 1 for every caller */
-    y = y > 88 ? 88 : y;
+    y = -30 > y ? -30 : y;                                /* beyond: 0 or 1 for every caller, */
+    y = 30 < y ? 30 : y;                                  /* and subnormal numbers are slow */
     float shifted = fmaf(y, 0x1.715476p+0f, 0x1.8p23f);   /* rounds y / ln 2 to an integer k */
     float k = shifted - 0x1.8p23f;
     float r = fmaf(k, -0x1.62e4p-1f, y);
@@ -117,10 +117,10 @@ static void weigh(double *sums, const float *restrict W, const float *restrict m
 #pragma omp simd reduction(+ : base, moved, update, lost) reduction(max : top)
     for (int i = 0; i < n; i++) {
         double w = W[i], m = written[i] - W[i], u = made[i] - W[i], l = written[i] - made[i];
-        base += w * w;
-        moved += m * m;
-        update += u * u;
-        lost += l * l;
+        base = fma(w, w, base);
+        moved = fma(m, m, moved);
+        update = fma(u, u, update);
+        lost = fma(l, l, lost);
         float share = W[i] == 0 ? 0 : fabsf(written[i] - W[i]) / fabsf(W[i]);
         top = share > top ? share : top;
     }
