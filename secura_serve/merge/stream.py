@@ -30,7 +30,7 @@ __all__ = [
     "fold_stream",
 ]
 
-# Elements per block of rows: its float32 temporaries stay in a core's L2 cache.
+# Elements per block of rows: its update, in float32, stays in a core's L2 cache.
 _BLOCK = 2**18
 # Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
 # sums may end in another last bit than those of the whole matrix.

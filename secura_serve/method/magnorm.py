@@ -135,7 +135,7 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
             f"foldable modes: {', '.join(FOLDABLE)}"
         )
     trained = torch.is_grad_enabled() and (W.requires_grad or delta.requires_grad)
-    if not trained and native.fits(W, delta):
+    if not trained and native.fits(W, W, delta):
         write(made := torch.empty_like(W), W, delta, norm, peak=peak)
         return made
     if norm.mode == "published":
@@ -152,10 +152,17 @@ def write(
     peak: Tensor | float | None = None,
     measure: bool = False,
 ) -> Sums | None:
-    """Put W', rounded once, into ``out``; W and ``out`` may be of narrower dtypes than ``delta``.
+    """Put W', computed in Δ's dtype and rounded once, into ``out``: one pass over a CPU's memory.
+
+    Args:
+        out, W: ``(out, in)``; their dtypes may be narrower than ``delta``'s.
+        measure: also say what changed.
 
     Returns:
-        What changed; None where it was not asked for and would have cost something.
+        What changed; None where it was not asked for and would cost something.
+
+    Raises:
+        ConfigError: the mode has no W'.
     """
     if norm.foldable and native.fits(out, W, delta):
         if norm.mode == "published" and peak is None:

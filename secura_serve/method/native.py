@@ -1,6 +1,6 @@
 """The elementwise part of a fold in one pass over memory: ``native.c``, compiled at first use.
 
-torch takes some twenty passes for the same: each costs about as much as the whole of this one.
+torch takes up to twenty passes for the same, between cache and registers if not to memory.
 Where there is no C compiler, on other devices and in float64 torch does it, in
 :mod:`secura_serve.method.magnorm`; ``SECURA_NATIVE=0`` says so for everything.
 """
@@ -38,10 +38,11 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _MODES = {"none": 0, "published": 1, "bounded": 2}
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether :func:`write` takes tensors like these on this machine; else torch has to do it."""
+def fits(out: Tensor, W: Tensor, delta: Tensor) -> bool:
+    """Whether :func:`write` takes these on this machine; else torch has to do it."""
     return (
-        all(t.device.type == "cpu" and t.dtype in _KINDS for t in tensors)
+        all(t.device.type == "cpu" and t.dtype in _KINDS for t in (out, W, delta))
+        and delta.dtype == torch.float32
         and _library() is not None
     )
 
@@ -54,14 +55,14 @@ def write(
     ``none`` has torch's bits; the other modes may differ from it in the last bits of float32.
 
     Args:
-        out, W: ``(out, in)``, bfloat16, float16 or float32 each; they fit, see :func:`fits`.
-        delta: ``(out, in)`` float32.
+        out, W: ``(out, in)``, bfloat16, float16 or float32 each, in any layout.
+        delta: ``(out, in)`` float32. All three fit, see :func:`fits`.
         a, b: ``bounded``: τ and nothing; ``published``: scale and ε.
         peak: ρ_max of ``published``.
     """
     library = _library()
     assert library is not None and out.shape == W.shape == delta.shape
-    W, delta = W.contiguous(), delta.to(torch.float32).contiguous()
+    W, delta = W.contiguous(), delta.contiguous()
     new = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
     sums = (ctypes.c_double * 5)()
     library.secura_fold(
