@@ -1,8 +1,8 @@
 /* W' = S-MagNorm(W, D), rounded once, and what changed: the arithmetic of magnorm.py in one pass.
 
-A strip of elements at a time, whose float32 copies never leave the first-level cache. Compiled
-without contraction and without -ffast-math: `none` gives the bits of torch's W + D, the others
-differ from torch in the last bit of exp() only. Whatever vectorises here does so on any CPU.
+A strip of elements at a time, whose float32 copies never leave the first caches. Compiled without
+contraction and without -ffast-math: `none` gives the bits of torch's W + D, the other modes differ
+from torch where the last bit of exp() shows. The loops are written for the compiler to vectorise.
 */
 #include <float.h>
 #include <math.h>
@@ -141,6 +141,9 @@ void secura_fold(void *restrict out, int out_kind, const void *restrict W, int k
     for (int64_t at = 0; at < n; at += STRIP) {
         int count = n - at < STRIP ? n - at : STRIP;
         char *place = (char *)out + at * size[out_kind];
+        /* The next strip comes from memory meanwhile; processors stop at each page by themselves. */
+        for (int i = 0; i < STRIP * size[kind]; i += 64)
+            __builtin_prefetch((const char *)W + (at + STRIP) * size[kind] + i);
         widen(w, (const char *)W + at * size[kind], kind, count);
         if (mode == PUBLISHED)
             published(made, w, D + at, a, b, peak, count);
