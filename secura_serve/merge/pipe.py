@@ -156,14 +156,13 @@ class Writes:
 
     def finish(self, *fds: int) -> None:
         """The first of ``fds`` is complete: fsync it; then close all."""
-        while self._waiting:
-            self._waiting.popleft().result()
-        self._synced.append(self._syncs.submit(self._finish, *fds))
+        self._submit(lambda: self._synced.append(self._syncs.submit(self._finish, *fds)))
 
     def close(self) -> None:
         """Wait for everything; raises what a thread raised."""
-        for job in (*self._waiting, *self._synced):
-            job.result()
+        for jobs in (self._waiting, self._synced):  # in this order: the first fill the second
+            for job in jobs:
+                job.result()
 
     def stop(self) -> None:
         self._pool.shutdown(cancel_futures=True)

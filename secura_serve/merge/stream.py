@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secura_serve.adapter import fingerprint
 from secura_serve.errors import MergeError
-from secura_serve.method import Basis, MagNorm, apply, gather
+from secura_serve.method import Basis, MagNorm, Sums, gather, write
 
 __all__ = [
     "Change",
@@ -30,7 +30,7 @@ __all__ = [
     "fold_stream",
 ]
 
-# Elements per block of rows: its float32 temporaries stay in a core's L2 cache.
+# Elements per block of rows: its update, in float32, stays in a core's L2 cache.
 _BLOCK = 2**18
 # Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
 # sums may end in another last bit than those of the whole matrix.
@@ -82,29 +82,7 @@ class Change:
     """Share of the update lost to rounding: ‖W' − W'₃₂‖ / ‖W'₃₂ − W‖, W'₃₂ before rounding."""
 
 
-def _weigh(W: Tensor, new: Tensor, written: Tensor) -> tuple[float, float, float, float, float]:
-    """‖W‖², ‖W'−W‖², ‖W'₃₂−W‖², ‖W'−W'₃₂‖² and max |W'−W|/|W| of one block; overwrites ``new``.
-
-    W and new = W'₃₂ are of the computing dtype, written = W' of the output's.
-    """
-    base = _square(W)
-    if written.dtype == new.dtype:
-        change, lost = new.sub_(W), 0.0
-        update = moved = _square(change)
-    else:
-        change = written.to(new.dtype)
-        update = _square(new - W)
-        lost = _square(new.sub_(change))
-        moved = _square(change.sub_(W))
-    low, high = torch.aminmax(change.div_(W))
-    top = max(-float(low), float(high))
-    if not math.isfinite(top):  # 0/0 or x/0 where W is 0
-        ratio = change[W != 0].abs()
-        top = float(ratio.max()) if ratio.numel() else 0.0
-    return base, moved, update, lost, top
-
-
-def _change(blocks: Iterable[tuple[float, float, float, float, float]]) -> Change:
+def _change(blocks: Iterable[Sums]) -> Change:
     base, moved, update, lost, top = zip(*blocks, strict=True)
     return Change(
         relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
@@ -126,10 +104,6 @@ def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> T
     if W.device.type != "cpu":
         return torch.empty(W.shape, dtype=dtype, device=W.device)
     return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
-
-
-def _square(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def factors(W: Tensor, parts: Iterable[Part], wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -160,11 +134,11 @@ def fold(
 
     Args:
         W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
-        measure: also say what changed; costs about as much as the fold itself.
+        measure: also say what changed; where torch folds, it costs as much as the fold itself.
         allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
 
     Returns:
-        W' in W's orientation, contiguous, and its :class:`Change`.
+        W' in W's orientation, contiguous, and its :class:`Change` where it was asked for or free.
 
     Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
     """
@@ -175,16 +149,11 @@ def fold(
     peak = target.parts[0].rho_max
     step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
 
-    def one(start: int) -> tuple[float, float, float, float, float] | None:
-        block = slice(start, start + step)
-        old = rows[block].to(wide)
-        made = apply(old, L[block] @ R, norm, peak=peak)
-        new[block].copy_(made)
-        return _weigh(old, made, new[block]) if measure else None
-
-    starts = range(0, rows.shape[0], step)
-    found = list(map(one, starts))
-    return result, _change(block for block in found if block) if measure else None
+    found = [
+        write(new[at], rows[at], L[at] @ R, norm, peak=peak, measure=measure)
+        for at in (slice(start, start + step) for start in range(0, rows.shape[0], step))
+    ]
+    return result, None if None in found else _change(sums for sums in found if sums)
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
 from secura_serve.method.cur import RULES, Basis, gather, importance, select
-from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply
+from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply, write
+from secura_serve.method.sums import Sums
 
 __all__ = [
     "FOLDABLE",
@@ -13,6 +14,7 @@ __all__ = [
     "RULES",
     "Basis",
     "MagNorm",
+    "Sums",
     "apply",
     "auto_alpha",
     "delta",
@@ -21,4 +23,5 @@ __all__ = [
     "init_A",
     "merged",
     "select",
+    "write",
 ]

@@ -116,4 +116,4 @@ def select(
 def gather(W: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """``C = W[:, cols]`` of shape ``(out, r)`` and ``R = W[rows, :]`` of shape ``(r, in)``."""
     rows, cols = basis.rows.to(W.device, torch.int64), basis.cols.to(W.device, torch.int64)
-    return W.index_select(1, cols), W.index_select(0, rows)
+    return W.gather(1, cols.expand(W.shape[0], -1)), W.index_select(0, rows)

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
+from secura_serve.method import native
+from secura_serve.method.sums import Sums, weigh
 
-__all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max"]
+__all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max", "write"]
 
 FOLDABLE = ("none", "published", "bounded")
 MODES = (*FOLDABLE, "reference", "activation")
@@ -122,16 +124,52 @@ def bounded(W: Tensor, delta: Tensor, *, tau: float = 0.02) -> Tensor:
 def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | None = None) -> Tensor:
     """W' of the total update ``delta`` against the pristine ``W`` (same shape and dtype).
 
+    Where nothing wants a gradient these are the bits that :func:`write` writes.
+
     Raises:
         ConfigError: the mode works on activations and has no W'.
     """
-    if norm.mode == "none":
-        return W + delta
+    if not norm.foldable:
+        raise ConfigError(
+            f"magnorm mode {norm.mode!r} acts on activations and has no merged weight; "
+            f"foldable modes: {', '.join(FOLDABLE)}"
+        )
+    trained = torch.is_grad_enabled() and (W.requires_grad or delta.requires_grad)
+    if not trained and native.fits(W, W, delta):
+        write(made := torch.empty_like(W), W, delta, norm, peak=peak)
+        return made
     if norm.mode == "published":
         return published(W, delta, scale=norm.scale, eps=norm.eps, peak=peak)
-    if norm.mode == "bounded":
-        return bounded(W, delta, tau=norm.tau)
-    raise ConfigError(
-        f"magnorm mode {norm.mode!r} acts on activations and has no merged weight; "
-        f"foldable modes: {', '.join(FOLDABLE)}"
-    )
+    return bounded(W, delta, tau=norm.tau) if norm.mode == "bounded" else W + delta
+
+
+def write(
+    out: Tensor,
+    W: Tensor,
+    delta: Tensor,
+    norm: MagNorm,
+    *,
+    peak: Tensor | float | None = None,
+    measure: bool = False,
+) -> Sums | None:
+    """Put W', computed in Δ's dtype and rounded once, into ``out``: one pass over a CPU's memory.
+
+    Args:
+        out, W: ``(out, in)``; their dtypes may be narrower than ``delta``'s.
+        measure: also say what changed.
+
+    Returns:
+        What changed; None where it was not asked for and would cost something.
+
+    Raises:
+        ConfigError: the mode has no W'.
+    """
+    if norm.foldable and native.fits(out, W, delta):
+        if norm.mode == "published" and peak is None:
+            peak = rho_max(W.to(delta.dtype), delta, norm.eps)
+        a, b = (norm.tau, 0.0) if norm.mode == "bounded" else (norm.scale, norm.eps)
+        return native.write(out, W, delta, norm.mode, a, b, float(peak or 0))
+    wide = W.to(delta.dtype)
+    made = apply(wide, delta, norm, peak=peak)
+    out.copy_(made)
+    return weigh(wide, made, out) if measure else None

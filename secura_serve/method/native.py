@@ -1,0 +1,125 @@
+"""The elementwise part of a fold in one pass over memory: ``native.c``, compiled at first use.
+
+torch takes up to twenty passes for the same, between cache and registers if not to memory.
+Where there is no C compiler, on other devices and in float64 torch does it, in
+:mod:`secura_serve.method.magnorm`; ``SECURA_NATIVE=0`` says so for everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secura_serve.method.sums import Sums
+
+__all__ = ["fits", "write"]
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_suffix(".c")
+# Nothing here lets the compiler change a result: sums that may be reordered are marked as such.
+_FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp-simd", "-shared", "-fPIC"),
+)
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_MODES = {"none": 0, "published": 1, "bounded": 2}
+
+
+def fits(out: Tensor, W: Tensor, delta: Tensor) -> bool:
+    """Whether :func:`write` takes these on this machine; else torch has to do it."""
+    return (
+        all(t.device.type == "cpu" and t.dtype in _KINDS for t in (out, W, delta))
+        and delta.dtype == torch.float32
+        and _library() is not None
+    )
+
+
+def write(
+    out: Tensor, W: Tensor, delta: Tensor, mode: str, a: float, b: float, peak: float
+) -> Sums:
+    """Put W' = S-MagNorm(W, Δ), computed in float32 and rounded once, into ``out``.
+
+    ``none`` has torch's bits; the other modes may differ from it in the last bits of float32.
+
+    Args:
+        out, W: ``(out, in)``, bfloat16, float16 or float32 each, in any layout.
+        delta: ``(out, in)`` float32. All three fit, see :func:`fits`.
+        a, b: ``bounded``: τ and nothing; ``published``: scale and ε.
+        peak: ρ_max of ``published``.
+    """
+    library = _library()
+    assert library is not None and out.shape == W.shape == delta.shape
+    W, delta = W.contiguous(), delta.contiguous()
+    new = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+    sums = (ctypes.c_double * 5)()
+    library.secura_fold(
+        *(new.data_ptr(), _KINDS[new.dtype], W.data_ptr(), _KINDS[W.dtype], delta.data_ptr()),
+        *(new.numel(), _MODES[mode], a, b, peak, sums),
+    )
+    if new is not out:
+        out.copy_(new)
+    return Sums(*sums)
+
+
+@cache
+def _library() -> Any:
+    """``native.c`` as a ctypes library, or None, said once in the log."""
+    if os.environ.get("SECURA_NATIVE") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        why = getattr(error, "stderr", None) or error
+        log.warning("folding goes through torch and takes longer; native.c is no use: %s", why)
+        return None
+    place, kind, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    library.secura_fold.restype = None
+    library.secura_fold.argtypes = [
+        *(place, kind, place, kind, place),
+        *(ctypes.c_int64, kind, number, number, number, place),
+    ]
+    return library
+
+
+def _compiled() -> Path:
+    """The library's file, made if it is not there; its name says what it was made from and for."""
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    made_of = (_SOURCE.read_text("utf-8"), *_FLAGS, _run(*compiler, "--version"), _processor())
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    # As in secura_serve.bases, which this room does not know.
+    root = Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
+    file = root / "native" / f"{key}.so"
+    # Code is not run because somebody left it in a shared folder.
+    if not file.is_file() or file.stat().st_uid not in (0, os.getuid()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as work:
+            new = Path(work) / file.name
+            _run(*compiler, *_FLAGS, "-o", str(new), str(_SOURCE), "-lm")
+            # Several processes may get here at once: each puts the same thing in place.
+            new.replace(file)
+    return file
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def _processor() -> str:
+    """What ``-march=native`` looks at."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = (line for line in lines if line.startswith(("flags", "Features")))
+    return f"{platform.machine()} {next(features, platform.processor())}"

@@ -1,0 +1,52 @@
+"""What a fold changed, as sums that add up over the blocks of a matrix."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sums", "weigh"]
+
+
+class Sums(NamedTuple):
+    """W' is what is written, W'₃₂ the same before rounding. A NaN or Inf in W or W' shows."""
+
+    base: float
+    """‖W‖²."""
+    moved: float
+    """‖W'−W‖²."""
+    update: float
+    """‖W'₃₂−W‖²."""
+    lost: float
+    """‖W'−W'₃₂‖²."""
+    top: float
+    """max |W'−W| / |W| over the weights that are not 0."""
+
+
+def weigh(W: Tensor, new: Tensor, written: Tensor) -> Sums:
+    """The sums of one block; overwrites ``new``.
+
+    W and new = W'₃₂ are of the computing dtype, written = W' of the output's.
+    """
+    base = _square(W)
+    if written.dtype == new.dtype:
+        change, lost = new.sub_(W), 0.0
+        update = moved = _square(change)
+    else:
+        change = written.to(new.dtype)
+        update = _square(new - W)
+        lost = _square(new.sub_(change))
+        moved = _square(change.sub_(W))
+    low, high = torch.aminmax(change.div_(W))
+    top = max(-float(low), float(high))
+    if not math.isfinite(top):  # 0/0 or x/0 where W is 0
+        ratio = change[W != 0].abs()
+        top = float(ratio.max()) if ratio.numel() else 0.0
+    return Sums(base, moved, update, lost, top)
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
