@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secura_serve.adapter.fingerprint import fingerprint, mismatch
+from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
 from secura_serve.adapter.place import put_in_place
 from secura_serve.adapter.store import Adapter, check_name, load, save, verify
@@ -15,6 +15,7 @@ __all__ = [
     "CURModule",
     "check_name",
     "fingerprint",
+    "fingerprint_of",
     "load",
     "mismatch",
     "put_in_place",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secura_serve.method import Basis, gather
 
-__all__ = ["fingerprint", "mismatch"]
+__all__ = ["fingerprint", "fingerprint_of", "mismatch"]
 
 
 def fingerprint(W: Tensor, basis: Basis) -> str:
@@ -25,8 +25,12 @@ def fingerprint(W: Tensor, basis: Basis) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    C, R = gather(W, basis)
-    digest = hashlib.sha256(f"secura-1|{W.shape[0]}x{W.shape[1]}|{basis.r}".encode())
+    return fingerprint_of(*gather(W, basis), basis)
+
+
+def fingerprint_of(C: Tensor, R: Tensor, basis: Basis) -> str:
+    """:func:`fingerprint` where C ``(out, r)`` and R ``(r, in)`` are at hand already."""
+    digest = hashlib.sha256(f"secura-1|{C.shape[0]}x{R.shape[1]}|{basis.r}".encode())
     for part in (basis.rows.to(torch.int32), basis.cols.to(torch.int32)):
         digest.update(part.cpu().contiguous().numpy().astype("<i4").tobytes())
     for part in (C, R):

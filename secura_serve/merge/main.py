@@ -117,12 +117,11 @@ def _run(args: argparse.Namespace) -> str:
         return f"{args.out}: {check_merge(plan)} tensors are what this merge writes"
     from secura_serve.merge.write import write_merge
 
-    changes = write_merge(plan)["modules"].values()
-    lost = max(change["lost"] for change in changes)
-    relative = max(change["relative"] for change in changes)
+    facts = write_merge(plan)
+    whole = facts["overall"]
     return (
-        f"{args.out}: {len(changes)} linear layers changed, each by at most {relative:.3g} of its "
-        f"norm; rounding lost at most {lost:.3g} of an update"
+        f"{args.out}: {len(facts['modules'])} linear layers changed, by {whole['relative']:.3g} of "
+        f"their norm; rounding lost {whole['lost']:.3g} of the update's norm"
     )
 
 

@@ -66,6 +66,7 @@ def manifest(
         "dtype": "kept" if dtype is None else str(dtype).removeprefix("torch."),
         "base_sha256": whole,
         "touched": touched,
+        "overall": asdict(Change.together(changes.values())),
         "modules": {name: asdict(change) for name, change in changes.items()},
     }
 
@@ -97,7 +98,8 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
         for a in facts["adapters"]
     )
     changes = facts["modules"].values()
-    top = {key: max(c[key] for c in changes) for key in ("relative", "largest", "lost")}
+    keys = ("relative", "largest", "lost")
+    top, whole = {key: max(c[key] for c in changes) for key in keys}, facts["overall"]
     return f"""---
 base_model: {facts["base"]}
 base_model_relation: merge
@@ -117,11 +119,11 @@ S-MagNorm: {", ".join(f"{key} {value}" for key, value in norm.items())}. Arithme
 rounded once; dtype {facts["dtype"]}. {len(facts["modules"])} linear layers changed, the others are
 the base's, byte for byte unless the dtype changed.
 
-| over all changed layers | at most |
-|---|---|
-| ‖W′ − W‖ / ‖W‖ | {top["relative"]:.3g} |
-| max abs(W′ − W) / abs(W) | {top["largest"]:.3g} |
-| share of the update's norm lost to rounding | {top["lost"]:.3g} |
+| changed layers | all taken as one | at most in one layer |
+|---|---|---|
+| ‖W′ − W‖ / ‖W‖ | {whole["relative"]:.3g} | {top["relative"]:.3g} |
+| max abs(W′ − W) / abs(W) | {whole["largest"]:.3g} | {top["largest"]:.3g} |
+| share of the update's norm lost to rounding | {whole["lost"]:.3g} | {top["lost"]:.3g} |
 
 `{MANIFEST}` has these per layer, and the digests of the base's tensors, with which
 `secura-merge --to-base` restores them.

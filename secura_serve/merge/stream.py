@@ -7,14 +7,14 @@ is running. For a target W' = S-MagNorm(W, Σᵢ wᵢ·Cᵢ·Uᵢ·Rᵢ), C and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from secura_serve.adapter import fingerprint
+from secura_serve.adapter import fingerprint_of
 from secura_serve.errors import MergeError
 from secura_serve.method import Basis, MagNorm, Sums, gather, write
 
@@ -80,15 +80,33 @@ class Change:
     """max |W'−W| / |W| over the weights that are not 0."""
     lost: float
     """Share of the update lost to rounding: ‖W' − W'₃₂‖ / ‖W'₃₂ − W‖, W'₃₂ before rounding."""
+    norm: float
+    """‖W‖."""
+    update: float
+    """‖W'₃₂ − W‖."""
 
+    @classmethod
+    def of(cls, blocks: Iterable[Sums]) -> Change:
+        """Add up what was found block by block."""
+        base, moved, update, lost, top = zip(*blocks, strict=True)
+        return cls(
+            relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
+            largest=max(top),
+            lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
+            norm=math.sqrt(sum(base)),
+            update=math.sqrt(sum(update)),
+        )
 
-def _change(blocks: Iterable[Sums]) -> Change:
-    base, moved, update, lost, top = zip(*blocks, strict=True)
-    return Change(
-        relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
-        largest=max(top),
-        lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
-    )
+    @classmethod
+    def together(cls, changes: Iterable[Change]) -> Change:
+        """The same of several weights taken as one."""
+        return cls.of(
+            Sums(
+                c.norm**2, (c.relative * c.norm) ** 2, c.update**2, (c.lost * c.update) ** 2,
+                c.largest,
+            )
+            for c in changes
+        )  # fmt: skip
 
 
 def buffer(nbytes: int) -> Tensor:
@@ -106,12 +124,17 @@ def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> T
     return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
 
 
-def factors(W: Tensor, parts: Iterable[Part], wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R, W ``(out, in)``."""
+def factors(
+    parts: Iterable[Part], gathered: Iterable[tuple[Tensor, Tensor]], wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R.
+
+    Args:
+        gathered: C ``(out, r)`` and R ``(r, in)`` of each part, as W holds them.
+    """
     left, right = [], []
-    for part in parts:
-        C, R = gather(W, part.basis)
-        CU = C.to(wide) @ part.U.to(W.device, wide)
+    for part, (C, R) in zip(parts, gathered, strict=True):
+        CU = C.to(wide) @ part.U.to(C.device, wide)
         left.append(CU if part.weight == 1 else CU * part.weight)
         right.append(R.to(wide))
     return (torch.cat(left, 1), torch.cat(right)) if len(left) > 1 else (left[0], right[0])
@@ -126,6 +149,7 @@ def fold(
     *,
     measure: bool = True,
     allocate: Callable[[int], Tensor] = buffer,
+    gathered: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Change | None]:
     """W' of one weight, rounded once to ``dtype``.
 
@@ -136,6 +160,7 @@ def fold(
         W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
         measure: also say what changed; where torch folds, it costs as much as the fold itself.
         allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
+        gathered: C and R of each part, where they are at hand already.
 
     Returns:
         W' in W's orientation, contiguous, and its :class:`Change` where it was asked for or free.
@@ -145,15 +170,21 @@ def fold(
     wide = torch.promote_types(W.dtype, torch.float32)
     result = _like(W, dtype, allocate)
     rows, new = (W.T, result.T) if target.transposed else (W, result)
-    L, R = factors(rows, target.parts, wide)
+    if gathered is None:
+        gathered = [gather(rows, part.basis) for part in target.parts]
+    L, R = factors(target.parts, gathered, wide)
     peak = target.parts[0].rho_max
     step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
+    # One for all blocks: a fresh one each time would come as page faults.
+    space = torch.empty(min(step, len(rows)), rows.shape[1], dtype=wide, device=W.device)
 
-    found = [
-        write(new[at], rows[at], L[at] @ R, norm, peak=peak, measure=measure)
-        for at in (slice(start, start + step) for start in range(0, rows.shape[0], step))
-    ]
-    return result, None if None in found else _change(sums for sums in found if sums)
+    def one(at: slice) -> Sums | None:
+        left = L[at]
+        delta = torch.mm(left, R, out=space[: len(left)])
+        return write(new[at], rows[at], delta, norm, peak=peak, measure=measure)
+
+    found = [one(slice(start, start + step)) for start in range(0, len(rows), step)]
+    return result, None if None in found else Change.of(sums for sums in found if sums)
 
 
 @dataclass
@@ -163,23 +194,27 @@ class Doubts:
     waiting: set[str]
     problems: list[str] = field(default_factory=list)
 
-    def look(self, name: str, tensor: Tensor, target: Target) -> None:
-        """Note a tensor that has the wrong shape or belongs to another base."""
+    def look(self, name: str, tensor: Tensor, target: Target) -> list[tuple[Tensor, Tensor]]:
+        """C and R of each part; notes a tensor of the wrong shape or of another base."""
         self.waiting.discard(name)
         if tensor.ndim != 2:
             self.problems.append(f"{name}: has {tensor.ndim} axes, a linear has 2")
-            return
+            return []
         W = tensor.T if target.transposed else tensor
+        gathered = []
         for part in target.parts:
             rows, cols = part.basis
             if int(rows.max()) >= W.shape[0] or int(cols.max()) >= W.shape[1]:
                 self.problems.append(
                     f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}"
                 )
-            elif fingerprint(W, part.basis) != part.print:
+                continue
+            gathered.append(gather(W, part.basis))
+            if fingerprint_of(*gathered[-1], part.basis) != part.print:
                 self.problems.append(
                     f"{target.module}: not the weight that {part.adapter} was trained on"
                 )
+        return gathered
 
     def settle(self) -> None:
         """Raise MergeError where there was anything to complain about."""
@@ -220,12 +255,18 @@ def fold_stream(
             if not doubts.problems:
                 yield name, tensor
             continue
-        doubts.look(name, tensor, target)
+        gathered = doubts.look(name, tensor, target)
         if doubts.problems:
             continue
-        dtype = plan.dtype or tensor.dtype
-        measure = observe is not None
-        new, change = fold(tensor, target, plan.norm, dtype, measure=measure, allocate=allocate)
+        new, change = fold(
+            tensor,
+            target,
+            plan.norm,
+            dtype := plan.dtype or tensor.dtype,
+            measure=observe is not None,
+            allocate=allocate,
+            gathered=gathered,
+        )
         if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
             doubts.problems.append(f"{target.module}: NaN or Inf in the base, or beyond {dtype}")
             continue
