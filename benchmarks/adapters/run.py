@@ -214,7 +214,6 @@ def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> No
         "kind": RECIPES[task].kind,
         "max_new_tokens": RECIPES[task].max_new_tokens,
         "neutral_text": f"48 passages of Debian fortunes ({', '.join(NEUTRAL)})",
-        "lr": facts["config"]["lr"],
         "validation_accuracy_by_lr": tuning,
         "base": base,
         "seeds": scores,
@@ -242,10 +241,12 @@ def _variants(task: str) -> str:
         file = ADAPTERS / name / "train.json"
         if (recipe.data or name) != (RECIPES[task].data or task) or not file.is_file():
             continue
-        found = json.loads(file.read_text())["evaluation"]
+        facts = json.loads(file.read_text())
+        found = facts["evaluation"]
         kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {recipe.lrs[0]:g}"
         if tuned := found.get("validation_accuracy_by_lr"):
-            kind = kind.rpartition(" ")[0] + f" {found['lr']:g} of {', '.join(tuned)}"
+            kind = kind.rpartition(" ")[0]
+            kind += f" {facts['config']['lr']:g} of {', '.join(tuned)}"
         cells = (_spread(found, k) for k in ("accuracy", "kl", "perplexity_ratio"))
         rows.append(f"| [`{name}`](../{name}): {kind} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 3 else ""
