@@ -62,12 +62,14 @@ def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str
     """One row per adapter: seconds of a fold and of the reload that takes it back."""
     from vllm import LLM
 
+    cores = sorted(os.sched_getaffinity(0))
     llm = LLM(
         model=str(base), enforce_eager=True, max_model_len=256, worker_extension_cls=EXTENSION
     )
 
     def swap(spec: str | None) -> dict[str, Any]:
-        return max(llm.collective_rpc("secura_fold", args=(spec,)), key=lambda r: r["seconds"])
+        done = llm.collective_rpc("secura_fold", args=(spec, cores))
+        return max(done, key=lambda rank: rank["seconds"])
 
     rows = []
     for name, path in adapters.items():

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Change": "stream",
+    "Change": "weight",
     "FoldPlan": "stream",
     "MergePlan": "plan",
-    "Part": "stream",
+    "Part": "weight",
     "Source": "source",
-    "Target": "stream",
+    "Target": "weight",
     "check_merge": "check",
     "export_lora": "lora",
-    "fold": "stream",
+    "fold": "weight",
     "fold_stream": "stream",
     "open_source": "source",
     "plan_fold": "source",

@@ -26,7 +26,8 @@ from secura_serve.merge.folder import new_folder, save_text
 from secura_serve.merge.manifest import MANIFEST, describe
 from secura_serve.merge.plan import room_for
 from secura_serve.merge.source import Source, plan_fold
-from secura_serve.merge.stream import Doubts, Part, Target, fold
+from secura_serve.merge.stream import look
+from secura_serve.merge.weight import Part, Target, fold
 from secura_serve.method import MagNorm, gather
 
 __all__ = ["approximate", "exact", "export_lora"]
@@ -113,26 +114,27 @@ def export_lora(
             "says how far off it is"
         )
     plan = plan_fold(source)
-    doubts = Doubts(set(plan.targets))
+    problems: list[str] = []
     tensors: dict[str, tuple[Tensor, Tensor]] = {}
     modules: dict[str, Any] = {}
-    for name, target in tqdm(plan.targets.items(), desc=out.name, disable=None):
+    for target in tqdm(plan.targets.values(), desc=out.name, disable=None):
         W = source.checkpoint.weight(target.module)
-        doubts.look(name, W.T if target.transposed else W, target)
-        if doubts.problems:
+        problems += look(W.T if target.transposed else W, target)[1]
+        if problems:
             continue
         if rank is None:
             A, B, modules[target.module] = exact(W, target.parts)
         else:
             if rank > min(W.shape):
-                doubts.problems.append(f"{target.module}: rank {rank} exceeds {tuple(W.shape)}")
+                problems.append(f"{target.module}: rank {rank} exceeds {tuple(W.shape)}")
                 continue
             A, B, modules[target.module] = approximate(W, target, source.norm, rank)
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            doubts.problems.append(f"{target.module}: NaN or Inf")
+            problems.append(f"{target.module}: NaN or Inf")
         tensors[target.module] = A.to(dtype or A.dtype), B.to(dtype or B.dtype)
-    doubts.problems += room_for(out, sum(A.nbytes + B.nbytes for A, B in tensors.values()))
-    doubts.settle()
+    problems += room_for(out, sum(A.nbytes + B.nbytes for A, B in tensors.values()))
+    if problems:
+        raise MergeError(f"{out} was not written:", problems)
     return _save(source, out, tensors, modules, "exact" if rank is None else "approximate")
 
 

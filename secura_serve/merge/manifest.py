@@ -20,7 +20,7 @@ from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.source import Source
-from secura_serve.merge.stream import Change
+from secura_serve.merge.weight import Change
 
 __all__ = ["MANIFEST", "card", "describe", "manifest", "read_manifest"]
 

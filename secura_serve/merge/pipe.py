@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secura_serve.merge.index import Stored
-from secura_serve.merge.stream import buffer
+from secura_serve.merge.weight import buffer
 
 __all__ = [
     "BEHIND",

@@ -14,7 +14,7 @@ from secura_serve.errors import MergeError
 from secura_serve.merge.index import Shard, read_shard, relaid
 from secura_serve.merge.pipe import Ring, opened, read_tensor
 from secura_serve.merge.source import NOTHING, Source, open_source, plan_fold
-from secura_serve.merge.stream import Doubts, FoldPlan
+from secura_serve.merge.stream import FoldPlan, look
 
 __all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "room_for"]
 
@@ -142,7 +142,7 @@ def _foreign(plan: MergePlan) -> list[str]:
 
     Peak memory: one tensor. Not a mapping of the files: its pages would count as resident memory.
     """
-    doubts, ring = Doubts(set(plan.fold.targets)), Ring(1)
+    problems, ring = list[str](), Ring(1)
     # As in `write_shards`: gathering columns took six times as long with torch's threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def _foreign(plan: MergePlan) -> list[str]:
                 for stored in shard.tensors:
                     target = plan.fold.targets.get(stored.name)
                     if target is not None and stored.dtype is not None:
-                        doubts.look(stored.name, read_tensor(file, stored, ring), target)
+                        problems += look(read_tensor(file, stored, ring), target)[1]
     finally:
         torch.set_num_threads(threads)
-    return doubts.problems
+    return problems

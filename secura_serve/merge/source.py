@@ -13,7 +13,8 @@ from secura_serve.adapter import Adapter, load, verify
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, BaseModelError, MergeError
-from secura_serve.merge.stream import FoldPlan, Part, Target
+from secura_serve.merge.stream import FoldPlan
+from secura_serve.merge.weight import Part, Target
 from secura_serve.method import FOLDABLE, MagNorm
 
 __all__ = ["NOTHING", "Source", "open_source", "plan_fold"]

@@ -1,63 +1,30 @@
 """The fold as a stream: tensors of a base go in, the same tensors with adapters folded come out.
 
 One function serves every consumer: the checkpoint writer, an engine that is loading and one that
-is running. For a target W' = S-MagNorm(W, Σᵢ wᵢ·Cᵢ·Uᵢ·Rᵢ), C and R taken from the pristine W.
+is running.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from secura_serve.adapter import fingerprint_of
 from secura_serve.errors import MergeError
-from secura_serve.method import Basis, MagNorm, Sums, gather, write
+from secura_serve.merge.weight import Change, Target, buffer, fold
+from secura_serve.method import MagNorm, gather
 
-__all__ = [
-    "Change",
-    "Doubts",
-    "FoldPlan",
-    "Part",
-    "Target",
-    "buffer",
-    "factors",
-    "fold",
-    "fold_stream",
-]
+__all__ = ["FoldPlan", "fold_stream", "look"]
 
-# Elements per block of rows: its update, in float32, stays in a core's L2 cache.
-_BLOCK = 2**18
-# Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
-# sums may end in another last bit than those of the whole matrix.
-_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter's share in a target: ``weight``·C·U·R."""
-
-    adapter: str
-    weight: float
-    U: Tensor
-    basis: Basis
-    print: str
-    """The fingerprint of the base that it was trained on, see :mod:`secura_serve.adapter`."""
-    rho_max: float | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor that changes."""
-
-    module: str
-    parts: tuple[Part, ...]
-    transposed: bool = False
-    """The tensor is W as ``(in, out)``: GPT-2's Conv1D."""
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -70,160 +37,44 @@ class FoldPlan:
     """Of the folded tensors; None keeps each tensor's own."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """What folding did to one weight, W' being what is written."""
-
-    relative: float
-    """‖W'−W‖ / ‖W‖."""
-    largest: float
-    """max |W'−W| / |W| over the weights that are not 0."""
-    lost: float
-    """Share of the update lost to rounding: ‖W' − W'₃₂‖ / ‖W'₃₂ − W‖, W'₃₂ before rounding."""
-    norm: float
-    """‖W‖."""
-    update: float
-    """‖W'₃₂ − W‖."""
-
-    @classmethod
-    def of(cls, blocks: Iterable[Sums]) -> Change:
-        """Add up what was found block by block."""
-        base, moved, update, lost, top = zip(*blocks, strict=True)
-        return cls(
-            relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
-            largest=max(top),
-            lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
-            norm=math.sqrt(sum(base)),
-            update=math.sqrt(sum(update)),
-        )
-
-    @classmethod
-    def together(cls, changes: Iterable[Change]) -> Change:
-        """The same of several weights taken as one."""
-        return cls.of(
-            Sums(
-                c.norm**2, (c.relative * c.norm) ** 2, c.update**2, (c.lost * c.update) ** 2,
-                c.largest,
-            )
-            for c in changes
-        )  # fmt: skip
+def look(tensor: Tensor, target: Target) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """C and R of each part, and what speaks against folding into this tensor."""
+    if tensor.ndim != 2:
+        return [], [f"{target.module}: has {tensor.ndim} axes, a linear has 2"]
+    W = tensor.T if target.transposed else tensor
+    gathered, problems = [], []
+    for part in target.parts:
+        rows, cols = part.basis
+        if int(rows.max()) >= W.shape[0] or int(cols.max()) >= W.shape[1]:
+            problems.append(f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}")
+            continue
+        gathered.append(gather(W, part.basis))
+        if fingerprint_of(*gathered[-1], part.basis) != part.print:
+            problems.append(f"{target.module}: not the weight that {part.adapter} was trained on")
+    return gathered, problems
 
 
-def buffer(nbytes: int) -> Tensor:
-    """Uninitialised bytes on the CPU, ``(nbytes,)`` uint8.
+class _Done(NamedTuple):
+    """One tensor of the stream after its turn; ``tensor`` is None where there were problems."""
 
-    NumPy asks the kernel for huge pages, without which the page faults of a fresh buffer cost
-    more than what is done with it.
-    """
-    return torch.from_numpy(np.empty(nbytes, np.uint8))
-
-
-def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> Tensor:
-    if W.device.type != "cpu":
-        return torch.empty(W.shape, dtype=dtype, device=W.device)
-    return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
+    name: str
+    tensor: Tensor | None
+    change: Change | None
+    problems: list[str]
 
 
-def factors(
-    parts: Iterable[Part], gathered: Iterable[tuple[Tensor, Tensor]], wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R.
-
-    Args:
-        gathered: C ``(out, r)`` and R ``(r, in)`` of each part, as W holds them.
-    """
-    left, right = [], []
-    for part, (C, R) in zip(parts, gathered, strict=True):
-        CU = C.to(wide) @ part.U.to(C.device, wide)
-        left.append(CU if part.weight == 1 else CU * part.weight)
-        right.append(R.to(wide))
-    return (torch.cat(left, 1), torch.cat(right)) if len(left) > 1 else (left[0], right[0])
-
-
-@torch.no_grad()
-def fold(
-    W: Tensor,
-    target: Target,
-    norm: MagNorm,
-    dtype: torch.dtype,
-    *,
-    measure: bool = True,
-    allocate: Callable[[int], Tensor] = buffer,
-    gathered: Sequence[tuple[Tensor, Tensor]] | None = None,
-) -> tuple[Tensor, Change | None]:
-    """W' of one weight, rounded once to ``dtype``.
-
-    The update is one product L·R with inner dimension Σr, made and applied a block of rows at a
-    time: W is read once, W' written once, everything between stays in cache.
-
-    Args:
-        W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
-        measure: also say what changed; where torch folds, it costs as much as the fold itself.
-        allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
-        gathered: C and R of each part, where they are at hand already.
-
-    Returns:
-        W' in W's orientation, contiguous, and its :class:`Change` where it was asked for or free.
-
-    Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
-    """
-    wide = torch.promote_types(W.dtype, torch.float32)
-    result = _like(W, dtype, allocate)
-    rows, new = (W.T, result.T) if target.transposed else (W, result)
-    if gathered is None:
-        gathered = [gather(rows, part.basis) for part in target.parts]
-    L, R = factors(target.parts, gathered, wide)
-    peak = target.parts[0].rho_max
-    step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
-    # One for all blocks: a fresh one each time would come as page faults.
-    space = torch.empty(min(step, len(rows)), rows.shape[1], dtype=wide, device=W.device)
-
-    def one(at: slice) -> Sums | None:
-        left = L[at]
-        delta = torch.mm(left, R, out=space[: len(left)])
-        return write(new[at], rows[at], delta, norm, peak=peak, measure=measure)
-
-    found = [one(slice(start, start + step)) for start in range(0, len(rows), step)]
-    return result, None if None in found else Change.of(sums for sums in found if sums)
-
-
-@dataclass
-class Doubts:
-    """Problems found on the way, and the targets that have not come by yet."""
-
-    waiting: set[str]
-    problems: list[str] = field(default_factory=list)
-
-    def look(self, name: str, tensor: Tensor, target: Target) -> list[tuple[Tensor, Tensor]]:
-        """C and R of each part; notes a tensor of the wrong shape or of another base."""
-        self.waiting.discard(name)
-        if tensor.ndim != 2:
-            self.problems.append(f"{name}: has {tensor.ndim} axes, a linear has 2")
-            return []
-        W = tensor.T if target.transposed else tensor
-        gathered = []
-        for part in target.parts:
-            rows, cols = part.basis
-            if int(rows.max()) >= W.shape[0] or int(cols.max()) >= W.shape[1]:
-                self.problems.append(
-                    f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}"
-                )
-                continue
-            gathered.append(gather(W, part.basis))
-            if fingerprint_of(*gathered[-1], part.basis) != part.print:
-                self.problems.append(
-                    f"{target.module}: not the weight that {part.adapter} was trained on"
-                )
-        return gathered
-
-    def settle(self) -> None:
-        """Raise MergeError where there was anything to complain about."""
-        missing = [f"{name}: never came, but is to be folded" for name in sorted(self.waiting)]
-        if self.problems or missing:
-            raise MergeError(
-                "the fold was abandoned; use the base that the adapter was trained on, undamaged:",
-                self.problems + missing,
-            )
+def _under_way(
+    pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], count: int
+) -> Iterator[U]:
+    """``work`` of every item, in order, with ``count`` of them being made ahead."""
+    waiting: deque[Future[U]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        del item
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def fold_stream(
@@ -231,6 +82,8 @@ def fold_stream(
     plan: FoldPlan,
     observe: Callable[[str, Change], None] | None = None,
     allocate: Callable[[int], Tensor] = buffer,
+    *,
+    pool: tuple[ThreadPoolExecutor, int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Fold ``plan`` into a stream of a base's tensors; one out for each one in, in order.
 
@@ -242,38 +95,52 @@ def fold_stream(
         tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
         observe: called with (module, :class:`Change`); without it nothing is measured.
         allocate: see :func:`fold`; a consumer that is done with a tensor can have it reused.
+        pool: threads to fold in, and how many tensors to fold ahead of the consumer.
 
     Raises:
         MergeError: another base, NaN or Inf in W or W', or a target that never came.
 
-    Peak memory: one tensor, its fold and small change; nothing is kept between tensors.
+    Peak memory: one tensor, its fold and small change, and those folded ahead; nothing is kept
+    between tensors.
     """
-    doubts = Doubts(set(plan.targets))
-    for name, tensor in tensors:
-        target = plan.targets.get(name)
-        if target is None:
-            if not doubts.problems:
-                yield name, tensor
-            continue
-        gathered = doubts.look(name, tensor, target)
-        if doubts.problems:
-            continue
+    waiting, problems = set(plan.targets), list[str]()
+
+    def one(item: tuple[str, Tensor]) -> _Done:
+        name, tensor = item
+        if (target := plan.targets.get(name)) is None:
+            return _Done(name, tensor, None, [])
+        gathered, found = look(tensor, target)
+        if found or problems:
+            return _Done(name, None, None, found)
+        dtype = plan.dtype or tensor.dtype
         new, change = fold(
             tensor,
             target,
             plan.norm,
-            dtype := plan.dtype or tensor.dtype,
+            dtype,
             measure=observe is not None,
             allocate=allocate,
             gathered=gathered,
         )
         if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
-            doubts.problems.append(f"{target.module}: NaN or Inf in the base, or beyond {dtype}")
+            found = [f"{target.module}: NaN or Inf in the base, or beyond {dtype}"]
+        return _Done(name, new, change, found)
+
+    for done in map(one, tensors) if pool is None else _under_way(pool[0], one, tensors, pool[1]):
+        name, new, change, found = done
+        # The consumer owns it from here: holding on would keep two tensors alive.
+        del done
+        waiting.discard(name)
+        problems += found
+        if problems or new is None:
             continue
         if observe is not None and change is not None:
-            observe(target.module, change)
-        # The consumer owns it from here: holding on would keep two tensors alive.
-        del tensor
+            observe(plan.targets[name].module, change)
         yield name, new
         del new
-    doubts.settle()
+    problems += [f"{name}: never came, but is to be folded" for name in sorted(waiting)]
+    if problems:
+        raise MergeError(
+            "the fold was abandoned; use the base that the adapter was trained on, undamaged:",
+            problems,
+        )

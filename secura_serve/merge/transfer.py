@@ -16,7 +16,8 @@ from secura_serve.errors import MergeError
 from secura_serve.merge.index import Shard, Stored
 from secura_serve.merge.pipe import BEHIND, Ring, Writes, ahead, as_bytes, digest, read_tensor
 from secura_serve.merge.plan import MergePlan
-from secura_serve.merge.stream import Change, fold_stream
+from secura_serve.merge.stream import fold_stream
+from secura_serve.merge.weight import Change
 
 __all__ = ["CopyRun", "Decode", "is_decoded", "outgoing", "runs", "write_shards"]
 

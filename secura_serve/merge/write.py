@@ -9,8 +9,8 @@ from typing import Any
 from secura_serve.merge.folder import carry, new_folder, progress, save_text
 from secura_serve.merge.manifest import MANIFEST, card, manifest
 from secura_serve.merge.plan import INDEX, MergePlan
-from secura_serve.merge.stream import Change
 from secura_serve.merge.transfer import write_shards
+from secura_serve.merge.weight import Change
 
 __all__ = ["write_merge"]
 

@@ -49,6 +49,7 @@ class Folding:
         """Why the weights are no longer known; the server is then on its way out."""
         self.gate = Gate(self.refusal)
         self._one_at_a_time = asyncio.Lock()
+        self._cores = sorted(os.sched_getaffinity(0))
         self._engine: Any = None
         self._models: ServedModels | None = None
 
@@ -146,7 +147,7 @@ class Folding:
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         path = None if name is None else str(self.paths[name])
         try:
-            ranks = await self._engine.collective_rpc("secura_fold", args=(path,))
+            ranks = await self._engine.collective_rpc("secura_fold", args=(path, self._cores))
         except Exception as error:
             await self._restore(error)
             raise FoldError(f"the fold failed and the base was put back: {error}") from error
@@ -161,7 +162,7 @@ class Folding:
         assert self._models is not None
         self.folded = None
         try:
-            await self._engine.collective_rpc("secura_fold", args=(None,))
+            await self._engine.collective_rpc("secura_fold", args=(None, self._cores))
             await self._models.answer_as(None)
             await self._engine.resume_generation()
         except Exception as error:

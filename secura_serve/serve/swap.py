@@ -8,10 +8,14 @@ kernel, and copies into the tensors that compiled code and CUDA graphs hold.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secura_serve.checkpoint import Checkpoint
@@ -20,6 +24,9 @@ from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 
 __all__ = ["FoldExtension", "with_siblings"]
+
+# Each holds a tensor or two; more would wait for memory.
+_THREADS = 4
 
 
 def with_siblings(
@@ -49,11 +56,15 @@ class FoldExtension:
     model_runner: Any
     reload_weights: Any
 
-    def secura_fold(self, spec: str | None) -> dict[str, Any]:
+    def secura_fold(self, spec: str | None, cores: Sequence[int] = ()) -> dict[str, Any]:
         """Put the weights of ``spec`` (an adapter's folder) or of the base (None) in place.
 
         Only linears that change are touched, with their packed siblings: those of ``spec`` and
         those of what was folded before.
+
+        Args:
+            cores: CPUs to fold on, where the weights are in CPU memory. vLLM binds a worker to
+                some; while the engine is paused the others have nothing to do.
 
         Returns:
             ``{"modules": changed, "bytes": read, "seconds": taken}``.
@@ -76,14 +87,39 @@ class FoldExtension:
         self._secura_dirty = now | dirty
         packed = getattr(model, "packed_modules_mapping", {})
         modules = with_siblings(self._secura_dirty, packed, base.linears())
-        stream = _Stream(fold_stream(base.tensors(modules), plan))
-        with compat.quiet_reload():
+        device = self.model_runner.device
+        tensors = ((name, tensor.to(device)) for name, tensor in base.tensors(modules))
+        with _pool(cores if device.type == "cpu" else ()) as pool, compat.quiet_reload():
+            stream = _Stream(fold_stream(tensors, plan, pool=pool))
             self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
         if stream.error is not None:
             raise stream.error
         self._secura_dirty = now
         taken = time.perf_counter() - start
         return {"modules": len(modules), "bytes": stream.nbytes, "seconds": taken}
+
+
+@contextmanager
+def _pool(cores: Sequence[int]) -> Iterator[tuple[ThreadPoolExecutor, int] | None]:
+    """Threads to fold in, each on all of ``cores``, one of its own for every product."""
+    threads = torch.get_num_threads()
+    count = min(len(cores), _THREADS)
+    if count < 2:
+        yield None
+        return
+
+    def start() -> None:
+        # A core may have been taken away from us since; then the thread stays where it is.
+        with suppress(OSError):
+            os.sched_setaffinity(0, cores)
+        torch.set_num_threads(1)
+
+    try:
+        with ThreadPoolExecutor(count, "fold", start) as executor:
+            yield executor, count
+    finally:
+        # Part of that setting is the whole process's.
+        torch.set_num_threads(threads)
 
 
 class _Stream:
