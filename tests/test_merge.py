@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,22 @@ def test_the_stream_needs_no_files(llama: Path, tmp_path: Path) -> None:
         list(fold_stream(wrong.items(), plan))
     assert len(caught.value.problems) == len(plan.targets) == 1 + len(rest)
     assert list(fold_stream({}.items(), FoldPlan({}, MagNorm()))) == []
+
+
+def test_threads_change_neither_bits_nor_order_nor_complaints(llama: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(llama, tmp_path / "a", norm=BOUNDED)
+    plan = plan_fold(open_source(str(llama), [str(adapter)]))
+    tensors = tensors_of(llama)
+    alone = list(fold_stream(tensors.items(), plan))
+    with ThreadPoolExecutor(3) as pool:
+        together = list(fold_stream(tensors.items(), plan, pool=(pool, 3)))
+        assert [name for name, _ in together] == [name for name, _ in alone]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone, together, strict=True))
+        targets = sorted(plan.targets)
+        wrong = {n: t * 2 if n in targets[2:4] else t for n, t in tensors.items()}
+        with pytest.raises(MergeError) as caught:
+            list(fold_stream(wrong.items(), plan, pool=(pool, 3)))
+    assert len(caught.value.problems) == 2
 
 
 def test_help_is_instant() -> None:
