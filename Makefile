@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench bench-merge lock clean
+.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,9 @@ bench: ## list the benchmarks and how to run one
 
 bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4 --mergekit auto"
 	$(PY) -P benchmarks/merge.py $(ARGS)
+
+bench-fold: setup ## a fold into the running engine against a plain reload
+	$(PY) -P benchmarks/fold.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new
