@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 
 import torch
 
 from secura_serve.errors import MergeError
-from secura_serve.merge.index import Shard, Stored, read_shard, relaid
+from secura_serve.merge.index import Shard, read_shard, relaid
 from secura_serve.merge.pipe import Ring, opened, read_tensor
 from secura_serve.merge.source import NOTHING, Source, open_source, plan_fold
 from secura_serve.merge.stream import FoldPlan, look
@@ -143,28 +140,19 @@ def plan_merge(
 def _foreign(plan: MergePlan) -> list[str]:
     """Targets in the base that are not what the adapters were trained on.
 
-    Peak memory: one tensor for each of two threads. Not a mapping of the files: its pages would
-    count as resident memory.
+    Peak memory: one tensor. Not a mapping of the files: its pages would count as resident memory.
     """
-    problems, targets, own = list[str](), plan.fold.targets, threading.local()
+    problems, ring = list[str](), Ring(1)
     # As in `write_shards`: gathering columns took six times as long with torch's threads.
     threads = torch.get_num_threads()
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        own.ring = Ring(1)
-
-    def one(file: int, stored: Stored) -> list[str]:
-        return look(read_tensor(file, stored, own.ring), targets[stored.name])[1]
-
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(2, "check", start) as pool:
-            for shard, _ in plan.shards:
-                held = (t for t in shard.tensors if t.name in targets and t.dtype is not None)
-                with opened(plan.source.checkpoint.path / shard.name) as file:
-                    for found in pool.map(one, repeat(file), held):
-                        problems += found
+        for shard, _ in plan.shards:
+            with opened(plan.source.checkpoint.path / shard.name) as file:
+                for stored in shard.tensors:
+                    target = plan.fold.targets.get(stored.name)
+                    if target is not None and stored.dtype is not None:
+                        problems += look(read_tensor(file, stored, ring), target)[1]
     finally:
-        # Part of that setting is the whole process's.
         torch.set_num_threads(threads)
     return problems
