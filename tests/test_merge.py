@@ -397,6 +397,25 @@ def test_the_stream_needs_no_files(llama: Path, tmp_path: Path) -> None:
     assert list(fold_stream({}.items(), FoldPlan({}, MagNorm()))) == []
 
 
+def test_a_plan_that_was_checked_is_not_checked_again(
+    llama: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    adapter, seen = make_adapter(llama, tmp_path / "a", norm=BOUNDED), list[int]()
+
+    def counted(*args: Any) -> str:
+        seen.append(1)
+        return A.fingerprint_of(*args)
+
+    monkeypatch.setattr("secura_serve.merge.stream.fingerprint_of", counted)
+    plan = plan_merge(str(llama), [str(adapter)], tmp_path / "out")
+    assert plan.fold.checked and len(seen) == len(plan.fold.targets)
+    write_merge(plan)
+    assert len(seen) == len(plan.fold.targets)
+    # Nothing is known about an output that is only compared, or about a stream of anyone else's.
+    assert not plan_merge(str(llama), [str(adapter)], tmp_path / "out", exists=True).fold.checked
+    assert not plan_fold(open_source(str(llama), [str(adapter)])).checked
+
+
 def test_threads_change_neither_bits_nor_order_nor_complaints(llama: Path, tmp_path: Path) -> None:
     adapter = make_adapter(llama, tmp_path / "a", norm=BOUNDED)
     plan = plan_fold(open_source(str(llama), [str(adapter)]))

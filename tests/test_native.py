@@ -23,6 +23,7 @@ from torch import Tensor
 
 from secura_serve.merge import Part, Target, fold
 from secura_serve.method import Basis, MagNorm, Sums, apply, native, write
+from secura_serve.method.product import product
 from secura_serve.method.sums import weigh
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32)
@@ -189,6 +190,86 @@ def test_any_layout(norm: MagNorm) -> None:
     assert not sheet[:5].any() and not sheet[:, :7].any() and not sheet[:, 136:].any()
     empty = torch.empty(0, 4)
     assert write(empty, empty, empty, norm, peak=1.0) == Sums(0, 0, 0, 0, 0)
+
+
+def chained(L: Tensor, R: Tensor) -> Tensor:
+    """L·R by fused multiply-adds: exact product and sum, rounded once, k by k."""
+    total = torch.zeros(L.shape[0], R.shape[1])
+    for k in range(L.shape[1]):
+        total = (total.double() + L[:, k, None].double() * R[k].double()).float()
+    return total
+
+
+def factors_of(out: int, into: int, k: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(k)
+    L, R = (torch.randn(*shape, generator=generator) for shape in ((out, k), (k, into)))
+    L[:, ::5] = 0
+    return L / 50, R
+
+
+# Around the edges of a tile, of a strip and of what is taken at once of k.
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (3, 5, 9), (14, 32, 1), (15, 33, 8), (13, 31, 150), (29, 511, 32), (225, 513, 7),
+     (230, 1100, 64), (40, 600, 256), (17, 40, 257), (5, 530, 600)],
+    ids=str,
+)  # fmt: skip
+def test_a_product_is_a_chain_of_fused_multiply_adds(shape: tuple[int, int, int]) -> None:
+    out, into, k = shape
+    L, R = factors_of(out, into, k)
+    wanted = chained(L, R)
+    torch.testing.assert_close(wanted.double(), L.double() @ R.double(), rtol=1e-4, atol=1e-5)
+    for left in (L, L.T.contiguous().T):
+        assert torch.equal(native.product(left, R), wanted)
+    assert torch.equal(native.product(R.T, L.T), wanted.T)
+    for norm, kind in itertools.product(NORMS, KINDS):
+        W, _ = numbers(kind, out, into)
+        whole, fused = torch.empty_like(W), torch.empty_like(W)
+        sums = write(whole, W, wanted, norm, peak=9.0)
+        found = write(fused, W, (L, R), norm, peak=9.0)
+        assert same(fused, whole) and found == pytest.approx(sums, rel=1e-12, nan_ok=True)
+        across = torch.empty_like(W).T
+        write(across, W.T, (R.T, L.T), norm, peak=9.0)
+        assert same(across.T.contiguous(), whole)
+
+
+def test_a_product_is_differentiable_and_has_the_bits_of_the_fold() -> None:
+    for k in (4, 64, 300):
+        L, R = factors_of(50, 70, k)
+        assert torch.equal(product(L, R), chained(L, R))
+        assert product(L.requires_grad_(), R).requires_grad
+
+
+def test_several_parts_and_a_transposed_weight_are_one_product() -> None:
+    W, _ = numbers(torch.bfloat16, 90, 70)
+    W[-1] = 1
+    parts = tuple(
+        Part(str(r), weight, torch.randn(r, r, generator=torch.Generator().manual_seed(r)) / 50,
+             Basis(torch.arange(20, 20 + r), torch.arange(20, 20 + r)), "")
+        for r, weight in ((3, 1.0), (17, -0.5), (30, 2.0))
+    )  # fmt: skip
+    D = sum(
+        p.weight * W[:, p.basis.cols].double() @ p.U.double() @ W[p.basis.rows].double()
+        for p in parts
+    )
+    for transposed, norm in itertools.product((False, True), NORMS[:3]):
+        stored = W.T.contiguous() if transposed else W
+        new, change = fold(stored, Target("m", parts, transposed), norm, torch.float32)
+        found = (new.T if transposed else new).double()
+        flat = zip(W.double().view(-1).tolist(), D.reshape(-1).tolist(), strict=True)
+        wanted = torch.tensor([exact(w, d, norm, 1.0) for w, d in flat], dtype=torch.float64)
+        torch.testing.assert_close(found.reshape(-1), wanted, rtol=1e-4, atol=1e-6)
+        assert change is not None and math.isfinite(change.relative)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_in_a_factor_show_in_the_sums(bad: float) -> None:
+    for side in (0, 1):
+        pair = factors_of(31, 530, 3)
+        pair[side][-1, -1] = bad
+        W = torch.ones(31, 530)
+        sums = write(torch.empty_like(W), W, pair, MagNorm())
+        assert sums is not None and not math.isfinite(sums.moved)
 
 
 def folded() -> list[Any]:

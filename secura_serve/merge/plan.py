@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -134,7 +134,7 @@ def plan_merge(
         problems += _foreign(plan)
     if problems:
         raise MergeError(NOTHING, problems)
-    return plan
+    return plan if exists else replace(plan, fold=replace(plan.fold, checked=True))
 
 
 def _foreign(plan: MergePlan) -> list[str]:

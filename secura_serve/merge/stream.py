@@ -35,10 +35,18 @@ class FoldPlan:
     norm: MagNorm
     dtype: torch.dtype | None = None
     """Of the folded tensors; None keeps each tensor's own."""
+    checked: bool = False
+    """The tensors that will come were compared with the adapters' fingerprints already."""
 
 
-def look(tensor: Tensor, target: Target) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """C and R of each part, and what speaks against folding into this tensor."""
+def look(
+    tensor: Tensor, target: Target, *, checked: bool = False
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """C and R of each part, and what speaks against folding into this tensor.
+
+    Args:
+        checked: its fingerprints are known to be right.
+    """
     if tensor.ndim != 2:
         return [], [f"{target.module}: has {tensor.ndim} axes, a linear has 2"]
     W = tensor.T if target.transposed else tensor
@@ -49,7 +57,7 @@ def look(tensor: Tensor, target: Target) -> tuple[list[tuple[Tensor, Tensor]], l
             problems.append(f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}")
             continue
         gathered.append(gather(W, part.basis))
-        if fingerprint_of(*gathered[-1], part.basis) != part.print:
+        if not checked and fingerprint_of(*gathered[-1], part.basis) != part.print:
             problems.append(f"{target.module}: not the weight that {part.adapter} was trained on")
     return gathered, problems
 
@@ -88,8 +96,9 @@ def fold_stream(
     """Fold ``plan`` into a stream of a base's tensors; one out for each one in, in order.
 
     Tensors that are not targets pass through untouched. Each target is checked against the
-    adapters' fingerprints first. After the first problem nothing more is yielded, but the rest
-    of the stream is still checked, so that one error names everything.
+    adapters' fingerprints first, unless the plan says that it was. After the first problem
+    nothing more is yielded, but the rest of the stream is still checked, so that one error names
+    everything.
 
     Args:
         tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
@@ -109,7 +118,7 @@ def fold_stream(
         name, tensor = item
         if (target := plan.targets.get(name)) is None:
             return _Done(name, tensor, None, [])
-        gathered, found = look(tensor, target)
+        gathered, found = look(tensor, target, checked=plan.checked)
         if found or problems:
             return _Done(name, None, None, found)
         dtype = plan.dtype or tensor.dtype

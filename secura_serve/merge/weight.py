@@ -14,12 +14,6 @@ from secura_serve.method import Basis, MagNorm, Sums, gather, write
 
 __all__ = ["Change", "Part", "Target", "buffer", "factors", "fold"]
 
-# Elements per block of rows: its update, in float32, stays in a core's L2 cache.
-_BLOCK = 2**18
-# Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
-# sums may end in another last bit than those of the whole matrix.
-_ROWS = 16
-
 
 @dataclass(frozen=True)
 class Part:
@@ -60,27 +54,28 @@ class Change:
     """‖W'₃₂ − W‖."""
 
     @classmethod
-    def of(cls, blocks: Iterable[Sums]) -> Change:
-        """Add up what was found block by block."""
-        base, moved, update, lost, top = zip(*blocks, strict=True)
+    def of(cls, sums: Sums) -> Change:
+        """What the sums over a whole weight say."""
+        base, moved, update, lost, top = sums
         return cls(
-            relative=math.sqrt(sum(moved) / sum(base)) if sum(base) else 0.0,
-            largest=max(top),
-            lost=math.sqrt(sum(lost) / sum(update)) if sum(update) else 0.0,
-            norm=math.sqrt(sum(base)),
-            update=math.sqrt(sum(update)),
+            relative=math.sqrt(moved / base) if base else 0.0,
+            largest=top,
+            lost=math.sqrt(lost / update) if update else 0.0,
+            norm=math.sqrt(base),
+            update=math.sqrt(update),
         )
 
     @classmethod
     def together(cls, changes: Iterable[Change]) -> Change:
         """The same of several weights taken as one."""
-        return cls.of(
+        parts = (
             Sums(
                 c.norm**2, (c.relative * c.norm) ** 2, c.update**2, (c.lost * c.update) ** 2,
                 c.largest,
             )
             for c in changes
         )  # fmt: skip
+        return cls.of(Sums.total(parts))
 
 
 def buffer(nbytes: int) -> Tensor:
@@ -127,8 +122,8 @@ def fold(
 ) -> tuple[Tensor, Change | None]:
     """W' of one weight, rounded once to ``dtype``.
 
-    The update is one product L·R with inner dimension Σr, made and applied a block of rows at a
-    time: W is read once, W' written once, everything between stays in cache.
+    The update is one product L·R with inner dimension Σr, made and applied a few rows at a time:
+    W is read once, W' written once, everything between stays in cache.
 
     Args:
         W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
@@ -139,23 +134,15 @@ def fold(
     Returns:
         W' in W's orientation, contiguous, and its :class:`Change` where it was asked for or free.
 
-    Peak memory: W, W', L and R (``Σr·(out + in)`` float32) and a few blocks of 1 MiB.
+    Peak memory: W, W', L and R (``Σr·(out + in)`` float32), where torch folds a few MiB more.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
     result = _like(W, dtype, allocate)
-    rows, new = (W.T, result.T) if target.transposed else (W, result)
     if gathered is None:
+        rows = W.T if target.transposed else W
         gathered = [gather(rows, part.basis) for part in target.parts]
     L, R = factors(target.parts, gathered, wide)
-    peak = target.parts[0].rho_max
-    step = max(_ROWS, _BLOCK // max(1, rows.shape[1]))
-    # One for all blocks: a fresh one each time would come as page faults.
-    space = torch.empty(min(step, len(rows)), rows.shape[1], dtype=wide, device=W.device)
-
-    def one(at: slice) -> Sums | None:
-        left = L[at]
-        delta = torch.mm(left, R, out=space[: len(left)])
-        return write(new[at], rows[at], delta, norm, peak=peak, measure=measure)
-
-    found = [one(slice(start, start + step)) for start in range(0, len(rows), step)]
-    return result, None if None in found else Change.of(sums for sums in found if sums)
+    # As W lies in memory: (L·R)ᵀ = Rᵀ·Lᵀ, number by number the same sums.
+    update = (R.T.contiguous(), L.T.contiguous()) if target.transposed else (L, R)
+    sums = write(result, W, update, norm, peak=target.parts[0].rho_max, measure=measure)
+    return result, None if sums is None else Change.of(sums)

@@ -12,6 +12,7 @@ from torch import Tensor
 from secura_serve.errors import ConfigError
 from secura_serve.method.cur import Basis, gather
 from secura_serve.method.magnorm import MagNorm, apply
+from secura_serve.method.product import product
 
 __all__ = ["INITS", "auto_alpha", "delta", "init_A", "merged"]
 
@@ -60,7 +61,7 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
 def delta(W: Tensor, basis: Basis, U: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """``Δ = C·U·R`` of shape ``(out, in)``, computed in ``dtype``. Differentiable in U."""
     C, R = gather(W, basis)
-    return (C.to(dtype) @ U.to(W.device, dtype)) @ R.to(dtype)
+    return product(C.to(dtype) @ U.to(W.device, dtype), R.to(dtype))
 
 
 def merged(

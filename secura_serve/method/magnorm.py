@@ -27,6 +27,8 @@ from torch import Tensor
 
 from secura_serve.errors import ConfigError
 from secura_serve.method import native
+from secura_serve.method.native import Update
+from secura_serve.method.product import blocks, product
 from secura_serve.method.sums import Sums, weigh
 
 __all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max", "write"]
@@ -146,7 +148,7 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
 def write(
     out: Tensor,
     W: Tensor,
-    delta: Tensor,
+    update: Update,
     norm: MagNorm,
     *,
     peak: Tensor | float | None = None,
@@ -155,7 +157,9 @@ def write(
     """Put W', computed in Δ's dtype and rounded once, into ``out``: one pass over a CPU's memory.
 
     Args:
-        out, W: ``(out, in)``; their dtypes may be narrower than ``delta``'s.
+        out, W: ``(out, in)``; their dtypes may be narrower than the update's.
+        update: Δ, or L ``(out, k)`` and R ``(k, in)`` with Δ = L·R, which then never exists whole
+            (``published`` needs a ``peak`` for that).
         measure: also say what changed.
 
     Returns:
@@ -164,12 +168,19 @@ def write(
     Raises:
         ConfigError: the mode has no W'.
     """
-    if norm.foldable and native.fits(out, W, delta):
-        if norm.mode == "published" and peak is None:
-            peak = rho_max(W.to(delta.dtype), delta, norm.eps)
+    if norm.mode == "published" and peak is None:
+        update = update if isinstance(update, Tensor) else product(*update)
+        peak = rho_max(W.to(update.dtype), update, norm.eps)
+    if norm.foldable and native.fits(out, W, update):
         a, b = (norm.tau, 0.0) if norm.mode == "bounded" else (norm.scale, norm.eps)
-        return native.write(out, W, delta, norm.mode, a, b, float(peak or 0))
-    wide = W.to(delta.dtype)
-    made = apply(wide, delta, norm, peak=peak)
+        return native.write(out, W, update, norm.mode, a, b, float(peak or 0))
+    if not isinstance(update, Tensor):
+        found = [
+            write(out[at], W[at], delta, norm, peak=peak, measure=measure)
+            for at, delta in blocks(*update)
+        ]
+        return Sums.total(sums for sums in found if sums) if None not in found else None
+    wide = W.to(update.dtype)
+    made = apply(wide, update, norm, peak=peak)
     out.copy_(made)
     return weigh(wide, made, out) if measure else None

@@ -1,7 +1,7 @@
 /* W' = S-MagNorm(W, D), rounded once, and what changed: the arithmetic of magnorm.py in one pass.
 
-A strip of elements at a time, whose float32 copies never leave the first caches. Compiled without
-contraction and without -ffast-math: `none` gives the bits of torch's W + D, the other modes differ
+A strip of elements at a time, whose float32 copies never leave the first caches; nor does D where
+it is made here, as a product of two small matrices. Compiled without contraction and without -ffast-math: `none` gives the bits of torch's W + D, the other modes differ
 from torch where the last bit of exp() shows. The loops are written for the compiler to vectorise.
 */
 #include <float.h>
@@ -15,8 +15,20 @@ from torch where the last bit of exp() shows. The loops are written for the comp
 #endif
 
 enum kind { BF16, F16, F32 };
-enum mode { NONE, PUBLISHED, BOUNDED };
+enum mode { NONE, PUBLISHED, BOUNDED, PRODUCT };
 enum { STRIP = 2048 };
+static const int size[] = {2, 2, 4};
+
+/* A tile of the product is HIGH rows of WIDE numbers: as many as there are registers for. */
+#if defined(__AVX512F__)
+enum { HIGH = 14, WIDE = 32 };
+#elif defined(__AVX2__)
+enum { HIGH = 6, WIDE = 16 };
+#else
+enum { HIGH = 12, WIDE = 8 };
+#endif
+/* DEEP x SPAN numbers of R stay in the second cache for TALL rows, HIGH x SPAN of D in the first. */
+enum { DEEP = 256, SPAN = 512, TALL = 16 * HIGH };
 
 static inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 static inline float number(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -131,28 +143,112 @@ static void weigh(double *sums, const float *restrict W, const float *restrict m
     sums[4] = top > sums[4] ? top : sums[4];
 }
 
-/* out = W' of n elements; a is tau or scale, b is eps. Adds to the five numbers in sums. */
+/* One strip; a is tau or scale, b is eps. Adds to the five numbers in sums. */
+static void fold(void *restrict out, enum kind out_kind, const void *restrict W, enum kind kind,
+                 const float *restrict D, int n, enum mode mode, float a, float b, float peak,
+                 double *restrict sums)
+{
+    float w[STRIP], made[STRIP], written[STRIP];
+    widen(w, W, kind, n);
+    if (mode == PUBLISHED)
+        published(made, w, D, a, b, peak, n);
+    else if (mode == BOUNDED)
+        bounded(made, w, D, a, n);
+    else
+        for (int i = 0; i < n; i++) made[i] = w[i] + D[i];
+    narrow(out, made, out_kind, n);
+    widen(written, out, out_kind, n);
+    weigh(sums, w, made, written, n);
+}
+
+/* What comes next comes from memory meanwhile; processors stop at each page by themselves. */
+static void prefetch(const char *from, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+static void prefetch_to_write(char *to, int bytes)
+{
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(to + i, 1);
+}
+
+/* out = W' of n elements. */
 void secura_fold(void *restrict out, int out_kind, const void *restrict W, int kind,
                  const float *restrict D, int64_t n, int mode, float a, float b, float peak,
                  double *restrict sums)
 {
-    static const int size[] = {2, 2, 4};
-    float w[STRIP], made[STRIP], written[STRIP];
     for (int64_t at = 0; at < n; at += STRIP) {
-        int count = n - at < STRIP ? n - at : STRIP;
-        char *place = (char *)out + at * size[out_kind];
-        /* The next strip comes from memory meanwhile; processors stop at each page by themselves. */
-        for (int i = 0; i < STRIP * size[kind]; i += 64)
-            __builtin_prefetch((const char *)W + (at + STRIP) * size[kind] + i);
-        widen(w, (const char *)W + at * size[kind], kind, count);
-        if (mode == PUBLISHED)
-            published(made, w, D + at, a, b, peak, count);
-        else if (mode == BOUNDED)
-            bounded(made, w, D + at, a, count);
-        else
-            for (int i = 0; i < count; i++) made[i] = w[i] + D[at + i];
-        narrow(place, made, out_kind, count);
-        widen(written, place, out_kind, count);
-        weigh(sums, w, made, written, count);
+        const char *from = (const char *)W + at * size[kind];
+        prefetch(from + STRIP * size[kind], STRIP * size[kind]);
+        fold((char *)out + at * size[out_kind], out_kind, from, kind, D + at,
+             n - at < STRIP ? n - at : STRIP, mode, a, b, peak, sums);
     }
+}
+
+/* One tile of D += L R. A number of D is one sum, k in order, each step rounded once. */
+static void tile(float (*restrict D)[SPAN], const float (*restrict L)[DEEP],
+                 const float *restrict R, int64_t across, int K)
+{
+    float sum[HIGH][WIDE];
+    for (int i = 0; i < HIGH; i++)
+        for (int j = 0; j < WIDE; j++) sum[i][j] = D[i][j];
+    for (int k = 0; k < K; k++)
+#pragma GCC unroll 16
+        for (int i = 0; i < HIGH; i++)
+#pragma omp simd
+            for (int j = 0; j < WIDE; j++)
+                sum[i][j] = fmaf(L[i][k], R[k * across + j], sum[i][j]);
+    for (int i = 0; i < HIGH; i++)
+        for (int j = 0; j < WIDE; j++) D[i][j] = sum[i][j];
+}
+
+/* D = L R for up to HIGH rows and SPAN columns; beyond those of L and R it has anything. */
+static void product(float (*restrict D)[SPAN], const float *restrict L, int high,
+                    const float *restrict R, int64_t across, int count, int64_t K)
+{
+    static const float none[DEEP];
+    float left[HIGH][DEEP], edge[DEEP][WIDE];
+    memset(D, 0, HIGH * sizeof *D);
+    for (int64_t k = 0; k < K; k += DEEP) {
+        int deep = K - k < DEEP ? K - k : DEEP, whole = count / WIDE * WIDE;
+        for (int i = 0; i < HIGH; i++)
+            memcpy(left[i], i < high ? L + i * K + k : none, deep * sizeof(float));
+        const float *right = R + k * across;
+        for (int j = 0; j < whole; j += WIDE)
+            tile((void *)&D[0][j], left, right + j, across, deep);
+        if (whole < count) {
+            for (int i = 0; i < deep; i++)
+                memcpy(edge[i], right + i * across + whole, (count - whole) * sizeof(float));
+            tile((void *)&D[0][whole], left, edge[0], WIDE, deep);
+        }
+    }
+}
+
+/* out (rows x cols) = W' for D = L R, L (rows x K) and R (K x cols); D itself where mode says so,
+   then without W and sums. */
+void secura_fold_product(void *restrict out, int out_kind, const void *restrict W, int kind,
+                         const float *restrict L, const float *restrict R, int64_t rows,
+                         int64_t cols, int64_t K, int mode, float a, float b, float peak,
+                         double *restrict sums)
+{
+    float D[HIGH][SPAN];
+    for (int64_t top = 0; top < rows; top += TALL)
+        for (int64_t left = 0; left < cols; left += SPAN)
+            for (int64_t row = top; row < rows && row < top + TALL; row += HIGH) {
+                int high = rows - row < HIGH ? rows - row : HIGH;
+                int count = cols - left < SPAN ? cols - left : SPAN;
+                product(D, L + row * K, high, R + left, cols, count, K);
+                for (int i = 0; i < high; i++) {
+                    int64_t at = (row + i) * cols + left;
+                    char *to = (char *)out + at * size[out_kind];
+                    const char *from = (const char *)W + at * size[kind];
+                    if (mode == PRODUCT) {
+                        memcpy(to, D[i], count * sizeof(float));
+                        continue;
+                    }
+                    prefetch(from + cols * size[kind], count * size[kind]);
+                    prefetch_to_write(to + cols * size[out_kind], count * size[out_kind]);
+                    fold(to, out_kind, from, kind, D[i], count, mode, a, b, peak, sums);
+                }
+            }
 }

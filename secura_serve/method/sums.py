@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,12 @@ class Sums(NamedTuple):
     """‖W'−W'₃₂‖²."""
     top: float
     """max |W'−W| / |W| over the weights that are not 0."""
+
+    @classmethod
+    def total(cls, blocks: Iterable[Sums]) -> Sums:
+        """Those of a matrix, from those of its parts."""
+        base, moved, update, lost, top = zip(*blocks, strict=True)
+        return cls(sum(base), sum(moved), sum(update), sum(lost), max(top))
 
 
 def weigh(W: Tensor, new: Tensor, written: Tensor) -> Sums:

@@ -1,0 +1,38 @@
+"""The product L·R of two small matrices that makes an update Δ: whole, or a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from secura_serve.method import native
+
+__all__ = ["blocks", "product"]
+
+# Elements per block of rows: its update, in float32, stays in a core's L2 cache.
+_BLOCK = 2**18
+# Never fewer rows: a matrix product of very few rows takes another path through the BLAS, whose
+# sums may end in another last bit than those of the whole matrix.
+_ROWS = 16
+
+
+def product(L: Tensor, R: Tensor) -> Tensor:
+    """L ``(out, k)`` · R ``(k, in)``; differentiable.
+
+    Where nothing wants a gradient, a float32 product on the CPU has the bits that
+    :func:`secura_serve.method.write` folds with.
+    """
+    trained = torch.is_grad_enabled() and (L.requires_grad or R.requires_grad)
+    return L @ R if trained or not native.fits(L, L, (L, R)) else native.product(L, R)
+
+
+def blocks(L: Tensor, R: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The product by torch, a block of rows at a time; each is valid until the next."""
+    step = max(_ROWS, _BLOCK // max(1, R.shape[1]))
+    # One for all blocks: a fresh one each time would come as page faults.
+    space = torch.empty(min(step, len(L)), R.shape[1], dtype=L.dtype, device=L.device)
+    for start in range(0, len(L), step):
+        left = L[start : start + step]
+        yield slice(start, start + step), torch.mm(left, R, out=space[: len(left)])
