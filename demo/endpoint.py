@@ -15,6 +15,8 @@ class Model:
 
     id: str
     parent: str | None = None
+    folded: bool = False
+    """The adapter is in the engine's weights, and nothing else answers."""
 
 
 def add_arguments(to: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
     try:
         page = await client.models.list(timeout=10)
         models = [
-            Model(card.id, getattr(card, "parent", None))
+            Model(card.id, getattr(card, "parent", None), getattr(card, "status", "") == "folded")
             for card in page.data
             if getattr(card, "status", "ready") in ("ready", "folded")
         ]

@@ -47,7 +47,10 @@ class Page:
         kept = [name for name in ticked if name in bases + adapters]
         models = gr.CheckboxGroup(choices=choices, value=kept or bases[:1] + adapters[:1])
         count = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
-        line = status(f"{', '.join(bases)} and {count} at {self.endpoint}", up=True)
+        said = f"{', '.join(bases)} and {count}"
+        if folded := next((model for model in served if model.folded), None):
+            said = f"{folded.id}, folded into {folded.parent}: nothing else answers until unfolded,"
+        line = status(f"{said} at {self.endpoint}", up=True)
         return line, models, bases, adapters, self._chips(adapters)
 
     def _chips(self, adapters: Sequence[str]) -> gr.Dataset:

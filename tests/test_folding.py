@@ -163,7 +163,7 @@ def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, 
     stream = slowly(client, served.base)
     pieces = [next(stream).choices[0]]
     status, answer = operator("/admin/fold", {"name": "bounded", "timeout": 0.05})
-    assert status == 409 and "1 requests were still running" in answer["error"]["message"]
+    assert status == 409 and "running requests (1) took longer" in answer["error"]["message"]
     done = {}
     folding = threading.Thread(
         target=lambda: done.update(fold=operator("/admin/fold", {"name": "bounded"}))

@@ -275,7 +275,8 @@ def _card(task: str, facts: dict[str, Any]) -> str:
     norm = f"`{settings['magnorm']}`"
     if settings["magnorm"] == "bounded":
         norm += (
-            f" with τ = {settings['tau']:g}: no weight moves by more than that share of itself.\n"
+            f" with τ = {settings['tau']:g}: no weight moves by more than that share of itself\n"
+            "(before the result is rounded to the base's dtype). "
             "That makes the update full-rank, so it answers only while folded into the weights "
             f"(`--fold {task}`, or\n`secura-merge`)"
         )

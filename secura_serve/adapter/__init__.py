@@ -5,7 +5,15 @@ from __future__ import annotations
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
 from secura_serve.adapter.place import put_in_place
-from secura_serve.adapter.store import Adapter, check_name, load, save, verify
+from secura_serve.adapter.store import (
+    Adapter,
+    check_name,
+    load,
+    mismatches,
+    refuse_mismatches,
+    save,
+    verify,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -18,7 +26,9 @@ __all__ = [
     "fingerprint_of",
     "load",
     "mismatch",
+    "mismatches",
     "put_in_place",
+    "refuse_mismatches",
     "save",
     "verify",
 ]

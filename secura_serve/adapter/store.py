@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +37,17 @@ from secura_serve.errors import (
     ConfigError,
 )
 
-__all__ = ["NAME_PATTERN", "Adapter", "WeightSource", "check_name", "load", "save", "verify"]
+__all__ = [
+    "NAME_PATTERN",
+    "Adapter",
+    "WeightSource",
+    "check_name",
+    "load",
+    "mismatches",
+    "refuse_mismatches",
+    "save",
+    "verify",
+]
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _CONFIG_LIMIT = 16 * 2**20
@@ -140,6 +150,8 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         AdapterFormatError: with every problem found.
     """
     folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise AdapterFormatError(f"{os.fspath(path)}: no such folder; give that of an adapter")
     config = _load_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -204,6 +216,11 @@ def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -
     Raises:
         BaseMismatchError: naming the first differing module, and how many differ.
     """
+    refuse_mismatches(adapter, mismatches(adapter, base, module=module))
+
+
+def mismatches(adapter: Adapter, base: WeightSource, *, module: str | None = None) -> list[str]:
+    """Every module of ``adapter``, or just ``module``, that ``base`` does not have like this."""
     names = list(adapter.modules) if module is None else [module]
     problems = []
     for name in names:
@@ -216,6 +233,11 @@ def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -
         claimed = adapter.config.base_fingerprint[name]
         if reason := mismatch(base.weight(name), cur.basis, claimed):
             problems.append(f"{name}: {reason}")
+    return problems
+
+
+def refuse_mismatches(adapter: Adapter, problems: Sequence[str]) -> None:
+    """Raise BaseMismatchError if :func:`mismatches` found any."""
     if problems:
         more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
         raise BaseMismatchError(

@@ -107,7 +107,11 @@ def _run(args: argparse.Namespace) -> str:
         out = Path(os.path.abspath(args.out))
         source = open_source(args.base, args.adapter, room_for(out, 0))
         facts = export_lora(source, out, rank=args.rank, dtype=DTYPES.get(args.dtype))
-        return f"{args.out}: {facts['lora']} LoRA of rank {facts['r']}"
+        said = f"{args.out}: {facts['lora']} LoRA of rank {facts['r']}"
+        if facts["lora"] == "exact":
+            return said
+        worst = max(facts["modules"].values())
+        return f"{said}; it misses at most {worst:.3g} of a layer's update (‖W′ − W − B·A‖)"
     plan = plan_merge(args.base, args.adapter, args.out, args.dtype, exists=args.check)
     if args.dry_run:
         return plan.summary()

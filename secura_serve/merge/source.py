@@ -19,7 +19,7 @@ from secura_serve.method import FOLDABLE, MagNorm
 
 __all__ = ["NOTHING", "Source", "open_source", "plan_fold"]
 
-NOTHING = "nothing was written:"
+NOTHING = "nothing was done:"
 
 
 @dataclass(frozen=True)

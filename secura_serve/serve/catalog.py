@@ -11,7 +11,7 @@ from tqdm import tqdm
 from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import AdapterError, ConfigError, SecuraError, UnservableError
+from secura_serve.errors import ConfigError, SecuraError, UnservableError
 from secura_serve.serve.basis import base_id
 
 __all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
@@ -98,7 +98,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
             f"--adapters {folder}: this is one adapter; give the folder that holds it "
             f"({root.absolute().parent})"
         )
-    entries, verdicts = [], dict[str, AdapterError | None]()
+    entries, verdicts = [], dict[str, list[str]]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             entries.append(Entry(path.name, _servable(path, base, set(taken), verdicts)))
@@ -118,7 +118,7 @@ def refuse_full_rank(adapter: Adapter) -> None:
 
 
 def _servable(
-    path: Path, base: Checkpoint, taken: set[str], verdicts: dict[str, AdapterError | None]
+    path: Path, base: Checkpoint, taken: set[str], verdicts: dict[str, list[str]]
 ) -> Adapter:
     adapters.check_name(path.name)
     if path.name in taken:
@@ -131,11 +131,6 @@ def _servable(
         )
     identity = base_id(found)
     if identity not in verdicts:
-        verdicts[identity] = None
-        try:
-            adapters.verify(found, base)
-        except AdapterError as error:
-            verdicts[identity] = error
-    if (verdict := verdicts[identity]) is not None:
-        raise verdict
+        verdicts[identity] = adapters.mismatches(found, base)
+    adapters.refuse_mismatches(found, verdicts[identity])
     return found

@@ -83,7 +83,11 @@ def _allowed(request: Request) -> None:
         raise HTTPException(
             403,
             "without --admin-api-key the admin routes answer direct requests on loopback only; "
-            + (f"this one carries {', '.join(strange)}" if strange else f"this came from {client}"),
+            + (
+                f"this one has the header {', '.join(strange)}"
+                if strange
+                else f"this came from {client}"
+            ),
         )
 
 
@@ -97,7 +101,9 @@ async def _change(name: str | None, timeout: float | None) -> JSONResponse:
         status, problem = 404, error
     except FoldError as error:
         status, problem = 409, error  # type: ignore[assignment]
-    return JSONResponse({"error": {"message": str(problem), "code": status}}, status)
+    kind = "NotFoundError" if status == 404 else "ConflictError"
+    said = {"message": str(problem), "type": kind, "param": "name", "code": status}
+    return JSONResponse({"error": said}, status)
 
 
 async def folded() -> dict[str, Any]:

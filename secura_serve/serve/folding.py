@@ -101,7 +101,8 @@ class Folding:
         """Fold ``name``, whatever is folded now; None puts the base back.
 
         Args:
-            timeout: seconds to wait for running requests; None waits for ever.
+            timeout: seconds to wait for another change and for running requests; None waits for
+                ever.
 
         Returns:
             What is folded, what was done, and how long it took.
@@ -115,25 +116,36 @@ class Folding:
             raise ConfigError(
                 f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
             )
-        async with self._one_at_a_time:
+        begin = time.perf_counter()
+        try:
+            await asyncio.wait_for(self._one_at_a_time.acquire(), timeout)
+        except TimeoutError as error:
+            raise FoldError(
+                f"nothing was changed: another fold was still under way after {timeout:g} s"
+            ) from error
+        try:
             if self.broken is not None:
                 raise FoldError(f"the server is stopping: {self.broken}")
             if name == self.folded:
                 return {"folded": name, "changed": False}
-            begin = time.perf_counter()
             if name is not None:
                 # Most faults show here, while the engine still answers.
                 await asyncio.to_thread(self._look, name)
+            left = None if timeout is None else max(0.0, begin + timeout - time.perf_counter())
             try:
-                async with self.gate.shut(timeout):
+                async with self.gate.shut(left):
                     done = await self._put(name)
             except TimeoutError as error:
                 raise FoldError(
-                    f"nothing was changed: {self.gate.inside} requests were still running after "
+                    f"nothing was changed: running requests ({self.gate.inside}) took longer than "
                     f"{timeout:g} s; try again, or with a longer timeout"
                 ) from error
-            total = time.perf_counter() - begin
-            return {"folded": name, "changed": True, **done, "total_seconds": total}
+        finally:
+            self._one_at_a_time.release()
+        total = time.perf_counter() - begin
+        what = f"folded {name}: it alone is answered" if name else "unfolded: all answer again"
+        print(f"secura-serve: {what} (after {total:.2f} s)", flush=True)
+        return {"folded": name, "changed": True, **done, "total_seconds": total}
 
     def _look(self, name: str) -> None:
         try:

@@ -11,7 +11,7 @@ to the model, so it knows nothing of ranks and layouts; every rank folds what it
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from functools import cache
 from typing import Any
 
@@ -25,9 +25,22 @@ from secura_serve.errors import ConfigError
 from secura_serve.merge import fold_stream, open_source, plan_fold
 from secura_serve.serve.plugin import LOAD_FORMAT
 
-__all__ = ["EXTRA_KEY", "SecuraModelLoader", "register_loader"]
+__all__ = ["EXTRA_KEY", "SecuraModelLoader", "named_adapters", "register_loader"]
 
 EXTRA_KEY = "adapter"
+
+
+def named_adapters(extra: Mapping[str, Any]) -> list[str]:
+    """What the extra configuration names, as a list. Raises ConfigError if it names nothing."""
+    named = extra.get(EXTRA_KEY)
+    specs = [named] if isinstance(named, str) else named
+    if isinstance(specs, list) and specs and all(isinstance(s, str) for s in specs):
+        return specs
+    raise ConfigError(
+        f"--load-format {LOAD_FORMAT}: name what to fold, for instance "
+        f'--model-loader-extra-config \'{{"{EXTRA_KEY}": "adapters/NAME"}}\' '
+        f"(or a list; NAME*0.5 weighs); got {named!r}"
+    )
 
 
 class SecuraModelLoader(DefaultModelLoader):
@@ -40,17 +53,10 @@ class SecuraModelLoader(DefaultModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         plain = copy.copy(load_config)
         extra = dict(load_config.model_loader_extra_config or {})
-        named = extra.pop(EXTRA_KEY, None)
-        specs = [named] if isinstance(named, str) else named
-        if not (isinstance(specs, list) and specs and all(isinstance(s, str) for s in specs)):
-            raise ConfigError(
-                f"--load-format {LOAD_FORMAT}: name what to fold, for instance "
-                f'--model-loader-extra-config \'{{"{EXTRA_KEY}": "adapters/NAME"}}\' '
-                f"(or a list; NAME*0.5 weighs); got {named!r}"
-            )
+        self.specs = named_adapters(extra)
+        del extra[EXTRA_KEY]
         plain.load_format, plain.model_loader_extra_config = "auto", extra
         super().__init__(plain)
-        self.specs: list[str] = specs
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module

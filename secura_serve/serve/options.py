@@ -63,8 +63,8 @@ def secura_parser() -> argparse.ArgumentParser:
     add(
         "--fold",
         metavar="NAME",
-        help="start with this adapter folded into the weights: it alone is served, at base cost, "
-        "until POST /admin/unfold",
+        help="start with this adapter folded into the weights: it alone is served, at base cost. "
+        "In the running server: POST /admin/fold, POST /admin/unfold, GET /admin/fold",
     )
     add(
         "--admin-api-key",

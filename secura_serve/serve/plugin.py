@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["ACTIVE", "LOAD_FORMAT", "activate", "allow_admin_routes", "register"]
+__all__ = ["ACTIVE", "LOAD_FORMAT", "activate", "choose_plugins", "register"]
 
 LOAD_FORMAT = "secura"
 _GROUP, _ADMIN = "vllm.endpoint_plugins", "secura_admin"
@@ -43,8 +43,8 @@ def activate() -> None:
     register()
 
 
-def allow_admin_routes() -> None:
-    """Have vLLM load our endpoint plugin, and leave its other plugins as they would be.
+def choose_plugins(*, admin: bool) -> None:
+    """Have vLLM load our endpoint plugin or not, and leave its other plugins as they would be.
 
     It loads endpoint plugins only where ``VLLM_PLUGINS`` names them, and setting that variable
     makes it a list of all plugins allowed, of every kind.
@@ -64,4 +64,5 @@ def allow_admin_routes() -> None:
         names = [plugin.name for g in sorted(groups) for plugin in entry_points(group=g)]
     else:
         names = [name for name in wanted.split(",") if name]
-    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "secura", _ADMIN]))
+    ours = ["secura", _ADMIN] if admin else ["secura"]
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, *ours]))

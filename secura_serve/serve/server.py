@@ -17,6 +17,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.merge import open_source
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
@@ -27,6 +28,7 @@ from secura_serve.serve.options import (
     vllm_arguments,
     vllm_help,
 )
+from secura_serve.serve.plugin import LOAD_FORMAT
 from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
@@ -49,14 +51,14 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     checkpoint = Checkpoint(base.path)
     names = known.served_model_name or [_name(base)]
     catalog = scan(known.adapters, checkpoint, taken=names) if known.adapters else Catalog(())
-    print(catalog.table() if catalog.entries else _nothing(known.adapters), flush=True)
-    if known.check:
+    if catalog.entries:
+        print(catalog.table(), flush=True)
         only = len(catalog.foldable) - len(catalog.served)
         print(
             f"\n{len(catalog.served)} servable on {known.base} per request, {only} by folding, "
-            f"{len(catalog.refused)} not"
+            f"{len(catalog.refused)} not",
+            flush=True,
         )
-        return 1 if catalog.refused else 0
     if known.fold is not None and known.fold not in {a.name for a in catalog.foldable}:
         raise ConfigError(
             f"--fold {known.fold}: no such adapter; there are "
@@ -67,6 +69,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
             f"served: {', '.join(e.name for e in catalog.refused)}"
         )
+    if known.check:
+        if not catalog.entries:
+            print(_nothing(known.adapters))
+        return 1 if catalog.refused else 0
     served = _prepare_vllm(checkpoint, catalog, rest)
     basis = SharedBasis.of(served)
     args = vllm_arguments(
@@ -78,6 +84,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         basis=basis,
         cache=cache_root() / "serve",
     )
+    if args.load_format == LOAD_FORMAT:
+        _announce_fold(str(base.path), args)
+    elif not catalog.entries:
+        print(_nothing(known.adapters))
     memory = estimate(checkpoint, basis, slots=args.max_loras, dtype=args.dtype)
     if not catalog.foldable:
         _serve(known, args, memory)
@@ -98,6 +108,18 @@ def _name(base: ResolvedBase) -> str:
     return base.path.name if base.model_id == str(base.path) else base.name
 
 
+def _announce_fold(base: str, args: Any) -> None:
+    """Find out now, not in the engine, what ``--load-format secura`` cannot fold."""
+    from secura_serve.serve.loader import named_adapters
+
+    specs = named_adapters(args.model_loader_extra_config or {})
+    open_source(base, specs)
+    print(
+        f"folding {' + '.join(specs)} into the weights while loading; the result answers as "
+        f"{args.served_model_name[0]} (--served-model-name gives it another name)"
+    )
+
+
 def _nothing(folder: str | None) -> str:
     where = f"{folder} holds no adapter" if folder else "no --adapters"
     return f"{where}: serving the base alone"
@@ -110,10 +132,10 @@ def _prepare_vllm(checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> 
     from secura_serve.serve import compat, plugin
 
     compat.check()
+    plugin.choose_plugins(admin=bool(catalog.foldable))
     if not catalog.foldable:
         return []
     refuse_what_hides_adapters(rest)
-    plugin.allow_admin_routes()
     architectures = checkpoint.config.get("architectures") or []
     if not catalog.served:
         return []

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from secura_serve.checkpoint import Checkpoint
@@ -101,8 +100,7 @@ class FoldExtension:
 
 @contextmanager
 def _pool(cores: Sequence[int]) -> Iterator[tuple[ThreadPoolExecutor, int] | None]:
-    """Threads to fold in, each on all of ``cores``, one of its own for every product."""
-    threads = torch.get_num_threads()
+    """Threads to fold in, free to run on any of ``cores``."""
     count = min(len(cores), _THREADS)
     if count < 2:
         yield None
@@ -112,14 +110,9 @@ def _pool(cores: Sequence[int]) -> Iterator[tuple[ThreadPoolExecutor, int] | Non
         # A core may have been taken away from us since; then the thread stays where it is.
         with suppress(OSError):
             os.sched_setaffinity(0, cores)
-        torch.set_num_threads(1)
 
-    try:
-        with ThreadPoolExecutor(count, "fold", start) as executor:
-            yield executor, count
-    finally:
-        # Part of that setting is the whole process's.
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(count, "fold", start) as executor:
+        yield executor, count
 
 
 class _Stream:
