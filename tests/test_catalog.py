@@ -95,6 +95,15 @@ def test_check_passes_a_good_folder(folder, base, capsys):
     assert "1 servable" in capsys.readouterr().out
 
 
+def test_each_adapter_of_another_base_is_called_by_its_own_name(base, tiny_base, tmp_path, capsys):
+    for name in ("one", "two"):
+        random_adapter(tiny_base("mistral"), tmp_path / name, r=4, seed=1)
+    assert main(["--base", str(base), "--adapters", str(tmp_path), "--check"]) == 1
+    printed = capsys.readouterr().out
+    for name in ("one", "two"):
+        assert f"{name} is not served: {name} was trained on another base" in printed
+
+
 def test_an_s_magnorm_adapter_is_to_be_folded(folder, base, capsys):
     random_adapter(base, folder / "bounded", r=4, seed=2, magnorm=MagNorm("bounded"))
     flags = ["--base", str(base), "--adapters", str(folder)]

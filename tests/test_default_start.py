@@ -113,7 +113,8 @@ def _hold_against_transformers(served, prompts):
                 noise.append(abs(rough[i, token].item() - want[i, token].item()))
         mean, allowed = sum(served_error) / len(served_error), sum(noise) / len(noise)
         assert equal >= 9, (name, equal)
-        assert mean <= 1.5 * allowed, (name, mean, allowed)
+        # Where a model is nearly certain both errors are a few thousandths, and either may be less.
+        assert mean <= max(1.5 * allowed, 0.005), (name, mean, allowed)
 
 
 def test_greedy_text_and_logprobs_in_one_mixed_batch(started):

@@ -180,6 +180,8 @@ def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, 
     held.start()
     refused.start()
     assert operator("/admin/fold", method="GET")[1]["folded"] is None
+    status, answer = operator("/admin/fold", {"name": "all", "timeout": 0.1})
+    assert status == 409 and "another fold was still under way" in answer["error"]["message"]
     pieces += [chunk.choices[0] for chunk in stream]
     for thread in (folding, held, refused):
         thread.join(timeout=60)
