@@ -240,12 +240,12 @@ class ServedModels:
 
     async def answer_as(self, folded: tuple[str, str] | None) -> None:
         """Serve the engine's weights under this (name, folder) alone; None: as it was."""
-        if self._before is None:
-            self._before = (await self._original()).data
         if folded is None:
             self._models.base_model_paths[:] = self._bases
             self._models.lora_requests, self._before = self._adapters, None
             return
+        if self._before is None:
+            self._before = (await self._original()).data
         one = type(self._bases[0])(name=folded[0], model_path=folded[1])
         self._models.base_model_paths[:] = [one]
         self._models.lora_requests = {}

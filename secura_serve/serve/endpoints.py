@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secura_serve.errors import ConfigError, FoldError, SecuraError
 from secura_serve.serve.compat import ServedModels
 from secura_serve.serve.folding import Folding
-from secura_serve.serve.gate import GateMiddleware
+from secura_serve.serve.gate import GateMiddleware, Refusal
 
 __all__ = ["AdminPlugin", "configure"]
 
@@ -97,13 +97,9 @@ async def _change(name: str | None, timeout: float | None) -> JSONResponse:
     work = asyncio.ensure_future(_Settings.folding.change(name, timeout))
     try:
         return JSONResponse(await asyncio.shield(work))
-    except ConfigError as error:
-        status, problem = 404, error
-    except FoldError as error:
-        status, problem = 409, error  # type: ignore[assignment]
-    kind = "NotFoundError" if status == 404 else "ConflictError"
-    said = {"message": str(problem), "type": kind, "param": "name", "code": status}
-    return JSONResponse({"error": said}, status)
+    except (ConfigError, FoldError) as error:
+        status = 404 if isinstance(error, ConfigError) else 409
+        return Refusal(status, str(error), "name").response()
 
 
 async def folded() -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Folding:
     ) -> None:
         self.base, self.names = base, tuple(names)
         self.paths = {adapter.name: adapter.path for adapter in adapters}
-        self.per_request = frozenset(per_request)
+        # Asked for every request, so not worked out anew each time.
+        self._only_folded = self.paths.keys() - set(per_request)
         self.folded: str | None = None
         self.broken: str | None = None
         """Why the weights are no longer known; the server is then on its way out."""
@@ -56,10 +57,9 @@ class Folding:
     def bind(self, engine: Any, models: ServedModels) -> None:
         """Take hold of the engine once it is there."""
         self._engine, self._models = engine, models
-        models.describe(self.status, [(n, self.paths[n]) for n in self._only_folded()])
-
-    def _only_folded(self) -> list[str]:
-        return [name for name in self.paths if name not in self.per_request]
+        models.describe(
+            self.status, [(n, path) for n, path in self.paths.items() if n in self._only_folded]
+        )
 
     @property
     def busy(self) -> bool:
@@ -71,7 +71,7 @@ class Folding:
         or ``blocked`` (another adapter is folded)."""
         if self.folded is not None:
             return "folded" if model == self.folded else "blocked"
-        return "unfolded" if model in self._only_folded() else "ready"
+        return "unfolded" if model in self._only_folded else "ready"
 
     def refusal(self, model: str | None) -> Refusal | None:
         """Why a request for ``model`` cannot be answered now; unknown names are left to vLLM."""

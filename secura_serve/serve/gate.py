@@ -18,17 +18,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["Gate", "GateMiddleware", "Refusal"]
 
+_KINDS = {404: "NotFoundError", 409: "ConflictError", 503: "ServiceUnavailableError"}
+
 
 class Refusal(NamedTuple):
     """Why a request is not answered, as HTTP status and sentence."""
 
     status: int
     message: str
+    param: str = "model"
 
     def response(self) -> JSONResponse:
         """The error in OpenAI's shape."""
-        kind = {409: "ConflictError", 503: "ServiceUnavailableError"}.get(self.status, "Error")
-        error = {"message": self.message, "type": kind, "param": "model", "code": self.status}
+        kind = _KINDS[self.status]
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.status}
         # The openai client would otherwise try a 409 again, twice.
         return JSONResponse({"error": error}, self.status, headers={"x-should-retry": "false"})
 

@@ -95,8 +95,6 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
     problems = []
     if "--fully-sharded-loras" in flags:
         problems.append("--fully-sharded-loras: an adapter's U is not worth sharding; leave it out")
-    if "--load-format" in flags and LOAD_FORMAT in " ".join(rest):
-        problems.append(f"--load-format {LOAD_FORMAT}: use --fold NAME beside --adapters")
     if "--lora-modules" in flags:
         problems.append("--lora-modules: put the adapter's folder into --adapters instead")
     for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
@@ -169,6 +167,8 @@ def vllm_arguments(
             f"--worker-extension-cls {args.worker_extension_cls}: adapters need this place for "
             "folding; leave it out"
         )
+    if foldable and args.load_format == LOAD_FORMAT:
+        raise ConfigError(f"--load-format {LOAD_FORMAT}: use --fold NAME beside --adapters")
     if foldable and (args.api_server_count or 1) > 1:
         raise ConfigError(
             f"--api-server-count {args.api_server_count}: what is folded is known to one server "
