@@ -12,50 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._report import header
+from benchmarks._synthetic import make_adapter
+
 EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 
 def make_adapters(base: Path, folder: Path) -> dict[str, Path]:
     """Random adapters of rank 32: q and v or all linears, `none` and `bounded`."""
-    import torch
-
-    from secura_serve import adapter as A
-    from secura_serve.checkpoint import Checkpoint
-    from secura_serve.method import MagNorm, auto_alpha, select
-
-    checkpoint, made = Checkpoint(base), {}
-    for targets, leaves in (("q,v", ("q_proj", "v_proj")), ("all linears", ())):
-        modules, prints = {}, {}
-        for name in checkpoint.linears():
-            if leaves and not name.endswith(leaves):
-                continue
-            W = checkpoint.weight(name)
-            basis = select(W, 32, module=name)
-            U = 0.1 * torch.randn(32, 32) * auto_alpha(W, basis)
-            modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
-            prints[name] = A.fingerprint(W, basis)
-        for mode in ("none", "bounded"):
-            config = A.AdapterConfig(
-                base_model_name_or_path=str(base),
-                r=32,
-                target_modules=tuple(sorted({n.rpartition(".")[2] for n in modules})),
-                base_fingerprint=prints,
-                magnorm=MagNorm(mode),
-            )
-            path = folder / f"{targets.replace(',', '-').replace(' ', '-')}-{mode}"
-            made[f"{targets}, {mode}"] = A.save(path, config, modules)
-    return made
+    return {
+        f"{targets}, {mode}": make_adapter(base, folder / f"a{i}-{mode}", leaves, mode, 32)
+        for i, (targets, leaves) in enumerate((("q,v", ("q_proj", "v_proj")), ("all linears", ())))
+        for mode in ("none", "bounded")
+    }
 
 
 def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str, Any]]:
@@ -108,25 +85,13 @@ def main() -> None:
     from secura_serve.bases import resolve_base
 
     base = resolve_base(given.base).path
-    before = os.getloadavg()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(base, make_adapters(base, Path(folder)), given.repeat)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
     report = {
         "command": " ".join(["python", "benchmarks/fold.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": before,
-        },
-        "versions": {p: version(p) for p in ("torch", "transformers")},
+        **header(("torch", "transformers")),
         "base": given.base,
-        "rows": rows,
     }
+    with tempfile.TemporaryDirectory() as folder:
+        report["rows"] = measure(base, make_adapters(base, Path(folder)), given.repeat)
     if given.out:
         given.out.write_text(json.dumps(report, indent=1) + "\n")
 

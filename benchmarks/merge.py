@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import _peers  # noqa: E402
+from benchmarks._report import header, versions  # noqa: E402
 from benchmarks._synthetic import make_adapter, make_base, size  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
@@ -48,32 +47,6 @@ def measure(kind: str, python: str, base: Path, adapter: Path, out: Path) -> dic
         "mib_per_s": round(written / seconds / 2**20, 1),
         "peak_rss_mib": round(peak, 1),
     }
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory, 1),
-        "load_before": [round(x, 2) for x in os.getloadavg()],
-    }
-
-
-def commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-
-
-def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Of the packages that ``python`` sees."""
-    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    said = subprocess.check_output([python, "-c", code, *names], text=True)
-    return dict(zip(names, said.split(), strict=True))
 
 
 def case(
@@ -130,10 +103,7 @@ def measure_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "command": "python benchmarks/merge.py "
         f"--gib {args.gib:g} --rank {args.rank} --repeat {args.repeat}"
         + (f" --mergekit {'auto' if args.mergekit == 'auto' else 'PYTHON'}" if mergekit else ""),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(sys.executable, LIBRARIES),
+        **header(LIBRARIES),
         "base": "in the page cache",
         "cases": [],
     }

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks._report import header
 from benchmarks.adapters.run import ITEMS, RECIPES, neutral_texts
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
@@ -158,17 +157,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     given = parser.parse_args()
     resolve_base(given.base)
-    rows = [row for name in given.adapters for row in measure(name, given.data, given.base)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
     report = {
         "command": " ".join(["python", "benchmarks/rounding.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "rows": rows,
+        **header(("torch", "transformers")),
     }
+    report["rows"] = [
+        row for name in given.adapters for row in measure(name, given.data, given.base)
+    ]
     if given.out:
         given.out.write_text(json.dumps(report, indent=1) + "\n")
 

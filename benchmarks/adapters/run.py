@@ -243,10 +243,10 @@ def _variants(task: str) -> str:
             continue
         facts = json.loads(file.read_text())
         found = facts["evaluation"]
-        kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {recipe.lrs[0]:g}"
+        rate = f"{facts['config']['lr']:g}"
         if tuned := found.get("validation_accuracy_by_lr"):
-            kind = kind.rpartition(" ")[0]
-            kind += f" {facts['config']['lr']:g} of {', '.join(tuned)}"
+            rate += f" of {', '.join(tuned)}"
+        kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {rate}"
         cells = (_spread(found, k) for k in ("accuracy", "kl", "perplexity_ratio"))
         rows.append(f"| [`{name}`](../{name}): {kind} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 3 else ""
