@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.request
 from functools import cache
 
@@ -152,12 +153,10 @@ def test_an_adapter_folded_into_the_compiled_model_and_taken_out_again(started):
 
 def test_chat_page_is_announced_and_answers(started):
     served, page = started
-    assert f"chat page: http://127.0.0.1:{page}" in served.log.read_text()
-    for _ in range(60):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{page}/", timeout=5) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            asyncio.run(asyncio.sleep(1))
-    pytest.fail("the chat page did not answer within a minute")
+    address = f"http://127.0.0.1:{page}"
+    deadline = time.monotonic() + 180
+    while f"chat page: {address}" not in served.log.read_text():
+        assert time.monotonic() < deadline, served.log.read_text()[-3000:]
+        time.sleep(0.5)
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        assert answer.status == 200

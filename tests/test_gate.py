@@ -52,6 +52,12 @@ class House:
         return sent[0], b"".join(m.get("body", b"") for m in sent[1:])
 
 
+async def everyone():
+    """Let every task run until it waits for something; nothing here takes time."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 def ask(model):
     return json.dumps({"model": model, "prompt": "x"}).encode()
 
@@ -85,26 +91,29 @@ def test_those_inside_finish_first_and_those_outside_are_judged_afterwards():
     async def run():
         house, events = House(), []
         first = asyncio.create_task(house.post(ask("a")))
-        await asyncio.sleep(0)
+        await everyone()
         assert house.gate.inside == 1
 
         async def change():
             async with house.gate.shut(None):
                 assert house.gate.inside == 0
                 events.append("shut")
-                await asyncio.sleep(0.01)
+                await everyone()
                 house.closed_for = {"a"}
                 events.append("changed")
 
+        assert not house.gate.holding
         changing = asyncio.create_task(change())
-        await asyncio.sleep(0)
+        await everyone()
+        assert house.gate.holding
         late = [asyncio.create_task(house.post(ask(m))) for m in ("a", "c")]
-        await asyncio.sleep(0.02)
+        await everyone()
         assert events == [] and house.seen == [ask("a").decode()]
         house.may_answer.set()
         await changing
         assert (await first)[0]["status"] == 200 and events == ["shut", "changed"]
         assert [(await task)[0]["status"] for task in late] == [409, 200]
+        assert not house.gate.holding
 
     asyncio.run(run())
 
@@ -113,17 +122,27 @@ def test_a_change_that_waits_too_long_opens_the_gate_again():
     async def run():
         house = House()
         first = asyncio.create_task(house.post(ask("a")))
-        await asyncio.sleep(0)
+        await everyone()
         with pytest.raises(TimeoutError):
             async with house.gate.shut(0.01):
                 raise AssertionError("somebody is inside")
+        assert not house.gate.holding
         second = asyncio.create_task(house.post(ask("b")))
-        await asyncio.sleep(0)
+        await everyone()
         assert house.gate.inside == 2
         first.cancel()
-        await asyncio.sleep(0)
+        await everyone()
         assert house.gate.inside == 1
         house.may_answer.set()
         assert (await second)[0]["status"] == 200 and house.gate.inside == 0
+
+    asyncio.run(run())
+
+
+def test_with_nobody_inside_no_time_is_needed():
+    async def run():
+        house = House()
+        async with house.gate.shut(0.0):
+            assert house.gate.holding
 
     asyncio.run(run())

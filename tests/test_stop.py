@@ -51,8 +51,8 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
     _wait_for(moment, log, process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    assert process.wait(timeout=30) == status, log.read_text()[-3000:]
-    _, alive = psutil.wait_procs(family, timeout=10)
+    assert process.wait(timeout=60) == status, log.read_text()[-3000:]
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 

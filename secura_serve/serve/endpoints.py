@@ -103,12 +103,17 @@ async def _change(name: str | None, timeout: float | None) -> JSONResponse:
 
 
 async def folded() -> dict[str, Any]:
-    """What is folded, whether that is changing now, and what could be folded."""
+    """What is folded, and what could be.
+
+    ``busy``: a change is under way. ``holding``: new requests wait for it; before that they are
+    still judged by what is folded now. ``running_requests``: those that the change waits for.
+    """
     folding = _Settings.folding
     assert folding is not None
     return {
         "folded": folding.folded,
         "busy": folding.busy,
+        "holding": folding.gate.holding,
         "running_requests": folding.gate.inside,
         "foldable": list(folding.paths),
     }

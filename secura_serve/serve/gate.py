@@ -50,6 +50,11 @@ class Gate:
         self._empty.set()
         self.inside = 0
 
+    @property
+    def holding(self) -> bool:
+        """Whether whoever comes now has to wait."""
+        return not self._open.is_set()
+
     @asynccontextmanager
     async def shut(self, timeout: float | None) -> AsyncIterator[None]:
         """Let nobody in, wait until nobody is inside, and open again at the end.
@@ -59,7 +64,9 @@ class Gate:
         """
         self._open.clear()
         try:
-            await asyncio.wait_for(self._empty.wait(), timeout)
+            # Until 3.12 `wait_for` with no time left gives up even where there is no wait.
+            if not self._empty.is_set():
+                await asyncio.wait_for(self._empty.wait(), timeout)
             yield
         finally:
             self._open.set()
