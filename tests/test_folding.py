@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -19,6 +20,7 @@ import openai
 import pytest
 import torch
 from engines import random_adapter, serving
+from safetensors.torch import load_file, save_file
 
 from secura_serve import adapter as A
 from secura_serve.method import MagNorm
@@ -155,15 +157,24 @@ def test_while_folded_everything_else_gets_409_with_the_way_out(served, operator
 
 
 def slowly(client, model, stream=True):
-    """A request that takes seconds: many prompts, each to the end of the context."""
-    return client.completions.create(
+    """A request that takes seconds: many prompts, each to the end of the context.
+
+    As a stream it stays inside until it is read, however fast the machine: so many logprobs
+    (9 MB) are more than the two ends of a connection hold, once the client's may not grow.
+    """
+    answer = client.completions.create(
         model=model,
         prompt=["Once upon"] * 64,
         max_tokens=240,
         temperature=0,
         stream=stream,
+        logprobs=20 if stream else None,
         extra_body={"ignore_eos": True},
     )
+    if stream:
+        connection = answer.response.extensions["network_stream"].get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+    return answer
 
 
 def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, operator, client):
@@ -235,6 +246,14 @@ def test_a_damaged_adapter_is_refused_before_the_engine_is_touched(served, opera
     assert "truncated or damaged" in answer["error"]["message"]
 
 
+def _double_a_linear(source, target):
+    """Another base: one linear of the middle differs, in a file of its own."""
+    tensors = load_file(source)
+    name = next(n for n in tensors if "h.0.mlp.c_proj.weight" in n)
+    save_file(tensors | {name: tensors[name] * 2}, target.with_suffix(".new"), {"format": "pt"})
+    target.with_suffix(".new").replace(target)
+
+
 def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_back(
     tiny_base, tmp_path
 ):
@@ -256,17 +275,28 @@ def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_bac
         assert agreement.compare(served, served.base)[served.base].worst < 1e-4
         with pytest.raises(openai.ConflictError, match="--fold one"):
             client.completions.create(model="one", prompt="x")
-        stream = slowly(client, served.base)
-        next(stream)
-        answers = []
-        folding = threading.Thread(
-            target=lambda: answers.append(operator("/admin/fold", {"name": "two"}))
-        )
-        folding.start()
-        operator.until_held(folding)
-        (base / "model.safetensors").rename(base / "gone")
-        for _ in stream:
-            pass
-        folding.join(timeout=120)
-        assert answers[0][0] == 409 and "server is stopping" in answers[0][1]["error"]["message"]
+
+        def fold_two(meanwhile):
+            """What is answered if ``meanwhile`` is called after the look, before the fold."""
+            stream, answers = slowly(client, served.base), []
+            next(stream)
+            folding = threading.Thread(
+                target=lambda: answers.append(operator("/admin/fold", {"name": "two"}))
+            )
+            folding.start()
+            operator.until_held(folding)
+            meanwhile()
+            for _ in stream:
+                pass
+            folding.join(timeout=120)
+            return answers[0][0], answers[0][1]["error"]["message"]
+
+        weights = base / "model.safetensors"
+        kept = weights.rename(base / "kept")
+        shutil.copy(kept, weights)
+        status, said = fold_two(lambda: _double_a_linear(kept, weights))
+        assert status == 409 and "not the weight" in said and "the base was put back" in said
+        kept.replace(weights)
+        status, said = fold_two(lambda: weights.rename(kept))
+        assert status == 409 and "server is stopping" in said
     assert "could not be put back" in log.read_text()
