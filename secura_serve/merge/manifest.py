@@ -18,6 +18,7 @@ from typing import Any
 from secura_serve import __version__
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
+from secura_serve.merge.pipe import DIGESTS
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.source import Source
 from secura_serve.merge.weight import Change
@@ -25,7 +26,8 @@ from secura_serve.merge.weight import Change
 __all__ = ["MANIFEST", "card", "describe", "manifest", "read_manifest"]
 
 MANIFEST = "secura_manifest.json"
-_FORMAT = 1
+# 1 had bare SHA-256 digests; 2 says before each digest which kind it is.
+_FORMAT = 2
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -72,17 +74,21 @@ def manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merged checkpoint.
+    """The manifest of a merged checkpoint; ``touched`` as ``algorithm:hex`` whatever its format.
 
     Raises:
         MergeError: there is none, or none that this version reads.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if values["format_version"] != _FORMAT:
-            raise ValueError(f"format_version {values['format_version']!r}, not {_FORMAT}")
-        dict(values["touched"]), str(values["dtype"]), str(values["base"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if values["format_version"] not in (1, _FORMAT):
+            raise ValueError(f"format_version {values['format_version']!r}, not 1 or {_FORMAT}")
+        kind = "sha256:" if values["format_version"] == 1 else ""
+        values["touched"] = {name: kind + found for name, found in values["touched"].items()}
+        if unknown := {d.partition(":")[0] for d in values["touched"].values()} - DIGESTS.keys():
+            raise ValueError(f"digests by {', '.join(unknown)}, not {' or '.join(DIGESTS)}")
+        str(values["dtype"]), str(values["base"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MergeError(
             f"{folder} has no {MANIFEST} that can be used ({error}): give a folder that "
             "secura-merge wrote"
