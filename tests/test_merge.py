@@ -9,6 +9,7 @@ Needs peft, transformers and the tiny bases of conftest.py; no server, no networ
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ from secura_serve.merge import (
     open_source,
     plan_fold,
     plan_merge,
+    prove,
+    seal,
     write_merge,
 )
 from secura_serve.merge.main import main
@@ -308,6 +311,13 @@ def test_dry_run_and_check(llama: Path, tmp_path: Path, capsys: Any) -> None:
     assert "not there" in complaint(*flags, "--check", capsys=capsys)
     assert main(flags) == 0 and main([*flags, "--check"]) == 0
     assert "exists" in complaint(*flags, capsys=capsys)
+    # Another adapter is told by the manifest alone, the same under another name is not another.
+    twice = [*flags[:3], f"{adapter}*2", *flags[4:], "--check"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr("secura_serve.merge.check.outgoing")
+        assert "made with a*1, not with a*2" in complaint(*twice, capsys=capsys)
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    assert main([*flags[:3], str(moved), *flags[4:], "--check"]) == 0
     tensors = load_file(out / "model.safetensors")
     for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
         tensors[name].view(-1)[-1] += 1
@@ -325,7 +335,19 @@ def test_to_base(llama: Path, tiny_base: TinyBase, tmp_path: Path, capsys: Any) 
     write_merge(plan_merge(str(base), [str(adapter)], out))
     other = tiny_base("mistral")
     said = complaint("--to-base", str(other), "--out", str(out), capsys=capsys)
-    assert said.count("other values") == 14
+    assert said.count("other values") == 6 and "and 8 more" in said
+    # A manifest of format 1 is read as well: bare SHA-256 digests.
+    manifest = out / "secura_manifest.json"
+    facts = json.loads(manifest.read_text())
+    assert facts["format_version"] == 2
+    assert {digest.partition(":")[0] for digest in facts["touched"].values()} == {"blake3"}
+    for name in facts["touched"]:
+        W = tensors_of(base)[name]
+        data = f"F32|{'x'.join(map(str, W.shape))}|".encode() + W.numpy().tobytes()
+        facts["touched"][name] = hashlib.sha256(data).hexdigest()
+    facts["format_version"] = 1
+    manifest.write_text(json.dumps(facts))
+    assert "other values" in complaint("--to-base", str(other), "--out", str(out), capsys=capsys)
     assert main(["--to-base", str(base), "--out", str(out)]) == 0
     after, before = tensors_of(out), tensors_of(base)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -437,6 +459,45 @@ def test_help_is_instant() -> None:
     code += "except SystemExit: pass\nassert 'torch' not in sys.modules"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--to-base" in said.stdout
+
+
+def test_a_result_that_cannot_be_printed_is_one_line(llama: Path, tmp_path: Path) -> None:
+    adapter, out = make_adapter(llama, tmp_path / "a", norm=BOUNDED), tmp_path / "out"
+    flags = ["--base", str(llama), "--adapter", str(adapter), "--out", str(out)]
+    command = [sys.executable, "-c", "from secura_serve.cli import merge; merge()", *flags]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and out.is_dir()
+    assert done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+
+def test_a_proof_holds_until_a_file_or_an_index_changes(
+    llama: Path, tiny_base: TinyBase, tmp_path: Path
+) -> None:
+    base = reshard(llama, tmp_path / "base", 2)
+    adapter = make_adapter(base, tmp_path / "a", norm=BOUNDED)
+
+    def sealed(folder: Path) -> str:
+        source = open_source(str(base), [str(folder)])
+        return seal(source, plan_fold(source, torch.bfloat16))
+
+    proof = prove(str(base), [str(adapter)])
+    assert sealed(adapter) == proof
+    assert sealed(make_adapter(base, tmp_path / "b", norm=BOUNDED, only=("q_proj",))) != proof
+    shard = sorted(base.glob("*.safetensors"))[0]
+    tensors = load_file(shard)
+    targets = set(plan_fold(open_source(str(base), [str(adapter)])).targets)
+    # Neither the first nor the last module: those are looked at when the base is opened.
+    hit = sorted(targets & set(tensors))[1]
+    whole = shard.read_bytes()
+    tensors[hit] = tensors[hit] + 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert sealed(adapter) != proof
+    with pytest.raises(MergeError, match="not the weight"):
+        prove(str(base), [str(adapter)])
+    # The same bytes again are another file all the same.
+    shard.write_bytes(whole)
+    assert sealed(adapter) != proof and prove(str(base), [str(adapter)]) == sealed(adapter)
 
 
 # ---- a merge that is stopped -------------------------------------------------------------------

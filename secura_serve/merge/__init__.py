@@ -23,7 +23,9 @@ _HOMES = {
     "open_source": "source",
     "plan_fold": "source",
     "plan_merge": "plan",
+    "prove": "proof",
     "restore_base": "restore",
+    "seal": "proof",
     "write_merge": "write",
 }
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from secura_serve.errors import MergeError
-from secura_serve.merge.index import Shard, read_shard, relaid
-from secura_serve.merge.pipe import Ring, opened, read_tensor
+from secura_serve.merge.index import Shard, relaid
+from secura_serve.merge.proof import foreign, quantised, shards_of
 from secura_serve.merge.source import NOTHING, Source, open_source, plan_fold
-from secura_serve.merge.stream import FoldPlan, look
+from secura_serve.merge.stream import FoldPlan
 
 __all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "room_for"]
 
@@ -111,8 +111,7 @@ def plan_merge(
     target = Path(os.path.abspath(out))
     source = open_source(base, specs, () if exists else room_for(target, 0))
     kind = DTYPES.get(dtype)
-    folder = source.checkpoint.path
-    old = [read_shard(folder / name) for name in sorted(source.checkpoint.shards())]
+    folder, old = source.checkpoint.path, shards_of(source)
     plan = MergePlan(
         source,
         plan_fold(source, kind),
@@ -120,39 +119,12 @@ def plan_merge(
         tuple(extra_files(folder)),
         target,
     )
-    problems = [
-        f"{t.name} is stored as {t.code}, a quantised weight: use the unquantised checkpoint"
-        for shard in old
-        for t in shard.tensors
-        if t.name in plan.fold.targets and t.dtype is None
-    ]
     if exists:
+        problems = quantised(old, plan.fold)
         problems += [] if target.is_dir() else [f"{target} is not there to be checked"]
     else:
         carried = sum((folder / name).stat().st_size for name in plan.extras)
-        problems += room_for(target, plan.nbytes + carried)
-        problems += _foreign(plan)
+        problems = room_for(target, plan.nbytes + carried) + foreign(source, plan.fold)
     if problems:
         raise MergeError(NOTHING, problems)
     return plan if exists else replace(plan, fold=replace(plan.fold, checked=True))
-
-
-def _foreign(plan: MergePlan) -> list[str]:
-    """Targets in the base that are not what the adapters were trained on.
-
-    Peak memory: one tensor. Not a mapping of the files: its pages would count as resident memory.
-    """
-    problems, ring = list[str](), Ring(1)
-    # As in `write_shards`: gathering columns took six times as long with torch's threads.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for shard, _ in plan.shards:
-            with opened(plan.source.checkpoint.path / shard.name) as file:
-                for stored in shard.tensors:
-                    target = plan.fold.targets.get(stored.name)
-                    if target is not None and stored.dtype is not None:
-                        problems += look(read_tensor(file, stored, ring), target)[1]
-    finally:
-        torch.set_num_threads(threads)
-    return problems

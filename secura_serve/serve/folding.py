@@ -17,7 +17,7 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.errors import ConfigError, FoldError, MergeError
-from secura_serve.merge import open_source
+from secura_serve.merge import prove
 from secura_serve.serve.compat import ServedModels
 from secura_serve.serve.gate import Gate, Refusal
 
@@ -50,7 +50,8 @@ class Folding:
         """Why the weights are no longer known; the server is then on its way out."""
         self.gate = Gate(self.refusal)
         self._one_at_a_time = asyncio.Lock()
-        self._cores = sorted(os.sched_getaffinity(0))
+        # Where threads cannot be bound there are none to name, and the fold runs in one.
+        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._engine: Any = None
         self._models: ServedModels | None = None
 
@@ -128,13 +129,12 @@ class Folding:
                 raise FoldError(f"the server is stopping: {self.broken}")
             if name == self.folded:
                 return {"folded": name, "changed": False}
-            if name is not None:
-                # Most faults show here, while the engine still answers.
-                await asyncio.to_thread(self._look, name)
+            # While the engine still answers: most faults show here, and none is looked for twice.
+            proof = None if name is None else await asyncio.to_thread(self._look, name)
             left = None if timeout is None else max(0.0, begin + timeout - time.perf_counter())
             try:
                 async with self.gate.shut(left):
-                    done = await self._put(name)
+                    done = await self._put(name, proof)
             except TimeoutError as error:
                 raise FoldError(
                     f"nothing was changed: running requests ({self.gate.inside}) took longer than "
@@ -147,19 +147,22 @@ class Folding:
         print(f"secura-serve: {what} (after {total:.2f} s)", flush=True)
         return {"folded": name, "changed": True, **done, "total_seconds": total}
 
-    def _look(self, name: str) -> None:
+    def _look(self, name: str) -> str:
         try:
-            open_source(str(self.base), [str(self.paths[name])])
+            proof: str = prove(str(self.base), [str(self.paths[name])])
         except MergeError as error:
             raise FoldError(f"{name} cannot be folded, nothing was changed: {error}") from error
+        return proof
 
-    async def _put(self, name: str | None) -> dict[str, Any]:
+    async def _put(self, name: str | None, proof: str | None) -> dict[str, Any]:
         """Change the engine's weights behind the shut gate."""
         assert self._models is not None
         await self._engine.pause_generation(mode="wait", clear_cache=True)
         path = None if name is None else str(self.paths[name])
         try:
-            ranks = await self._engine.collective_rpc("secura_fold", args=(path, self._cores))
+            ranks = await self._engine.collective_rpc(
+                "secura_fold", args=(path, self._cores, proof)
+            )
         except Exception as error:
             await self._restore(error)
             raise FoldError(f"the fold failed and the base was put back: {error}") from error

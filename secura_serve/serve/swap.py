@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.merge import FoldPlan, fold_stream, open_source, plan_fold
+from secura_serve.errors import MergeError
+from secura_serve.merge import FoldPlan, fold_stream, open_source, plan_fold, seal
 from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 
@@ -55,7 +57,9 @@ class FoldExtension:
     model_runner: Any
     reload_weights: Any
 
-    def secura_fold(self, spec: str | None, cores: Sequence[int] = ()) -> dict[str, Any]:
+    def secura_fold(
+        self, spec: str | None, cores: Sequence[int] = (), proof: str | None = None
+    ) -> dict[str, Any]:
         """Put the weights of ``spec`` (an adapter's folder) or of the base (None) in place.
 
         Only linears that change are touched, with their packed siblings: those of ``spec`` and
@@ -64,6 +68,8 @@ class FoldExtension:
         Args:
             cores: CPUs to fold on, where the weights are in CPU memory. vLLM binds a worker to
                 some; while the engine is paused the others have nothing to do.
+            proof: what :func:`~secura_serve.merge.prove` returned for the same base and ``spec``.
+                If it still holds, the fingerprints are not compared again.
 
         Returns:
             ``{"modules": changed, "bytes": read, "seconds": taken}``.
@@ -79,6 +85,7 @@ class FoldExtension:
         else:
             source = open_source(config.model, [spec])
             base, plan = source.checkpoint, plan_fold(source, config.dtype)
+            plan = replace(plan, checked=seal(source, plan) == proof)
         now = {target.module for target in plan.targets.values()}
         model = self.model_runner.get_model()
         # Kept on the worker, not by name: what lies in the adapter's folder may have changed.
@@ -93,6 +100,8 @@ class FoldExtension:
             self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
         if stream.error is not None:
             raise stream.error
+        if plan.checked and seal(source, plan) != proof:
+            raise MergeError("the base's files changed while they were read: fold again")
         self._secura_dirty = now
         taken = time.perf_counter() - start
         return {"modules": len(modules), "bytes": stream.nbytes, "seconds": taken}
