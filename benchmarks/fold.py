@@ -2,9 +2,11 @@
 
     python benchmarks/fold.py [--base smollm2-135m] [--repeat 5] [--out results/fold.json]
 
-One vLLM engine in this process (eager, the base's dtype). ``reload`` reads W from the page cache
-and writes it in place through vLLM's reload: what unfolding does. ``fold`` does the same with the
-fold between. The engine is idle: waiting for requests is not part of either.
+One vLLM engine (eager, the base's dtype). ``reload`` reads W from the page cache and writes it in
+place through vLLM's reload: what unfolding does. ``fold`` does the same with the fold between.
+Both are the time for which the engine answers nobody. ``prove``, which compares the fingerprints,
+comes before a fold, in the server's process and while the engine still answers. Here the engine is
+idle: waiting for requests is not part of any.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +42,50 @@ def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str
     """One row per adapter: seconds of a fold and of the reload that takes it back."""
     from vllm import LLM
 
-    cores = sorted(os.sched_getaffinity(0))
+    from secura_serve.merge import prove
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     llm = LLM(
         model=str(base), enforce_eager=True, max_model_len=256, worker_extension_cls=EXTENSION
     )
 
-    def swap(spec: str | None) -> dict[str, Any]:
-        done = llm.collective_rpc("secura_fold", args=(spec, cores))
+    def swap(spec: str | None, proof: str | None = None) -> dict[str, Any]:
+        done = llm.collective_rpc("secura_fold", args=(spec, cores, proof))
         return max(done, key=lambda rank: rank["seconds"])
 
     rows = []
     for name, path in adapters.items():
-        fold, reload = [], []
+        look, fold, reload = [], [], []
         for _ in range(repeat + 1):
-            done = swap(str(path))
+            begin = time.perf_counter()
+            proof = prove(str(base), [str(path)])
+            look.append(time.perf_counter() - begin)
+            done = swap(str(path), proof)
             fold.append(done["seconds"])
             back = swap(None)
             reload.append(back["seconds"])
         # The first round touches memory that the others find warm.
-        fold_s, reload_s = statistics.median(fold[1:]), statistics.median(reload[1:])
+        prove_s, fold_s, reload_s = (statistics.median(t[1:]) for t in (look, fold, reload))
         rows.append(
             {
                 "adapter": name,
                 "linears": done["modules"],
                 "mib": round(back["bytes"] / 2**20, 1),
+                "prove_s": round(prove_s, 3),
                 "fold_s": round(fold_s, 3),
                 "reload_s": round(reload_s, 3),
                 "fold_over_reload": round(fold_s / reload_s, 2),
+                "prove_and_fold_over_reload": round((prove_s + fold_s) / reload_s, 2),
+                "all_prove_s": [round(s, 3) for s in look],
                 "all_fold_s": [round(s, 3) for s in fold],
                 "all_reload_s": [round(s, 3) for s in reload],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
+    # Left to the interpreter's exit it would come too late: the folder of the adapters has a
+    # finalizer from before vLLM imported multiprocessing, so all finalizers run after
+    # multiprocessing has begun to wait for the engine.
+    llm.llm_engine.engine_core.shutdown()
     return rows
 
 
