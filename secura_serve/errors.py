@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 
-_SHOWN = 20
+_SHOWN = 6
 
 
 class SecuraError(Exception):
-    """Root of the tree; ``problems`` lists each fault, the message the first 20 of them."""
+    """Root of the tree; ``problems`` lists each fault, the message the first few of them."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         self.problems: tuple[str, ...] = tuple(problems) or (message,)

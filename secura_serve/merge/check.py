@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.errors import MergeError
 from secura_serve.merge.folder import progress
 from secura_serve.merge.index import Stored, read_shard
+from secura_serve.merge.manifest import describe, read_manifest
 from secura_serve.merge.pipe import as_bytes, opened
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.transfer import is_decoded, outgoing
@@ -20,9 +23,12 @@ def check_merge(plan: MergePlan) -> int:
     """Compare ``plan.out`` with what :func:`write_merge` would write; returns the tensors compared.
 
     Raises:
-        MergeError: with every tensor and file that differs.
+        MergeError: with every tensor and file that differs; at once where the manifest names other
+            adapters.
     """
-    problems: list[str] = []
+    problems = _others(plan)
+    if problems:
+        raise MergeError(f"{plan.out} is not what this merge would write:", problems)
     tensors = outgoing(plan, {}, None)
     base, decoded = plan.source.checkpoint.path, is_decoded(plan)
     with progress(plan.nbytes, f"checking {plan.out.name}") as bar:
@@ -59,6 +65,26 @@ def check_merge(plan: MergePlan) -> int:
     if problems:
         raise MergeError(f"{plan.out} is not what this merge would write:", problems)
     return sum(len(new.tensors) for _, new in plan.shards)
+
+
+def _others(plan: MergePlan) -> list[str]:
+    """What the manifest says was folded, where that is something else."""
+
+    def folded(facts: dict[str, Any]) -> list[tuple[float, str]]:
+        return [(a["weight"], a["sha256"][WEIGHTS_NAME]) for a in facts["adapters"]]
+
+    try:
+        found, now = read_manifest(plan.out), describe(plan.source)
+        # Not by name: a folder may be called otherwise today.
+        if folded(found) == folded(now):
+            return []
+        was, wanted = (
+            " + ".join(f"{a['name']}*{a['weight']:g}" for a in f["adapters"]) for f in (found, now)
+        )
+    except (MergeError, KeyError, TypeError):
+        return []  # without it the tensors have to tell
+    same = "; the names are the same, the weights are not" if was == wanted else ""
+    return [f"its manifest says that it was made with {was}, not with {wanted}{same}"]
 
 
 def _steps(nbytes: int, size: int = 8 * 2**20) -> Iterator[tuple[int, int]]:

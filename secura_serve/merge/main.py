@@ -132,9 +132,16 @@ def _run(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     try:
-        print(_run(parser().parse_args(argv)))
+        said = _run(parser().parse_args(argv))
     except SecuraError as error:
         print(f"secura-merge: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(said, flush=True)
+    except OSError as error:
+        # What could not be printed is still waiting, and would fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"secura-merge: done, but the result cannot be printed: {error}", file=sys.stderr)
         return 2
     return 0
 
