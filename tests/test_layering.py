@@ -16,8 +16,9 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "bases": FOUNDATION,
     "checkpoint": FOUNDATION,
-    "method": FOUNDATION,
-    "adapter": FOUNDATION | {"bases", "checkpoint", "method"},
+    "compiled": set(),
+    "method": FOUNDATION | {"compiled"},
+    "adapter": FOUNDATION | {"bases", "checkpoint", "compiled", "method"},
 }
 ALLOWED["train"] = ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}

@@ -9,13 +9,8 @@ Where there is no C compiler, on other devices and in float64 torch does it, in
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import platform
-import shlex
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secura_serve.compiled import FAILURES, compiled
 from secura_serve.method.sums import Sums
 
 __all__ = ["Update", "fits", "product", "write"]
@@ -115,8 +111,8 @@ def _library() -> Any:
     if os.environ.get("SECURA_NATIVE") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        library = ctypes.CDLL(str(compiled(_SOURCE, _FLAGS, links=("-lm",))))
+    except FAILURES as error:
         why = getattr(error, "stderr", None) or error
         log.warning("folding goes through torch and takes longer; native.c is no use: %s", why)
         return None
@@ -129,34 +125,3 @@ def _library() -> Any:
         *(size, size, size, *rest),
     ]
     return library
-
-
-def _compiled() -> Path:
-    """The library's file, made if it is not there; its name says what it was made from and for."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    made_of = (_SOURCE.read_text("utf-8"), *_FLAGS, _run(*compiler, "--version"), _processor())
-    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    # As in secura_serve.bases, which this room does not know.
-    root = Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
-    file = root / "native" / f"{key}.so"
-    # Code is not run because somebody left it in a shared folder.
-    if not file.is_file() or file.stat().st_uid not in (0, os.getuid()):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as work:
-            new = Path(work) / file.name
-            _run(*compiler, *_FLAGS, "-o", str(new), str(_SOURCE), "-lm")
-            # Several processes may get here at once: each puts the same thing in place.
-            new.replace(file)
-    return file
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-def _processor() -> str:
-    """What ``-march=native`` looks at."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    features = (line for line in lines if line.startswith(("flags", "Features")))
-    return f"{platform.machine()} {next(features, platform.processor())}"

@@ -35,7 +35,8 @@ def base_id(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     for name, cur in sorted(adapter.modules.items()):
         claim = adapter.config.base_fingerprint[name]
-        digest.update(f"{name}|{claim}|{cur.rows.tolist()}|{cur.cols.tolist()}\n".encode())
+        digest.update(f"{name}|{claim}|{len(cur.rows)}\n".encode())
+        digest.update(torch.cat([cur.rows, cur.cols]).to(torch.int32).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -71,7 +72,8 @@ class SharedBasis:
         return max((max(len(b.rows), len(b.cols)) for b in self.modules.values()), default=0)
 
     def embed(self, module: str, cur: CURModule) -> Tensor:
-        """U placed at the adapter's positions in the basis: ``(len(cols), len(rows))`` float32.
+        """U placed at the adapter's positions in the basis, ``(k, m)`` float32: no larger than the
+        highest position in use; U itself where the adapter is on the basis.
 
         Raises:
             UnservableError: the adapter uses a row or column that the basis lacks.
@@ -80,6 +82,9 @@ class SharedBasis:
         try:
             if basis is None:
                 raise ValueError(module)
+            r = len(cur.rows)
+            if torch.equal(cur.rows, basis.rows[:r]) and torch.equal(cur.cols, basis.cols[:r]):
+                return cur.U.to(torch.float32)
             places = []
             for wanted, have in ((cur.cols, basis.cols), (cur.rows, basis.rows)):
                 position = {index: place for place, index in enumerate(have.tolist())}
@@ -90,7 +95,7 @@ class SharedBasis:
                 "keep. Restart the server with this adapter in its folder, or train it with the "
                 "selection of the adapters that are served"
             ) from error
-        U = torch.zeros(len(basis.cols), len(basis.rows), dtype=torch.float32)
+        U = torch.zeros(int(places[0].max()) + 1, int(places[1].max()) + 1, dtype=torch.float32)
         U[places[0][:, None], places[1][None, :]] = cur.U.to(torch.float32)
         return U
 

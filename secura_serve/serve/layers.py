@@ -2,13 +2,14 @@
 
 Mixed into each of vLLM's linear LoRA classes (see ``compat.install``), whose own A and B are
 never made. A layer is inert until :meth:`CURLinearMixin.install_basis`; without a basis it costs
-nothing. Memory of a layer: ``(slots + 1)·n·r²`` for the bank and ``n·r·out`` for C, with n packed
-linears (q, k and v; gate and up).
+nothing. Memory of a layer besides its part of the bank: C, ``r·out`` numbers, or ``n·r·out`` where
+torch takes the step, with n packed linears (q, k and v; gate and up).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from vllm.lora.layers import (
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
+from secura_serve.serve import native_step
+from secura_serve.serve.bank import Layout
 from secura_serve.serve.step import adapter_step
 
 __all__ = ["CURLinearMixin"]
@@ -32,7 +35,9 @@ class CURLinearMixin:
     """y' = y + C_s·(U_slot·(y_s − b_s)[rows]) for each slice s of a packed linear."""
 
     bank: Tensor | None = None
-    """``(slots + 1, n, r, r)``; the last slot stays zero, for tokens without an adapter."""
+    """This linear's part of the bank, ``(slots + 1, *layout)``, given by the manager."""
+    ranks: Tensor
+    """``(slots + 1,)`` int32, given by the manager."""
 
     # Given by the vLLM class that this is mixed into.
     base_layer: Any
@@ -62,38 +67,49 @@ class CURLinearMixin:
         return self.tp_size > 1 and isinstance(self, RowParallelLinearWithLoRA)
 
     @torch.no_grad()
-    def install_basis(self, bases: Sequence[Basis | None]) -> None:
-        """Take the memory and gather C, once, in the same order on every rank.
+    def install_basis(self, bases: Sequence[Basis | None]) -> Layout | None:
+        """Gather C, once, in the same order on every rank; returns what the bank must hold.
 
         Args:
             bases: one per slice, indices into that slice's whole (unsharded) W; None where no
                 adapter touches it.
         """
         if all(basis is None for basis in bases):
-            return
+            return None
         if len(bases) != self.n_slices:
             raise UnservableError(f"{len(bases)} modules for a linear of {self.n_slices} slices")
         if self._sharded_out and isinstance(self, QKVParallelLinearWithLoRA):
             raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
-        widths = [max(len(b.rows), len(b.cols)) if b else 0 for b in bases]
-        n, r, out = self.n_slices, max(widths), sum(self.output_slices)
+        n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
-        self.bank = torch.zeros(self.slots + 1, n, r, r, dtype=dtype, device=self.device)
-        self.C_t = torch.zeros(n * r, out, dtype=dtype, device=self.device)
-        self.rows = torch.zeros(n * r, dtype=torch.int64, device=self.device)
-        owned = torch.zeros(n * r, dtype=dtype, device=self.device)
-        start = 0
+        # Gathers that are spread over ranks must be summed between the op's two halves.
+        self.native = not self._sharded_out and native_step.fits(self.device, dtype)
+        layout = Layout(n, r)
+        if self.native:
+            pairs = native_step.pairs(dtype)
+            lanes = -(-r // native_step.LANES) * native_step.LANES
+            layout = Layout(n, -(-r // pairs) * pairs, pairs, lanes)
+        n, r = layout.n, layout.r
+        starts = torch.tensor([0, *accumulate(self.output_slices)])
+        rows = torch.full((n, r), -1, dtype=torch.int64)
+        owned = torch.zeros(n, r, dtype=dtype)
+        C_t = torch.zeros(n, r, int(starts[-1]), dtype=dtype, device=self.device)
         for s, (basis, size) in enumerate(zip(bases, self.output_slices, strict=True)):
             if basis is not None:
                 local, mine = self._local_rows(s, basis.rows, size)
-                at = slice(s * r, s * r + len(basis.rows))
-                self.rows[at] = start + local.to(self.device)
-                owned[at] = mine.to(self.device, dtype)
-                C_t = self._columns(basis.cols)[:, start : start + size]
-                self.C_t[s * r : s * r + len(basis.cols), start : start + size] = C_t
-            start += size
-        self.offset = self._bias_at_rows()
-        self.owned = owned if self._sharded_out else None
+                rows[s, : len(local)] = starts[s] + local
+                owned[s, : len(local)] = mine.to(dtype)
+                at = slice(int(starts[s]), int(starts[s + 1]))
+                C_t[s, : len(basis.cols), at] = self._columns(basis.cols)[:, at]
+        self.offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
+        if self.native:
+            # Slices do not overlap, so their C lie side by side; and pairwise, for the op.
+            self.C = C_t.sum(0).unflatten(0, (-1, layout.pairs)).transpose(1, 2).contiguous()
+            self.rows, self.starts = rows.to(torch.int32), starts
+        else:
+            self.C, self.rows = C_t.flatten(0, 1), rows.clamp(min=0).flatten().to(self.device)
+        self.owned = owned.flatten().to(self.device) if self._sharded_out else None
+        return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Positions of global ``rows`` in this rank's slice, and which of them it answers for."""
@@ -128,28 +144,20 @@ class CURLinearMixin:
             columns = tensor_model_parallel_all_reduce(columns)
         return columns
 
-    def _bias_at_rows(self) -> Tensor | None:
+    def _bias_at(self, rows: Tensor) -> Tensor | None:
         """The bias that the base output holds at ``rows``, so that it can be taken off again."""
         bias = getattr(self.base_layer, "bias", None)
         if bias is None or self.base_layer.skip_bias_add or (self._sharded_in and self.tp_rank):
             return None
-        at_rows: Tensor = bias.detach()[self.rows].to(self.lora_config.lora_dtype)
+        at_rows: Tensor = bias.detach()[rows].to(self.lora_config.lora_dtype)
         return at_rows
 
     def reset_lora(self, index: int) -> None:
-        """Empty a slot."""
-        if self.bank is not None:
-            self.bank[index].zero_()
+        """Nothing: the manager empties and fills a slot of all linears at once."""
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Put an adapter's U (one per slice, embedded in the basis) into a slot: one copy."""
-        self.reset_lora(index)
-        cores = [lora_a] if isinstance(lora_a, Tensor) else lora_a
-        for s, U in enumerate(cores):
-            if U is not None:
-                if self.bank is None:
-                    raise UnservableError("an adapter for a layer that has no basis")
-                self.bank[index, s, : U.shape[0], : U.shape[1]].copy_(U, non_blocking=True)
+        """Never called: an adapter has no module of this name, see ``CURModelManager``."""
+        raise AssertionError("an adapter came past the bank")
 
     def _reduce(self, g: Tensor) -> Tensor:
         assert self.owned is not None
@@ -160,12 +168,18 @@ class CURLinearMixin:
         if self.bank is None:
             return output
         y = output.reshape(-1, output.shape[-1])
+        slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
+        if self.native:
+            torch.ops.secura.step_(
+                y, slots, self.rows, self.bank, self.ranks, self.C, self.offset, self.starts
+            )
+            return y.view(output.shape)
         y = adapter_step(
             y,
-            self.punica_wrapper._token_lora_indices[: y.shape[0]],
+            slots,
             rows=self.rows,
             bank=self.bank,
-            C_t=self.C_t,
+            C_t=self.C,
             offset=self.offset,
             reduce=None if self.owned is None else self._reduce,
         )

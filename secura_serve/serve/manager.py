@@ -1,8 +1,7 @@
 """Adapter slots: vLLM's LRU of adapters, filled from SECURA folders.
 
 vLLM's requests, scheduling, LRU and prefix-cache keys stay as they are; only what an adapter *is*
-changes. One is read as U per module, already embedded in the shared basis, and travels through
-vLLM's packing in the place of LoRA's A.
+changes: one row of the :class:`Bank`, read from a folder and copied into a slot.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from secura_serve import adapter as adapters
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
+from secura_serve.serve.bank import Bank
 from secura_serve.serve.basis import SharedBasis, base_id
 from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
@@ -27,6 +27,7 @@ __all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
 
 CONFIG_KEY = "secura"
 """Under ``additional_config``: ``{"basis": path, "base": checkpoint folder}``."""
+_CORE = "secura.core"
 
 
 def _vllm_name(model: Any, module: str) -> str:
@@ -48,11 +49,21 @@ class CURModelManager(LRUCacheLoRAModelManager):
             # Padding tokens read past what vLLM writes; -1 is the empty slot.
             wrapper._token_lora_indices.fill_(-1)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
+        layers, places = [], []
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
                 parts = self.packed_modules.get(name, [name])
-                layer.install_basis([wanted.pop(part, None) for part in parts])
-        if wanted and vllm_config.parallel_config.pipeline_parallel_size == 1:
+                bases = [wanted.pop(part, None) for part in parts]
+                if (layout := layer.install_basis(bases)) is not None:
+                    names = [p if b else None for p, b in zip(parts, bases, strict=True)]
+                    layers.append(layer)
+                    places.append((names, layout))
+        self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
+        for i, layer in enumerate(layers):
+            layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
+        # A pipeline stage has some of the modules only.
+        self.partial = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if wanted and not self.partial:
             raise UnservableError(
                 f"adapters change {len(wanted)} modules that {type(model).__name__} does not "
                 f"offer as adapter targets, for instance {next(iter(wanted))}"
@@ -61,14 +72,26 @@ class CURModelManager(LRUCacheLoRAModelManager):
     def create_dummy_lora(
         self, lora_id: int, rank: int, embedding_modules: Any = None
     ) -> LoRAModel:
-        """An adapter that changes nothing: warm-up runs the same step with empty slots.
+        """An adapter that changes nothing: warm-up runs the same step with an empty slot."""
+        return _packed(lora_id, rank, torch.zeros(1), 0)
 
-        vLLM looks at an adapter's first module, so there has to be one.
-        """
-        name, nothing = "secura.warm_up", torch.zeros(1)
-        return LoRAModel(
-            lora_id, rank, {name: LoRALayerWeights(name, 1, 1, nothing, nothing, scaling=1)}
-        )
+    def activate_adapter(self, lora_id: int) -> bool:
+        """vLLM chooses the slot; what goes into it is one copy."""
+        if not super().activate_adapter(lora_id):
+            return False
+        slot = self.lora_index_to_id.index(lora_id)
+        core = self._registered_adapters[lora_id].loras[_CORE]
+        if core.rank:
+            self.bank.put(slot, core.lora_a, core.rank)
+        else:
+            self.bank.clear(slot)
+        return True
+
+
+def _packed(lora_id: int, rank: int, row: torch.Tensor, used: int) -> LoRAModel:
+    """vLLM's idea of an adapter with a row of the bank inside, as a module that no model has."""
+    core = LoRALayerWeights(_CORE, used, 1, row, torch.zeros(1), scaling=1)
+    return LoRAModel(lora_id, rank, {_CORE: core})
 
 
 class CURWorkerManager(LRUCacheWorkerLoRAManager):
@@ -81,16 +104,18 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        """Folder -> LoRAModel whose ``lora_a`` are cores. Raises AdapterError."""
+        """Folder -> a row of the bank. Raises AdapterError."""
         manager = self._adapter_manager
         found = adapters.load(get_adapter_absolute_path(lora_request.lora_path))
         refuse_full_rank(found)
         if base_id(found) not in manager.shared_basis.verified:
             # Loaded while the server runs: the server has not compared it with the base yet.
             adapters.verify(found, Checkpoint(self._base_path))
-        layers, unused = {}, torch.zeros(1)
-        for module, cur in found.modules.items():
-            name = _vllm_name(manager.model, module)
-            U = manager.shared_basis.embed(module, cur).to(self.lora_config.lora_dtype)
-            layers[name] = LoRALayerWeights(name, found.config.r, 1, U, unused, scaling=1)
-        return LoRAModel(lora_request.lora_int_id, found.config.r, layers)
+        cores = {
+            _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
+            for module, cur in found.modules.items()
+        }
+        if manager.partial:
+            cores = {name: U for name, U in cores.items() if name in manager.bank}
+        row, used = manager.bank.pack(cores)
+        return _packed(lora_request.lora_int_id, found.config.r, row, used)

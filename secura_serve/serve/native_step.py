@@ -1,0 +1,76 @@
+"""The adapter step on a CPU as one torch op, ``secura::step_``: ``native_step.cpp``.
+
+The pure expression of :mod:`secura_serve.serve.step` costs a compiled model several small kernels
+and a GEMM per linear; the op costs one call, no memory, and nothing where no token has an adapter.
+It is compiled at first use, against torch's stable C interface. Where that fails (no compiler, an
+older torch) the expression does the work; ``SECURA_NATIVE=0`` says so at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secura_serve.compiled import FAILURES, compiled
+
+__all__ = ["LANES", "fits", "pairs"]
+
+log = logging.getLogger(__name__)
+
+LANES = 16
+"""The output index of U is padded to a multiple of this."""
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# torch 2.10 is the oldest that has what the source uses.
+_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``secura::step_`` takes tensors of this kind, in this process."""
+    return device.type == "cpu" and dtype in _DTYPES and _library() is not None
+
+
+def pairs(dtype: torch.dtype) -> int:
+    """How many numbers of the contracted index lie side by side in the bank and in C."""
+    library = _library()
+    assert library is not None
+    return int(library.secura_step_pairs()) if dtype == torch.bfloat16 else 1
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("SECURA_NATIVE") == "0":
+        return None
+    root = Path(torch.__file__).parent
+    flags = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", f"-I{root / 'include'}")
+    links = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
+    try:
+        file = compiled(
+            _SOURCE, (*flags, _ABI, f"-DMADE_FOR_{torch.__version__.translate(_NAME)}"),
+            compiler="c++", links=links,
+        )  # fmt: skip
+        torch.ops.load_library(str(file))
+        library = ctypes.CDLL(str(file))
+    except FAILURES as error:
+        why = getattr(error, "stderr", None) or error
+        log.warning("adapters go through torch and take longer; no native step: %s", why)
+        return None
+    torch.library.register_fake("secura::step_", _changes_y)
+    return library
+
+
+_NAME = str.maketrans({".": "_", "+": "_"})
+
+
+def _changes_y(
+    y: Tensor, slots: Tensor, rows: Tensor, bank: Tensor, ranks: Tensor, C: Tensor,
+    offset: Tensor | None, starts: Tensor,
+) -> None:  # fmt: skip
+    """What tracing needs to know: nothing is returned."""
