@@ -17,14 +17,14 @@ PROJECTIONS = {
 }
 
 
-def make_base(folder: Path, gib: float) -> Path:
+def make_base(folder: Path, gib: float, vocabulary: int = VOCAB) -> Path:
     """A random bfloat16 Llama of about ``gib`` GiB in shards of about 0.5 GiB."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     layer = 2 * sum(out * into for out, into in PROJECTIONS.values())
-    layers = max(1, round((gib * 2**30 - 2 * VOCAB * HIDDEN) / layer))
+    layers = max(1, round((gib * 2**30 - 2 * vocabulary * HIDDEN) / layer))
     folder.mkdir(parents=True)
     LlamaConfig(
         hidden_size=HIDDEN,
@@ -32,7 +32,7 @@ def make_base(folder: Path, gib: float) -> Path:
         num_attention_heads=HIDDEN // 64,
         num_key_value_heads=KV // 64,
         num_hidden_layers=layers,
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         tie_word_embeddings=True,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
@@ -50,7 +50,7 @@ def make_base(folder: Path, gib: float) -> Path:
     for i, group in enumerate(groups):
         tensors = {}
         if i == 0:
-            embed = torch.randn(VOCAB, HIDDEN, generator=generator).mul_(0.02)
+            embed = torch.randn(vocabulary, HIDDEN, generator=generator).mul_(0.02)
             tensors["model.embed_tokens.weight"] = embed.bfloat16()
             tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
         for n in group:
@@ -93,6 +93,26 @@ def make_adapter(base: Path, target: Path, only: tuple[str, ...], mode: str, ran
         magnorm=MagNorm(mode),
     )
     return A.save(target, config, modules)
+
+
+def make_adapters(base: Path, folder: Path, count: int, rank: int) -> list[Path]:
+    """``count`` adapters on all linears that share one basis and differ in U."""
+    import torch
+
+    from secura_serve import adapter as A
+
+    made = [make_adapter(base, folder / "a000", (), "none", rank)]
+    first = A.load(made[0])
+    generator = torch.Generator().manual_seed(2)
+    for i in range(1, count):
+        modules = {
+            name: A.CURModule(
+                cur.U * torch.randn(rank, rank, generator=generator), cur.rows, cur.cols
+            )
+            for name, cur in first.modules.items()
+        }
+        made.append(A.save(folder / f"a{i:03}", first.config, modules))
+    return made
 
 
 def size(folder: Path) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,29 @@ from vllm.lora.layers import (
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
-from secura_serve.serve import native_step
+from secura_serve.serve import kernels
 from secura_serve.serve.bank import Layout
-from secura_serve.serve.step import adapter_step
 
 __all__ = ["CURLinearMixin"]
+
+
+class Shards(NamedTuple):
+    """A column-parallel linear's entries: each rank has some of them."""
+
+    rows: Tensor
+    """``(n, r)`` int64, columns of this rank's y."""
+    offset: Tensor | None
+    """``(n·r,)``, the bias there."""
+    owned: Tensor
+    """``(n, r)``: 1 where this rank answers for the entry, else 0."""
+
+    def gather(self, y: Tensor) -> Tensor:
+        """(y − b) at the rows, complete on every rank: ``(T, n·r)``."""
+        g = y.index_select(1, self.rows.flatten().clamp(min=0))
+        if self.offset is not None:
+            g = g - self.offset
+        whole: Tensor = tensor_model_parallel_all_reduce(g * self.owned.flatten())
+        return whole
 
 
 class CURLinearMixin:
@@ -82,33 +100,26 @@ class CURLinearMixin:
             raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
         n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
-        # Gathers that are spread over ranks must be summed between the op's two halves.
-        self.native = not self._sharded_out and native_step.fits(self.device, dtype)
-        layout = Layout(n, r)
-        if self.native:
-            pairs = native_step.pairs(dtype)
-            lanes = -(-r // native_step.LANES) * native_step.LANES
-            layout = Layout(n, -(-r // pairs) * pairs, pairs, lanes)
-        n, r = layout.n, layout.r
-        starts = torch.tensor([0, *accumulate(self.output_slices)])
-        rows = torch.full((n, r), -1, dtype=torch.int64)
-        owned = torch.zeros(n, r, dtype=dtype)
-        C_t = torch.zeros(n, r, int(starts[-1]), dtype=dtype, device=self.device)
-        for s, (basis, size) in enumerate(zip(bases, self.output_slices, strict=True)):
+        self.kernel = kernels.choose(self.device, dtype)
+        layout = self.kernel.layout(n, r, dtype)
+        starts = [0, *accumulate(self.output_slices)]
+        rows = torch.full((n, layout.r), -1)
+        owned = torch.zeros(n, layout.r, dtype=dtype)
+        C = torch.zeros(layout.r, starts[-1], dtype=dtype, device=self.device)
+        for s, basis in enumerate(bases):
             if basis is not None:
-                local, mine = self._local_rows(s, basis.rows, size)
+                local, mine = self._local_rows(s, basis.rows, self.output_slices[s])
                 rows[s, : len(local)] = starts[s] + local
                 owned[s, : len(local)] = mine.to(dtype)
-                at = slice(int(starts[s]), int(starts[s + 1]))
-                C_t[s, : len(basis.cols), at] = self._columns(basis.cols)[:, at]
-        self.offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
-        if self.native:
-            # Slices do not overlap, so their C lie side by side; and pairwise, for the op.
-            self.C = C_t.sum(0).unflatten(0, (-1, layout.pairs)).transpose(1, 2).contiguous()
-            self.rows, self.starts = rows.to(torch.int32), starts
-        else:
-            self.C, self.rows = C_t.flatten(0, 1), rows.clamp(min=0).flatten().to(self.device)
-        self.owned = owned.flatten().to(self.device) if self._sharded_out else None
+                at = slice(starts[s], starts[s + 1])
+                C[: len(basis.cols), at] = self._columns(basis.cols)[:, at]
+        offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
+        self.shards = None
+        if self._sharded_out:
+            # The entries are gathered here and summed over ranks before they meet U.
+            self.shards = Shards(rows.to(self.device), offset, owned.to(self.device))
+            rows, offset = torch.arange(n * layout.r).view(n, -1), None
+        self.shared = self.kernel.shared(rows, C, offset, starts)
         return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -159,28 +170,12 @@ class CURLinearMixin:
         """Never called: an adapter has no module of this name, see ``CURModelManager``."""
         raise AssertionError("an adapter came past the bank")
 
-    def _reduce(self, g: Tensor) -> Tensor:
-        assert self.owned is not None
-        whole: Tensor = tensor_model_parallel_all_reduce(g * self.owned)
-        return whole
-
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
         if self.bank is None:
             return output
         y = output.reshape(-1, output.shape[-1])
         slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
-        if self.native:
-            torch.ops.secura.step_(
-                y, slots, self.rows, self.bank, self.ranks, self.C, self.offset, self.starts
-            )
-            return y.view(output.shape)
-        y = adapter_step(
-            y,
-            slots,
-            rows=self.rows,
-            bank=self.bank,
-            C_t=self.C,
-            offset=self.offset,
-            reduce=None if self.owned is None else self._reduce,
+        source = None if self.shards is None else self.shards.gather(y)
+        return self.kernel.step(y, source, slots, self.bank, self.ranks, self.shared).view(
+            output.shape
         )
-        return y.view(output.shape)

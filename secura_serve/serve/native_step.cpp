@@ -82,6 +82,7 @@ inline void narrow(F16 &to, float x)
 
 template <class T> struct Step {
     T *y;
+    const T *source;        // what the entries are gathered from: y, or their sum over ranks
     const int64_t *slots;
     const int32_t *rows;    // (n, r), -1 where a slice has fewer
     const T *bank;          // (slots + 1, n, r / P, lanes, P), P pairs in bfloat16
@@ -90,6 +91,7 @@ template <class T> struct Step {
     const T *offset;        // (n, r) or null
     const int64_t *starts;  // (n + 1): where each slice's columns begin
     int64_t across, out;    // of y: distance between rows, columns
+    int64_t stride;         // of source
     int64_t apart;          // of the bank: distance between slots
     int n, r, lanes;
 
@@ -127,7 +129,7 @@ template <class T> void Step<T>::run(int64_t first, int64_t last) const
                 const T *U = core(slot, s);
                 float *h = &space[(t * n + s) * lanes];
                 for (int k = 0; k < ranks[slot]; k++) {
-                    float g = entry(y + (first + t) * across, s, k);
+                    float g = entry(source + (first + t) * stride, s, k);
                     for (int i = 0; i < lanes; i++) h[i] += g * wide(U[k * lanes + i]);
                 }
             }
@@ -216,7 +218,7 @@ template <> void Step<BF16>::run(int64_t first, int64_t last) const
             }
             for (int s = 0; s < n; s++, h += lanes) {
                 int R = (ranks[slot] + 1) & ~1;
-                for (int k = 0; k < R; k++) narrow(g[k], entry(y + (first + t) * across, s, k));
+                for (int k = 0; k < R; k++) narrow(g[k], entry(source + (first + t) * stride, s, k));
                 const BF16 *U = core(slot, s);
                 for (int i = 0; i < lanes; i += LANES) {
                     __m512 sum = _mm512_setzero_ps();
@@ -244,14 +246,16 @@ template <> void Step<BF16>::run(int64_t first, int64_t last) const
 #endif
 
 template <class T>
-void step(const Tensor &y, const Tensor &slots, const Tensor &rows, const Tensor &bank,
-          const Tensor &ranks, const Tensor &C, const std::optional<Tensor> &offset,
-          const Tensor &starts)
+void step(const Tensor &y, const std::optional<Tensor> &source, const Tensor &slots,
+          const Tensor &rows, const Tensor &bank, const Tensor &ranks, const Tensor &C,
+          const std::optional<Tensor> &offset, const Tensor &starts)
 {
     const int64_t tokens = y.size(0);
     const auto *slot = static_cast<const int64_t *>(slots.data_ptr());
     if (std::all_of(slot, slot + tokens, [](int64_t s) { return s < 0; })) return;
+    const Tensor &from = source ? *source : y;
     Step<T> work{static_cast<T *>(y.data_ptr()),
+                 static_cast<const T *>(from.data_ptr()),
                  slot,
                  static_cast<const int32_t *>(rows.data_ptr()),
                  static_cast<const T *>(bank.data_ptr()),
@@ -261,6 +265,7 @@ void step(const Tensor &y, const Tensor &slots, const Tensor &rows, const Tensor
                  static_cast<const int64_t *>(starts.data_ptr()),
                  y.stride(0),
                  y.size(1),
+                 from.stride(0),
                  bank.stride(0),
                  int(rows.size(0)),
                  int(rows.size(1)),
@@ -268,18 +273,18 @@ void step(const Tensor &y, const Tensor &slots, const Tensor &rows, const Tensor
     const int64_t each = BLOCK * work.r * (work.out + int64_t(work.n) * work.lanes);
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
     torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, GRAIN / each),
-                                [&](int64_t from, int64_t to) {
-                                    work.run(from * BLOCK, std::min(tokens, to * BLOCK));
+                                [&](int64_t first, int64_t last) {
+                                    work.run(first * BLOCK, std::min(tokens, last * BLOCK));
                                 });
 }
 
-void any_step(Tensor y, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, Tensor C,
+void any_step(Tensor y, std::optional<Tensor> source, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, Tensor C,
               std::optional<Tensor> offset, Tensor starts)
 {
     switch (y.scalar_type()) {
-    case ScalarType::BFloat16: return step<BF16>(y, slots, rows, bank, ranks, C, offset, starts);
-    case ScalarType::Half: return step<F16>(y, slots, rows, bank, ranks, C, offset, starts);
-    case ScalarType::Float: return step<float>(y, slots, rows, bank, ranks, C, offset, starts);
+    case ScalarType::BFloat16: return step<BF16>(y, source, slots, rows, bank, ranks, C, offset, starts);
+    case ScalarType::Half: return step<F16>(y, source, slots, rows, bank, ranks, C, offset, starts);
+    case ScalarType::Float: return step<float>(y, source, slots, rows, bank, ranks, C, offset, starts);
     default: STD_TORCH_CHECK(false, "secura::step_: dtype must be bfloat16, float16 or float32");
     }
 }
@@ -288,7 +293,7 @@ void any_step(Tensor y, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, Te
 
 STABLE_TORCH_LIBRARY(secura, m)
 {
-    m.def("step_(Tensor(a!) y, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, Tensor C, "
-          "Tensor? offset, Tensor starts) -> ()");
+    m.def("step_(Tensor(a!) y, Tensor? source, Tensor slots, Tensor rows, Tensor bank, "
+          "Tensor ranks, Tensor C, Tensor? offset, Tensor starts) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(secura, CPU, m) { m.impl("step_", TORCH_BOX(&any_step)); }

@@ -70,7 +70,7 @@ _NAME = str.maketrans({".": "_", "+": "_"})
 
 
 def _changes_y(
-    y: Tensor, slots: Tensor, rows: Tensor, bank: Tensor, ranks: Tensor, C: Tensor,
-    offset: Tensor | None, starts: Tensor,
+    y: Tensor, source: Tensor | None, slots: Tensor, rows: Tensor, bank: Tensor, ranks: Tensor,
+    C: Tensor, offset: Tensor | None, starts: Tensor,
 ) -> None:  # fmt: skip
     """What tracing needs to know: nothing is returned."""

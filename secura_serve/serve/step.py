@@ -7,8 +7,6 @@ product with U_i differs between tokens and the expansion is one dense GEMM for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -45,32 +43,16 @@ def mix(bank: Tensor, slots: Tensor, g: Tensor) -> Tensor:
     return h
 
 
-def adapter_step(
-    y: Tensor,
-    slots: Tensor,
-    *,
-    rows: Tensor,
-    bank: Tensor,
-    C_t: Tensor,
-    offset: Tensor | None = None,
-    reduce: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """y + C·(U_i·(y − b)[rows]), a pure expression that torch.compile traces.
+def adapter_step(y: Tensor, g: Tensor, slots: Tensor, *, bank: Tensor, C_t: Tensor) -> Tensor:
+    """y + C·(U_i·g), a pure expression that torch.compile traces.
 
     Args:
         y: ``(T, out)``, the base linear's output, bias included.
+        g: ``(T, n·r)``, (y − b)[rows], slice by slice.
         slots: ``(T,)`` int64, each token's slot in ``bank``; −1 for none.
-        rows: ``(n·r,)`` int64, columns of ``y`` to gather, slice by slice.
         bank: see :func:`mix`.
         C_t: ``(n·r, out)``, the transposed C of every slice, block-diagonal.
-        offset: ``(n·r,)``, the bias at ``rows``.
-        reduce: completes the gather across tensor-parallel ranks.
     """
     n, r = bank.shape[1], bank.shape[2]
-    g = y.index_select(1, rows)
-    if offset is not None:
-        g = g - offset
-    if reduce is not None:
-        g = reduce(g)
     h = mix(bank, slots, g.view(-1, n, r)).view(-1, n * r)
     return torch.addmm(y, h, C_t)
