@@ -168,3 +168,20 @@ def random_adapter(
         magnorm=magnorm or MagNorm(),
     )
     return A.save(target, config, modules)
+
+
+def random_lora(base: Path, target: Path, *, r: int, seed: int, only: Sequence[str] | str) -> Path:
+    """A plain LoRA, written by PEFT, with a B that is not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(r=r, lora_alpha=2 * r, target_modules=only, init_lora_weights=False)
+    tuned = get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.08)
+    tuned.save_pretrained(target)
+    return target

@@ -1,6 +1,7 @@
 """What an answer should be, computed without this package: transformers on W + C·U·R.
 
-Reads the adapter's files itself and builds C·U·R (and ``bounded``) in float64, so that agreement
+Reads the adapter's files itself and builds C·U·R (and ``bounded``, and plain LoRA's B·A) in
+float64, so that agreement
 with the server checks selection, format, loading, layers and scheduling at once.
 """
 
@@ -24,7 +25,14 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
         base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
-    norm = json.loads((adapter / "adapter_config.json").read_text())["magnorm"] if adapter else None
+    config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
+    norm = config.get("magnorm")
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        stem = key.removesuffix("A.weight")
+        linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".lora_")])
+        delta = tensors[stem + "B.weight"].double() @ tensors[key].double()
+        scaled = linear.weight.data.double() + delta * config["lora_alpha"] / config["r"]
+        linear.weight.data = scaled.float()
     for key in [k for k in tensors if k.endswith(".secura_U")]:
         stem = key.removesuffix("U")
         linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])

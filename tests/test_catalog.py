@@ -68,7 +68,7 @@ KINDS = {
     "truncated": "truncated or damaged",
     "nan": "NaN or Inf",
     "unknown format": "format_version is 99",
-    "plain LoRA": "peft_type is 'LORA'",
+    "plain LoRA": "is not part of a LoRA of linears",
     "pickle": "pickles are refused",
     "wrong base": "trained on another base",
     "S-MagNorm": "acts on activations",
@@ -144,3 +144,47 @@ def test_a_damaged_basis_file_is_refused(tmp_path):
     (tmp_path / "basis.json").write_text('{"modules": {')
     with pytest.raises(AdapterFormatError, match="cannot be read"):
         bases.SharedBasis.load(tmp_path / "basis.json")
+
+
+def _lora(folder, base, **config):
+    """A plain LoRA of rank 2 on one linear, as PEFT lays it out."""
+    module, folder = "model.layers.0.self_attn.q_proj", folder / "lora"
+    out, into = Checkpoint(base).shape(module)
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "q"} | config)
+    )
+    stem = f"base_model.model.{module}.lora_"
+    return folder, {f"{stem}A.weight": torch.ones(2, into), f"{stem}B.weight": torch.ones(out, 2)}
+
+
+def test_a_plain_lora_is_served_beside_ours(folder, base):
+    path, tensors = _lora(folder, base)
+    save_file(tensors, path / "adapter_model.safetensors")
+    catalog = scan(folder, Checkpoint(base))
+    assert [lora.name for lora in catalog.plain_loras] == ["lora"]
+    assert [a.name for a in catalog.served] == [a.name for a in catalog.foldable] == ["good"]
+    assert catalog.plain_loras[0].r == 2 and "ok (plain LoRA)" in catalog.table()
+
+
+LORA_FAULTS = {
+    "plain LoRA with use_dora is not served": lambda t: None,
+    "B·A is": lambda t: t.update({k: torch.ones(2, 3) for k in t if "_A" in k}),
+    "NaN or Inf": lambda t: next(iter(t.values())).fill_(torch.nan),
+    "lora_A and lora_B must both be there": lambda t: t.popitem(),
+    "the base has no such linear": lambda t: t.update(
+        {k.replace("layers.0", "layers.99"): t.pop(k) for k in list(t)}
+    ),
+    "missing, truncated or damaged": None,
+}
+
+
+@pytest.mark.parametrize("reason", LORA_FAULTS)
+def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
+    path, tensors = _lora(folder, base, **({"use_dora": True} if "dora" in reason else {}))
+    if (damage := LORA_FAULTS[reason]) is not None:
+        damage(tensors)
+        save_file(tensors, path / "adapter_model.safetensors")
+    catalog = scan(folder, Checkpoint(base))
+    (refused,) = catalog.refused
+    assert refused.name == "lora" and reason in str(refused.error)

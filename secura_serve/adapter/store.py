@@ -77,6 +77,11 @@ class Adapter:
         return self.path.name
 
     @property
+    def r(self) -> int:
+        """The rank."""
+        return self.config.r
+
+    @property
     def file_size(self) -> int:
         """Bytes of the weights file."""
         return (self.path / WEIGHTS_NAME).stat().st_size

@@ -13,6 +13,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, UnservableError
 from secura_serve.serve.basis import base_id
+from secura_serve.serve.plain_lora import PlainLoRA, is_plain_lora
 
 __all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
 
@@ -24,11 +25,20 @@ class Entry:
     name: str
     adapter: Adapter | None
     error: SecuraError | None = None
+    lora: PlainLoRA | None = None
 
     @property
     def per_request(self) -> bool:
         """Whether it can be chosen per request, beside others; if not, it must be folded."""
         return self.adapter is not None and self.adapter.config.magnorm.mode == "none"
+
+
+    @property
+    def status(self) -> str:
+        """How it can be served, in a word or two."""
+        if self.adapter is None:
+            return "SKIPPED" if self.lora is None else "ok (plain LoRA)"
+        return "ok" if self.per_request else f"fold ({self.adapter.config.magnorm.mode})"
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,11 @@ class Catalog:
     def served(self) -> list[Adapter]:
         """The adapters that can be chosen per request."""
         return [e.adapter for e in self.entries if e.adapter is not None and e.per_request]
+
+    @property
+    def plain_loras(self) -> list[PlainLoRA]:
+        """The plain LoRAs, chosen per request as well; these are not folded."""
+        return [e.lora for e in self.entries if e.lora is not None]
 
     @property
     def foldable(self) -> list[Adapter]:
@@ -56,13 +71,12 @@ class Catalog:
         """The entries as aligned text, one line each; refused ones with the reason below."""
         rows = [("ADAPTER", "RANK", "LINEARS", "SIZE", "STATUS")]
         for entry in self.entries:
-            if entry.adapter is None:
-                rows.append((entry.name, "-", "-", "-", "SKIPPED"))
+            found = entry.adapter or entry.lora
+            if found is None:
+                rows.append((entry.name, "-", "-", "-", entry.status))
                 continue
-            found = entry.adapter
             size = f"{found.file_size / 1e6:.2f} MB"
-            status = "ok" if entry.per_request else f"fold ({found.config.magnorm.mode})"
-            rows.append((entry.name, str(found.config.r), str(len(found.modules)), size, status))
+            rows.append((entry.name, str(found.r), str(len(found.modules)), size, entry.status))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
         for row in rows:
@@ -101,7 +115,11 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     entries, verdicts = [], dict[str, list[str]]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
-            entries.append(Entry(path.name, _servable(path, base, set(taken), verdicts)))
+            _check_name(path, set(taken))
+            if is_plain_lora(path):
+                entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
+            else:
+                entries.append(Entry(path.name, _servable(path, base, verdicts)))
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
     return Catalog(tuple(entries))
@@ -117,12 +135,13 @@ def refuse_full_rank(adapter: Adapter) -> None:
         )
 
 
-def _servable(
-    path: Path, base: Checkpoint, taken: set[str], verdicts: dict[str, list[str]]
-) -> Adapter:
+def _check_name(path: Path, taken: set[str]) -> None:
     adapters.check_name(path.name)
     if path.name in taken:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
+
+
+def _servable(path: Path, base: Checkpoint, verdicts: dict[str, list[str]]) -> Adapter:
     found = adapters.load(path)
     if not found.config.magnorm.foldable:
         raise UnservableError(

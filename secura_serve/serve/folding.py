@@ -44,7 +44,9 @@ class Folding:
         self.base, self.names = base, tuple(names)
         self.paths = {adapter.name: adapter.path for adapter in adapters}
         # Asked for every request, so not worked out anew each time.
-        self._only_folded = self.paths.keys() - set(per_request)
+        chosen = set(per_request)
+        self._only_folded = self.paths.keys() - chosen
+        self._known = {*self.names, *self.paths, *chosen}
         self.folded: str | None = None
         self.broken: str | None = None
         """Why the weights are no longer known; the server is then on its way out."""
@@ -88,8 +90,7 @@ class Folding:
                 f'operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
                 f"{model}; or ask for another model",
             )
-        known = model is None or model in self.names or model in self.paths
-        if model == self.folded or not known:
+        if model == self.folded or not (model is None or model in self._known):
             return None
         return Refusal(
             409,

@@ -1,16 +1,17 @@
 """The CUR half of vLLM's linear LoRA layers: slots of U, the shared C, and the adapter step.
 
 Mixed into each of vLLM's linear LoRA classes (see ``compat.install``), whose own A and B are
-never made. A layer is inert until :meth:`CURLinearMixin.install_basis`; without a basis it costs
-nothing. Memory of a layer besides its part of the bank: C, ``r·out`` numbers, or ``n·r·out`` where
-torch takes the step, with n packed linears (q, k and v; gate and up).
+made only where plain LoRA is served as well. A layer is inert until
+:meth:`CURLinearMixin.install_basis`; without a basis it costs nothing. Memory of a layer besides
+its part of the bank: C, ``r·out`` numbers, or ``n·r·out`` where torch takes the step, with n packed
+linears (q, k and v; gate and up).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from vllm.lora.layers import (
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
-from secura_serve.serve import kernels
+from secura_serve.serve import kernels, lora_step  # noqa: F401  (registers its op)
 from secura_serve.serve.bank import Layout
 
 __all__ = ["CURLinearMixin"]
@@ -52,6 +53,10 @@ class Shards(NamedTuple):
 class CURLinearMixin:
     """y' = y + C_s·(U_slot·(y_s − b_s)[rows]) for each slice s of a packed linear."""
 
+    lora: ClassVar[Tensor | None] = None
+    """``(slots + 1,)`` bool, which slots hold a plain LoRA; None where there are none to serve,
+    and vLLM's own A and B are not made."""
+
     bank: Tensor | None = None
     """This linear's part of the bank, ``(slots + 1, *layout)``, given by the manager."""
     ranks: Tensor
@@ -61,6 +66,8 @@ class CURLinearMixin:
     base_layer: Any
     punica_wrapper: Any
     device: torch.device
+    lora_a_stacked: tuple[Tensor, ...]
+    lora_b_stacked: tuple[Tensor, ...]
     input_size: int
     output_size: int
     n_slices: int
@@ -70,9 +77,10 @@ class CURLinearMixin:
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        """Note the sizes; the memory is taken by :meth:`install_basis`."""
+        """vLLM's own A and B only where plain LoRA is served; the bank is the manager's."""
+        if self.lora is not None:
+            super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         self.lora_config = lora_config
-        self.slots = max_loras
         if "output_slices" not in self.__dict__:
             self.output_slices: tuple[int, ...] = (self.output_size,)
 
@@ -164,18 +172,24 @@ class CURLinearMixin:
         return at_rows
 
     def reset_lora(self, index: int) -> None:
-        """Nothing: the manager empties and fills a slot of all linears at once."""
+        """Of plain LoRA; the manager fills a slot of the bank for all linears at once."""
+        if self.lora is not None:
+            super().reset_lora(index)  # type: ignore[misc]
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Never called: an adapter has no module of this name, see ``CURModelManager``."""
-        raise AssertionError("an adapter came past the bank")
+        """Of plain LoRA: a CUR adapter has no module of any linear's name."""
+        super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        if self.bank is None:
-            return output
         y = output.reshape(-1, output.shape[-1])
         slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
-        source = None if self.shards is None else self.shards.gather(y)
-        return self.kernel.step(y, source, slots, self.bank, self.ranks, self.shared).view(
-            output.shape
-        )
+        if self.bank is not None:
+            source = None if self.shards is None else self.shards.gather(y)
+            y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.shared)
+        if self.lora is not None and self.device.type == "cpu":
+            into = x.reshape(-1, x.shape[-1])
+            A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
+            torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)
+        elif self.lora is not None:
+            y = super()._apply_lora_to_output(x, y)  # type: ignore[misc]
+        return y.view(output.shape)

@@ -6,6 +6,7 @@ changes: one row of the :class:`Bank`, read from a folder and copied into a slot
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from secura_serve.serve.bank import Bank
 from secura_serve.serve.basis import SharedBasis, base_id
 from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
+from secura_serve.serve.plain_lora import is_plain_lora
 
 __all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
 
 CONFIG_KEY = "secura"
-"""Under ``additional_config``: ``{"basis": path, "base": checkpoint folder}``."""
+"""Under ``additional_config``: ``{"basis": path, "base": folder, "plain_lora": bool}``."""
 _CORE = "secura.core"
 
 
@@ -43,8 +45,14 @@ class CURModelManager(LRUCacheLoRAModelManager):
     """Installs the shared basis in module order, which is equal on every rank."""
 
     def __init__(self, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
+        ours, slots = vllm_config.additional_config[CONFIG_KEY], vllm_config.lora_config.max_loras
+        self.lora: torch.Tensor | None = None
+        if ours["plain_lora"]:
+            self.lora = torch.zeros(slots + 1, dtype=torch.bool)
+        # vLLM makes the layers, and with them LoRA's buffers, in its own constructor.
+        CURLinearMixin.lora = self.lora
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
-        self.shared_basis = SharedBasis.load(vllm_config.additional_config[CONFIG_KEY]["basis"])
+        self.shared_basis = SharedBasis.load(ours["basis"])
         for wrapper in self.punica_wrapper_mapping.values():
             # Padding tokens read past what vLLM writes; -1 is the empty slot.
             wrapper._token_lora_indices.fill_(-1)
@@ -80,11 +88,13 @@ class CURModelManager(LRUCacheLoRAModelManager):
         if not super().activate_adapter(lora_id):
             return False
         slot = self.lora_index_to_id.index(lora_id)
-        core = self._registered_adapters[lora_id].loras[_CORE]
-        if core.rank:
+        core = self._registered_adapters[lora_id].loras.get(_CORE)
+        if core is not None and core.rank:
             self.bank.put(slot, core.lora_a, core.rank)
         else:
             self.bank.clear(slot)
+        if self.lora is not None:
+            self.lora[slot] = core is None
         return True
 
 
@@ -104,9 +114,17 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        """Folder -> a row of the bank. Raises AdapterError."""
+        """Folder -> a row of the bank; a plain LoRA as vLLM reads it. Raises AdapterError."""
         manager = self._adapter_manager
-        found = adapters.load(get_adapter_absolute_path(lora_request.lora_path))
+        path = Path(get_adapter_absolute_path(lora_request.lora_path))
+        if is_plain_lora(path):
+            if manager.lora is None:
+                raise UnservableError(
+                    f"{path.name} is a plain LoRA, and this server has no room for one: restart "
+                    "it with such an adapter in its folder"
+                )
+            return super()._load_adapter(lora_request)
+        found = adapters.load(path)
         refuse_full_rank(found)
         if base_id(found) not in manager.shared_basis.verified:
             # Loaded while the server runs: the server has not compared it with the base yet.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.plain_lora import PlainLoRA
 
 __all__ = ["Memory", "estimate", "kv_cache_gib"]
 
 _WIDTHS = {"float32": 4, "float": 4}
+_FEWEST, _SHARE = 8, 20
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Memory:
     weights: int
     """All tensors of the checkpoint in the dtype they are served in."""
     slot: int
-    """One adapter slot: U of every linear."""
+    """One adapter slot: U of every linear, and A and B where plain LoRA is served."""
     slots: int
     """Number of slots, the empty one included."""
     shared: int
@@ -43,10 +46,18 @@ class Memory:
         )
 
 
-def estimate(base: Checkpoint, basis: SharedBasis, *, slots: int, dtype: str) -> Memory:
+def estimate(
+    base: Checkpoint,
+    basis: SharedBasis,
+    loras: Sequence[PlainLoRA] = (),
+    *,
+    slots: int = 0,
+    dtype: str = "auto",
+) -> Memory:
     """Sizes from the checkpoint's headers and config alone.
 
     Args:
+        loras: plain LoRAs that are served as well: every slot has room for the widest.
         slots: ``--max-loras``.
         dtype: ``--dtype``; float32 counts 4 bytes a number, everything else 2.
     """
@@ -58,9 +69,11 @@ def estimate(base: Checkpoint, basis: SharedBasis, *, slots: int, dtype: str) ->
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     sizes = {m: max(len(b.rows), len(b.cols)) for m, b in basis.modules.items()}
+    widest = max((lora.r for lora in loras), default=0)
+    plain = sum(widest * sum(base.shape(m)) for m in {m for lora in loras for m in lora.modules})
     return Memory(
         weights=_weights(base) * width,
-        slot=sum(r * r for r in sizes.values()) * width,
+        slot=(sum(r * r for r in sizes.values()) + plain) * width,
         slots=slots + 1,
         shared=sum(r * base.shape(m)[0] for m, r in sizes.items()) * width,
         kv_per_token=2 * layers * kv_heads * head_dim * width,
@@ -73,6 +86,23 @@ def _weights(base: Checkpoint) -> int:
     stored = base.config.get("dtype") or base.config.get("torch_dtype")
     size = sum((base.path / shard).stat().st_size for shard in base.shards())
     return size // _WIDTHS.get(str(stored), 2)
+
+
+def default_slots(adapters: int, slot: int) -> int:
+    """Slots for all adapters, as far as a twentieth of the memory that is there holds them.
+
+    Args:
+        slot: bytes of one.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        import psutil
+
+        free = psutil.virtual_memory().available
+    else:
+        free = current_platform.get_device_total_memory()
+    return max(_FEWEST, min(adapters, int(free) // _SHARE // max(1, slot)))
 
 
 def kv_cache_gib(memory: Memory) -> int:

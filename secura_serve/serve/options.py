@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,13 +14,16 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
 from secura_serve.errors import ConfigError
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.memory import Memory, default_slots
+from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
 
 __all__ = ["refuse_what_hides_adapters", "secura_parser", "vllm_arguments", "vllm_help"]
 
-# One of vLLM's allowed values; it sizes stock LoRA's buffers, which are never made.
-_STOCK_RANK = 8
-_MAX_DEFAULT_SLOTS = 256
+# vLLM's allowed values of --max-lora-rank; it sizes stock LoRA's buffers, which are made only where
+# plain LoRA is served.
+_STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_UNSET = 0
 _EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 _DESCRIPTION = """\
@@ -114,9 +117,10 @@ def vllm_arguments(
     *,
     path: Path,
     names: Sequence[str],
-    served: Sequence[Adapter],
+    served: Sequence[Adapter | PlainLoRA],
     foldable: bool,
     basis: SharedBasis,
+    memory: Callable[..., Memory],
     cache: Path,
 ) -> Any:
     """Parse vLLM's flags; what the user did not give is taken from what is to be served.
@@ -128,6 +132,7 @@ def vllm_arguments(
         served: the adapters, registered from the start.
         foldable: there are adapters to fold, so the workers must know how.
         basis: their union, handed to the workers as a file under ``cache``.
+        memory: what a number of ``slots`` of a ``dtype`` takes.
 
     Returns:
         vLLM's ``serve`` namespace, validated by vLLM.
@@ -143,12 +148,12 @@ def vllm_arguments(
     if foldable:
         parser.set_defaults(worker_extension_cls=_EXTENSION)
     if served:
-        slots = min(max(len(served), 8), _MAX_DEFAULT_SLOTS)
         targets = sorted({module.rpartition(".")[2] for a in served for module in a.modules})
+        widest = max((a.r for a in served if isinstance(a, PlainLoRA)), default=0)
         parser.set_defaults(
             enable_lora=True,
-            max_loras=slots,
-            max_lora_rank=_STOCK_RANK,
+            max_loras=_UNSET,
+            max_lora_rank=next((r for r in _STOCK_RANKS if r >= widest), _STOCK_RANKS[-1]),
             lora_target_modules=targets,
         )
         arguments += ["--lora-modules"]
@@ -175,9 +180,12 @@ def vllm_arguments(
             "process; leave it out"
         )
     if served:
+        if args.max_loras == _UNSET:
+            args.max_loras = default_slots(len(served), memory(dtype=args.dtype).slot)
         if args.max_cpu_loras is None:
             args.max_cpu_loras = max(len(served), args.max_loras)
-        ours = {"basis": str(basis.save(cache)), "base": str(path)}
+        plain = any(isinstance(a, PlainLoRA) for a in served)
+        ours = {"basis": str(basis.save(cache)), "base": str(path), "plain_lora": plain}
         args.additional_config = {**(args.additional_config or {}), "secura": ours}
     validate(args)
     return args

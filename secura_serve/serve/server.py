@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from secura_serve.serve.options import (
     vllm_arguments,
     vllm_help,
 )
+from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
 from secura_serve.serve.stop import stop_cleanly_during_start
 
@@ -54,8 +56,9 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     if catalog.entries:
         print(catalog.table(), flush=True)
         only = len(catalog.foldable) - len(catalog.served)
+        per_request = len(catalog.served) + len(catalog.plain_loras)
         print(
-            f"\n{len(catalog.served)} servable on {known.base} per request, {only} by folding, "
+            f"\n{per_request} servable on {known.base} per request, {only} by folding, "
             f"{len(catalog.refused)} not",
             flush=True,
         )
@@ -74,7 +77,8 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             print(_nothing(known.adapters))
         return 1 if catalog.refused else 0
     served = _prepare_vllm(checkpoint, catalog, rest)
-    basis = SharedBasis.of(served)
+    basis = SharedBasis.of(a for a in served if isinstance(a, Adapter))
+    loras = [a for a in served if isinstance(a, PlainLoRA)]
     args = vllm_arguments(
         rest,
         path=base.path,
@@ -82,13 +86,14 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         served=served,
         foldable=bool(catalog.foldable),
         basis=basis,
+        memory=partial(estimate, checkpoint, basis, loras),
         cache=cache_root() / "serve",
     )
     if args.load_format == LOAD_FORMAT:
         _announce_fold(str(base.path), args)
     elif not catalog.entries:
         print(_nothing(known.adapters))
-    memory = estimate(checkpoint, basis, slots=args.max_loras, dtype=args.dtype)
+    memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
     if not catalog.foldable:
         _serve(known, args, memory)
         return 0
@@ -125,7 +130,9 @@ def _nothing(folder: str | None) -> str:
     return f"{where}: serving the base alone"
 
 
-def _prepare_vllm(checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> list[Adapter]:
+def _prepare_vllm(
+    checkpoint: Checkpoint, catalog: Catalog, rest: list[str]
+) -> list[Adapter | PlainLoRA]:
     """Check this vLLM and switch the plugins on; returns the adapters to serve per request."""
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -133,21 +140,21 @@ def _prepare_vllm(checkpoint: Checkpoint, catalog: Catalog, rest: list[str]) -> 
 
     compat.check()
     plugin.choose_plugins(admin=bool(catalog.foldable))
-    if not catalog.foldable:
-        return []
-    refuse_what_hides_adapters(rest)
+    served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
+    if catalog.foldable or served:
+        refuse_what_hides_adapters(rest)
     architectures = checkpoint.config.get("architectures") or []
-    if not catalog.served:
+    if not served:
         return []
     if not compat.supports_adapters(architectures):
         print(
             f"\nvLLM {compat.vllm_version()} offers no per-request adapters for "
             f"{', '.join(architectures)}: each of these answers only while it is folded "
-            "(--fold NAME, or POST /admin/fold)"
+            "(--fold NAME, or POST /admin/fold), plain LoRAs not at all"
         )
         return []
     plugin.activate()
-    return catalog.served
+    return served
 
 
 def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:

@@ -1,0 +1,112 @@
+"""Plain PEFT LoRA folders, served beside ours: what can be checked before vLLM reads them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import AdapterFormatError, BaseModelError, UnservableError
+
+__all__ = ["PlainLoRA", "is_plain_lora"]
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# What PEFT can add to a LoRA and vLLM does not serve, each with the value that leaves it out.
+_EXTRAS: Mapping[str, tuple[Any, ...]] = {
+    "use_dora": (None, False),
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+}
+
+
+def is_plain_lora(path: Path) -> bool:
+    """Whether the folder says that it holds a LoRA; False where it cannot be read."""
+    try:
+        raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and raw.get("peft_type") == "LORA"
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """ΔW = scale·B·A per linear, A ``(r, in)`` and B ``(out, r)``; vLLM loads it itself."""
+
+    path: Path
+    r: int
+    """The largest rank of a module."""
+    modules: Mapping[str, int]
+    """Module name -> rank."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the weights file."""
+        return (self.path / WEIGHTS_NAME).stat().st_size
+
+    @classmethod
+    def load(cls, path: Path, base: Checkpoint) -> PlainLoRA:
+        """Check a folder against ``base``. A LoRA names no fingerprint: shapes and module names
+        must fit, whether it was trained on this very base cannot be known.
+
+        Raises:
+            AdapterFormatError: with everything that is wrong with it.
+            UnservableError: it is a kind of LoRA that vLLM does not serve.
+        """
+        raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        odd = [k for k, fine in _EXTRAS.items() if raw.get(k) not in fine]
+        if odd:
+            raise UnservableError(
+                f"{path.name}: a plain LoRA with {', '.join(odd)} is not served; merge it with PEFT"
+            )
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        problems = []
+        try:
+            with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    match, tensor = _KEY.fullmatch(key), file.get_tensor(key)
+                    if match is None or tensor.ndim != 2:
+                        problems.append(f"tensor {key!r} is not part of a LoRA of linears")
+                        continue
+                    if not torch.isfinite(tensor).all():
+                        problems.append(f"{key}: NaN or Inf")
+                    found.setdefault(match["module"], {})[match["side"]] = tuple(tensor.shape)
+        except (OSError, SafetensorError) as error:
+            raise AdapterFormatError(
+                f"{path.name}: {WEIGHTS_NAME} is missing, truncated or damaged: {error}"
+            ) from error
+        for module, sides in found.items():
+            problems += _misfits(module, sides, base)
+        if problems or not found:
+            raise AdapterFormatError(
+                f"{path.name} does not fit {base.path.name}:", problems or ["no tensors"]
+            )
+        ranks = {module: sides["A"][0] for module, sides in found.items()}
+        return cls(path, max(ranks.values()), ranks)
+
+
+def _misfits(module: str, sides: dict[str, tuple[int, int]], base: Checkpoint) -> list[str]:
+    if set(sides) != {"A", "B"}:
+        return [f"{module}: lora_A and lora_B must both be there"]
+    try:
+        out, into = base.shape(module)
+    except BaseModelError:
+        return [f"{module}: the base has no such linear"]
+    (r, wide), (tall, s) = sides["A"], sides["B"]
+    if (tall, wide) != (out, into) or r != s:
+        return [f"{module}: B·A is ({tall}, {s})·({r}, {wide}), but W is ({out}, {into})"]
+    return []
