@@ -2,7 +2,8 @@
 
 Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
 has four adapters that differ in rank, targets and basis and two plain LoRAs, asked in one
-concurrent batch with the base; the oracle is transformers on weights folded in float64. Slow: the same on two ranks.
+concurrent batch with the base; the oracle is transformers on weights folded in float64. Slow: the
+same on two ranks.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
         for module, cur in found.modules.items():
             W, place = checkpoint.weight(module).double(), saved.modules[module]
             U = saved.embed(module, cur).double()
-            got = W[:, place.cols] @ U @ W[place.rows]
+            got = W[:, place.cols[: U.shape[0]]] @ U @ W[place.rows[: U.shape[1]]]
             want = W[:, cur.cols.long()] @ cur.U.double() @ W[cur.rows.long()]
             torch.testing.assert_close(got, want)
     with pytest.raises(UnservableError, match="does not keep"):
@@ -188,3 +188,13 @@ def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
     catalog = scan(folder, Checkpoint(base))
     (refused,) = catalog.refused
     assert refused.name == "lora" and reason in str(refused.error)
+
+
+def test_a_quantised_base_is_refused_with_the_reason(folder, base, tmp_path_factory):
+    packed = tmp_path_factory.mktemp("packed") / "base"
+    shutil.copytree(base, packed)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors"}
+    (packed / "config.json").write_text(json.dumps(config))
+    (refused,) = scan(folder, Checkpoint(packed)).refused
+    assert "compressed-tensors" in str(refused.error) and "dense" in str(refused.error)

@@ -116,6 +116,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
+            _refuse_quantised(path.name, base)
             if is_plain_lora(path):
                 entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
             else:
@@ -139,6 +140,17 @@ def _check_name(path: Path, taken: set[str]) -> None:
     adapters.check_name(path.name)
     if path.name in taken:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
+
+
+def _refuse_quantised(name: str, base: Checkpoint) -> None:
+    settings = base.config.get("quantization_config")
+    if settings:
+        raise UnservableError(
+            f"{name}: {base.path.name} is quantised ({settings.get('quant_method', 'unknown')}), "
+            "and C and R are columns and rows of the dense weights, with which an adapter is "
+            "compared before it is served. Serve the dense checkpoint; vLLM can quantise it while "
+            "loading (--quantization)"
+        )
 
 
 def _servable(path: Path, base: Checkpoint, verdicts: dict[str, list[str]]) -> Adapter:
