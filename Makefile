@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold lock clean
+.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,15 @@ bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4 --mergekit
 
 bench-fold: setup ## a fold into the running engine against a plain reload
 	$(PY) -P benchmarks/fold.py $(ARGS)
+
+bench-serve: setup ## base engine, stock vLLM LoRA and ours at 1 to 256 adapters, through HTTP
+	$(PY) -P benchmarks/serve.py $(ARGS)
+
+bench-step: setup ## the adapter step of one linear against LoRA's and the base GEMM
+	$(PY) -P benchmarks/step.py $(ARGS)
+
+bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
+	$(PY) -P benchmarks/cycle.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new
