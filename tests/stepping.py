@@ -26,10 +26,11 @@ class Linear:
 
         layout = kernel.layout(len(outs), r, dtype)
         names = [f"slice{s}" for s in range(len(outs))]
-        # A second linear, so that parts of a row do not begin at 0 and are not contiguous.
-        bank = Bank(len(ranks), [(["other"], layout), (names, layout)], dtype, device)
+        # A second linear, on which the adapters are wider; parts of a row are not contiguous then.
+        other, wide = kernel.layout(1, r + 70, dtype), self.noise(r + 70, r + 70)
+        bank = Bank(len(ranks), [(["other"], other), (names, layout)], dtype, device)
         for slot, cores in enumerate(self.U):
-            bank.put(slot, *bank.pack(dict(zip(names, cores, strict=True))))
+            bank.put(slot, *bank.pack(dict(zip(names, cores, strict=True)) | {"other": wide}))
         self.part, self.ranks = bank.part(1), bank.ranks
         C = torch.zeros(layout.r, self.out, dtype=dtype)
         rows = torch.full((len(outs), layout.r), -1)

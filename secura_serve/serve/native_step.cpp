@@ -104,11 +104,13 @@ template <class T> struct Step {
         return wide(row[at]) - (offset ? wide(offset[s * r + k]) : 0);
     }
 
+    // Of an adapter on this linear: it may be wider elsewhere.
+    int rank(int64_t slot) const { return slot < 0 ? 0 : std::min(r, int(ranks[slot])); }
+
     int rank(int64_t first, int count) const
     {
         int top = 0;
-        for (int t = 0; t < count; t++)
-            if (slots[first + t] >= 0) top = std::max(top, int(ranks[slots[first + t]]));
+        for (int t = 0; t < count; t++) top = std::max(top, rank(slots[first + t]));
         return top;
     }
 
@@ -128,7 +130,7 @@ template <class T> void Step<T>::run(int64_t first, int64_t last) const
             for (int s = 0; slot >= 0 && s < n; s++) {
                 const T *U = core(slot, s);
                 float *h = &space[(t * n + s) * lanes];
-                for (int k = 0; k < ranks[slot]; k++) {
+                for (int k = 0; k < rank(slot); k++) {
                     float g = entry(source + (first + t) * stride, s, k);
                     for (int i = 0; i < lanes; i++) h[i] += g * wide(U[k * lanes + i]);
                 }
@@ -217,7 +219,7 @@ template <> void Step<BF16>::run(int64_t first, int64_t last) const
                 continue;
             }
             for (int s = 0; s < n; s++, h += lanes) {
-                int R = (ranks[slot] + 1) & ~1;
+                int R = (rank(slot) + 1) & ~1;
                 for (int k = 0; k < R; k++) narrow(g[k], entry(source + (first + t) * stride, s, k));
                 const BF16 *U = core(slot, s);
                 for (int i = 0; i < lanes; i += LANES) {
