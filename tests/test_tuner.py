@@ -277,7 +277,6 @@ def test_what_cannot_be_combined_is_refused() -> None:
         ({"core": "ab", "inner_rank": 2}, "inner_rank: got 2"),
         ({"init": "x"}, "init: got"),
         ({"alpha": "fast"}, "alpha: got"),
-        ({"magnorm": {"mode": "reference"}}, "cannot be trained here"),
         ({"magnorm": {"mode": "bounded", "tau": -1}}, "tau"),
         ({"selection": {"rule": "x", "seed": 0}}, "selection: got"),
     ],

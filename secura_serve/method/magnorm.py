@@ -13,6 +13,7 @@ bounded      W + τ|W|·(2σ(2Δ / (τ|W|)) − 1)                        W, wit
 
 with ρ = |Δ| / (|W| + ε). ``published`` does not tend to W as Δ → 0: it rescales by 1.024 where ρ
 is near 0 and by up to 1.91 at ρ_max. ``bounded`` guarantees |W' − W| ≤ τ|W| for every weight.
+The modes ``reference`` and ``activation`` have no W': see :mod:`secura_serve.method.activation`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,17 @@ from secura_serve.method.native import Update
 from secura_serve.method.product import blocks, product
 from secura_serve.method.sums import Sums, weigh
 
-__all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max", "write"]
+__all__ = [
+    "FOLDABLE",
+    "MODES",
+    "MagNorm",
+    "apply",
+    "bounded",
+    "published",
+    "rho_max",
+    "slope",
+    "write",
+]
 
 FOLDABLE = ("none", "published", "bounded")
 MODES = (*FOLDABLE, "reference", "activation")
@@ -96,13 +107,13 @@ def published(
     Args:
         W, delta: ``(out, in)``, same floating dtype.
         peak: ρ_max of the whole module's final Δ; None takes it from this ``delta``. Where it
-            is 0, W' = W.
+            is 0, W' = W, with slope 1: a core that starts at zero could not leave it otherwise.
     """
     rho = delta.detach().abs() / (W.abs() + eps)
     top = torch.as_tensor(rho.max() if peak is None else peak, dtype=W.dtype, device=W.device)
     safe = torch.where(top > 0, top, torch.ones_like(top))
     res = 2 - torch.sigmoid(scale * (rho / safe - 0.5))
-    return torch.where(top > 0, (2 * W + delta) / res, W)
+    return torch.where(top > 0, (2 * W + delta) / res, W + delta)
 
 
 def bounded(W: Tensor, delta: Tensor, *, tau: float = 0.02) -> Tensor:
@@ -143,6 +154,20 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
     if norm.mode == "published":
         return published(W, delta, scale=norm.scale, eps=norm.eps, peak=peak)
     return bounded(W, delta, tau=norm.tau) if norm.mode == "bounded" else W + delta
+
+
+def slope(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | None = None) -> Tensor:
+    """∂W'/∂Δ, elementwise and ``(out, in)``, at the total update ``delta``: what autograd of
+    :func:`apply` multiplies by.
+
+    Raises:
+        ConfigError: the mode has no W'.
+    """
+    point = delta.detach().requires_grad_()
+    with torch.enable_grad():
+        made = apply(W, point, norm, peak=peak)
+    (found,) = torch.autograd.grad(made, point, torch.ones_like(made))
+    return found
 
 
 def write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from secura_serve.adapter import CURModule, fingerprint, mismatch
 from secura_serve.adapter.format import module_problems
-from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
+from secura_serve.errors import (
+    AdapterFormatError,
+    BaseMismatchError,
+    ConfigError,
+    UnservableError,
+)
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
 from secura_serve.train.linear import SecuraLinear
@@ -138,13 +143,37 @@ class SecuraModel(BaseTuner):
             cores[f"{paths[module]}.secura_U.{adapter_name}"] = cur.U.to(torch.float32)
         return cores
 
+    def training_state(self, adapter_name: str) -> dict[str, Tensor]:
+        """All layers' :meth:`SecuraLayer.training_state`, keyed ``<module>.<what>``."""
+        return {
+            f"{module}.{what}": value
+            for module, layer in adapter_layers(self.model, adapter_name).items()
+            for what, value in layer.training_state(adapter_name).items()
+        }
+
+    def load_training_state(self, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`training_state` gave, into the same parameters, bit for bit.
+
+        Raises:
+            ConfigError: the state is of other modules, or of another core or rank.
+        """
+        layers = adapter_layers(self.model, adapter_name)
+        parts: dict[str, dict[str, Tensor]] = {module: {} for module in layers}
+        for key, value in state.items():
+            module, _, what = key.rpartition(".")
+            if module not in parts:
+                raise ConfigError(f"{module}: the state is of a module without {adapter_name!r}")
+            parts[module][what] = value
+        for module, layer in layers.items():
+            layer.load_training_state(adapter_name, parts[module])
+
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
     ) -> None:
         """Add ``adapter_name`` with U = Σ wᵢ·Uᵢ: exact, because C and R are shared.
 
         Raises:
-            UnservableError: bases or norms differ, or the norm is ``published``.
+            UnservableError: bases or norms differ, or the norm takes one adapter only.
         """
         if len(adapters) != len(weights) or not adapters:
             raise UnservableError(f"{len(adapters)} adapters but {len(weights)} weights were given")
@@ -160,7 +189,7 @@ class SecuraModel(BaseTuner):
                         f"{first} and {name} do not share a basis (first seen at {module}); "
                         "train both with the same rank, targets, selection rule and seed"
                     )
-            layer.common_norm(list(adapters))
+            layer.foldable_norm(list(adapters))
         config = copy.deepcopy(self.peft_config[first])
         config.core, config.inner_rank, config.alpha = "u", None, 1.0
         self.peft_config[adapter_name] = config
