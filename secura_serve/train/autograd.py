@@ -7,7 +7,9 @@ norms on weights), and W' exists for one layer at a time.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from secura_serve.method import Basis, MagNorm, columns, gather, rho_max, slope,
 from secura_serve.method.product import blocks, product
 
 __all__ = ["added", "folded"]
+
+Step = TypeVar("Step", bound=Callable[..., Any])
 
 
 def added(
@@ -52,8 +56,20 @@ def folded(
     return out
 
 
+def _exactly(step: Step) -> Step:
+    """``step`` in the dtypes that it names, also where autocast is on around it."""
+
+    @wraps(step)
+    def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return step(ctx, first, *rest)
+
+    return cast(Step, run)
+
+
 class _Added(torch.autograd.Function):
     @staticmethod
+    @_exactly
     def forward(
         ctx: Any,
         y: Tensor,
@@ -76,6 +92,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, core, W, rows, cols, kept = ctx.saved_tensors
         wide = torch.promote_types(grad.dtype, core.dtype)
@@ -91,6 +108,7 @@ class _Added(torch.autograd.Function):
 
 class _Folded(torch.autograd.Function):
     @staticmethod
+    @_exactly
     def forward(
         ctx: Any,
         x: Tensor,
@@ -110,6 +128,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_exactly
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, core, W, rows, cols = ctx.saved_tensors
         g, C = grad.flatten(0, -2), columns(W, cols)

@@ -23,11 +23,7 @@ class SecuraLinear(nn.Module, SecuraLayer):
     """The layer that stands in for a ``nn.Linear`` or GPT-2's ``Conv1D``."""
 
     def __init__(self, base_layer: nn.Module, name: str, module: str, config: SecuraConfig) -> None:
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ConfigError(
-                f"{module}: {type(base_layer).__name__} cannot be adapted; allowed: nn.Linear and "
-                "Conv1D. Name other target_modules"
-            )
+        _check_dense(base_layer, module)
         super().__init__()
         SecuraLayer.__init__(self, base_layer, module)
         self._active_adapter = name
@@ -62,3 +58,33 @@ class SecuraLinear(nn.Module, SecuraLayer):
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()
+
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _check_dense(layer: nn.Module, module: str) -> None:
+    """Refuse what has no dense W, quantised layers above all: some of them are ``nn.Linear`` too.
+
+    Raises:
+        ConfigError: saying why, and what to do.
+    """
+    kind = type(layer).__name__
+    stored = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    packed = [
+        f"{name} is a {type(value).__name__} of {value.dtype}"
+        for name, value in stored
+        if value.dtype not in _DENSE or type(value) not in (nn.Parameter, Tensor)
+    ]
+    if packed:
+        raise ConfigError(
+            f"{module}: {kind} holds no dense W ({packed[0]}). C and R are columns and rows of the "
+            "dense W, so a quantised or sharded layer cannot be adapted. Train on the base in "
+            "bfloat16 or float32: load it without quantization_config, or call "
+            "model.dequantize(), whose weights are then the base that the adapter belongs to"
+        )
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ConfigError(
+            f"{module}: {kind} cannot be adapted; allowed: nn.Linear and "
+            "Conv1D. Name other target_modules"
+        )

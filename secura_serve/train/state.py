@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -68,16 +67,22 @@ class AdapterState(BaseTunerLayer):
         W = self.pristine
         rule, seed = config.selection["rule"], config.selection["seed"]
         basis = select(W, config.r, module=self.module, rule=rule, seed=seed)
-        alpha = auto_alpha(W, basis) if config.alpha == "auto" else float(config.alpha)
-        self._place(name, basis, alpha, config.norm)
+        self._place(name, basis, self._scale(config, basis), config.norm)
         self.secura_dropout[name] = config.dropout
-        options: dict[str, Any] = {"dtype": torch.float32, "device": W.device}
         if config.core == "u":
-            self.secura_U[name] = nn.Parameter(torch.zeros(config.r, config.r, **options))
+            U = torch.zeros(config.r, config.r, dtype=torch.float32, device=W.device)
+            self.secura_U[name] = nn.Parameter(U)
         else:
-            m = config.inner_rank or config.r
-            self.secura_A[name] = nn.Parameter(init_A(W, config.r, m, config.init))
-            self.secura_B[name] = nn.Parameter(torch.zeros(m, config.r, **options))
+            self._start_factors(name, config)
+
+    def _scale(self, config: SecuraConfig, basis: Basis) -> float:
+        auto = config.alpha == "auto"
+        return auto_alpha(self.pristine, basis) if auto else float(config.alpha)
+
+    def _start_factors(self, name: str, config: SecuraConfig) -> None:
+        A = init_A(self.pristine, config.r, m := config.inner_rank or config.r, config.init)
+        self.secura_A[name] = nn.Parameter(A)
+        self.secura_B[name] = nn.Parameter(torch.zeros(m, config.r, dtype=A.dtype, device=A.device))
 
     def _place(self, name: str, basis: Basis, alpha: float, norm: MagNorm) -> None:
         device = self.pristine.device
@@ -86,20 +91,27 @@ class AdapterState(BaseTunerLayer):
         self.secura_alpha[name] = alpha
         self.secura_norm[name] = norm
 
-    def load_core(self, name: str, cur: CURModule, norm: MagNorm) -> None:
-        """Take an effective core and its indices, as they stand in a file; alpha becomes 1.
+    def load_core(self, name: str, cur: CURModule, config: SecuraConfig) -> None:
+        """Take an effective core and its indices, as they stand in a file.
 
-        A core that was trained as A·B continues as U: the factors are not in the file.
+        A frozen adapter takes them exactly, with s = 1. One that is to be trained keeps s, so that
+        the learning rate means what it meant (U = core / s, rounded once); with core ``ab``, whose
+        factors are not in the file, core / s becomes the running core, and B starts at 0.
         """
         held = (self.secura_U, self.secura_A, self.secura_B)
-        trainable = any(values[name].requires_grad for values in held if name in values)
-        self._place(name, cur.basis, 1.0, norm)
-        self.secura_dropout.setdefault(name, 0.0)
-        for parts in (self.secura_A, self.secura_B, self.secura_running):
+        trained = any(values[name].requires_grad for values in held if name in values)
+        for parts in (*held, self.secura_running):
             if name in parts:
                 del parts[name]
-        U = cur.U.to(self.pristine.device, torch.float32, copy=True)
-        self.secura_U[name] = nn.Parameter(U, requires_grad=trainable)
+        alpha = self._scale(config, cur.basis) if trained else 1.0
+        self._place(name, cur.basis, alpha, config.norm)
+        self.secura_dropout[name] = config.dropout
+        U = cur.U.to(self.pristine.device, torch.float32, copy=True).div_(alpha)
+        if trained and config.core == "ab":
+            self.secura_running[name] = U
+            self._start_factors(name, config)
+        else:
+            self.secura_U[name] = nn.Parameter(U, requires_grad=trained)
 
     def core(self, name: str) -> Tensor:
         """The effective core ``s·U`` or ``s·(running + A·B)``, ``(r, r)``; differentiable."""
