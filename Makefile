@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold lock clean
+.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold bench-train lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,9 @@ bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4 --mergekit
 
 bench-fold: setup ## a fold into the running engine against a plain reload
 	$(PY) -P benchmarks/fold.py $(ARGS)
+
+bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
+	$(PY) -P benchmarks/train_step.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new

@@ -5,7 +5,8 @@ from __future__ import annotations
 from secura_serve.method.activation import normed
 from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
 from secura_serve.method.cur import RULES, Basis, columns, gather, importance, select
-from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply, rho_max, slope, write
+from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply, rho_max, write
+from secura_serve.method.slope import slope
 from secura_serve.method.sums import Sums
 
 __all__ = [

@@ -38,9 +38,9 @@ __all__ = [
     "MagNorm",
     "apply",
     "bounded",
+    "divisor",
     "published",
     "rho_max",
-    "slope",
     "write",
 ]
 
@@ -93,6 +93,14 @@ class MagNorm:
         """Whether W' is a function of W and Δ alone, so that it can be merged or served."""
         return self.mode in FOLDABLE
 
+    def check_foldable(self) -> None:
+        """Raises ConfigError where there is no W'."""
+        if not self.foldable:
+            raise ConfigError(
+                f"magnorm mode {self.mode!r} acts on activations and has no merged weight; "
+                f"foldable modes: {', '.join(FOLDABLE)}"
+            )
+
 
 def rho_max(W: Tensor, delta: Tensor, eps: float = 1e-8) -> Tensor:
     """max of ρ = |Δ| / (|W| + ε) over the whole matrix: a scalar in Δ's dtype."""
@@ -109,11 +117,18 @@ def published(
         peak: ρ_max of the whole module's final Δ; None takes it from this ``delta``. Where it
             is 0, W' = W, with slope 1: a core that starts at zero could not leave it otherwise.
     """
-    rho = delta.detach().abs() / (W.abs() + eps)
+    res, top = divisor(W, delta.detach(), scale, eps, peak)
+    return torch.where(top > 0, (2 * W + delta) / res, W + delta)
+
+
+def divisor(
+    W: Tensor, delta: Tensor, scale: float, eps: float, peak: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """Res of ``published``, and ρ_max; where that is 0, Res means nothing."""
+    rho = delta.abs() / (W.abs() + eps)
     top = torch.as_tensor(rho.max() if peak is None else peak, dtype=W.dtype, device=W.device)
     safe = torch.where(top > 0, top, torch.ones_like(top))
-    res = 2 - torch.sigmoid(scale * (rho / safe - 0.5))
-    return torch.where(top > 0, (2 * W + delta) / res, W + delta)
+    return 2 - torch.sigmoid(scale * (rho / safe - 0.5)), top
 
 
 def bounded(W: Tensor, delta: Tensor, *, tau: float = 0.02) -> Tensor:
@@ -142,11 +157,7 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
     Raises:
         ConfigError: the mode works on activations and has no W'.
     """
-    if not norm.foldable:
-        raise ConfigError(
-            f"magnorm mode {norm.mode!r} acts on activations and has no merged weight; "
-            f"foldable modes: {', '.join(FOLDABLE)}"
-        )
+    norm.check_foldable()
     trained = torch.is_grad_enabled() and (W.requires_grad or delta.requires_grad)
     if not trained and native.fits(W, W, delta):
         write(made := torch.empty_like(W), W, delta, norm, peak=peak)
@@ -154,20 +165,6 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
     if norm.mode == "published":
         return published(W, delta, scale=norm.scale, eps=norm.eps, peak=peak)
     return bounded(W, delta, tau=norm.tau) if norm.mode == "bounded" else W + delta
-
-
-def slope(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | None = None) -> Tensor:
-    """∂W'/∂Δ, elementwise and ``(out, in)``, at the total update ``delta``: what autograd of
-    :func:`apply` multiplies by.
-
-    Raises:
-        ConfigError: the mode has no W'.
-    """
-    point = delta.detach().requires_grad_()
-    with torch.enable_grad():
-        made = apply(W, point, norm, peak=peak)
-    (found,) = torch.autograd.grad(made, point, torch.ones_like(made))
-    return found
 
 
 def write(

@@ -141,10 +141,10 @@ class _Folded(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # dU = Cᵀ·(slope ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
             dcore = torch.zeros_like(core, dtype=R.dtype)
-            tokens = x.flatten(0, -2)
+            tokens, turned = x.flatten(0, -2), g.T.contiguous()
             for at, delta in blocks(L, R):
                 steep = slope(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.peak)
-                steep.mul_(g[:, at].T @ tokens)
+                steep.mul_(turned[at] @ tokens)
                 dcore.addmm_(C[at].T.to(R.dtype), steep @ R.T)
             dcore = dcore.to(core.dtype)
         return dx, dcore, None, None, None, None
