@@ -74,3 +74,8 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
     ids = torch.arange(5, 25).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    assert adapter.load(tmp_path / "run" / "checkpoint-4").config == saved.config
