@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean
+.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -60,6 +60,8 @@ bench-step: setup ## the adapter step of one linear against LoRA's and the base 
 
 bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
 	$(PY) -P benchmarks/cycle.py $(ARGS)
+bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
+	$(PY) -P benchmarks/train_step.py $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new

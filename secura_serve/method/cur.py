@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["RULES", "Basis", "gather", "importance", "select"]
+__all__ = ["RULES", "Basis", "columns", "gather", "importance", "select"]
 
 RULES = ("inverse_sampled", "lowest_norm")
 
@@ -113,7 +113,12 @@ def select(
     return Basis(rows=chosen["row"], cols=chosen["col"])
 
 
+def columns(W: Tensor, cols: Tensor) -> Tensor:
+    """``C = W[:, cols]`` of shape ``(out, r)``."""
+    return W.gather(1, cols.to(W.device, torch.int64).expand(W.shape[0], -1))
+
+
 def gather(W: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     """``C = W[:, cols]`` of shape ``(out, r)`` and ``R = W[rows, :]`` of shape ``(r, in)``."""
-    rows, cols = basis.rows.to(W.device, torch.int64), basis.cols.to(W.device, torch.int64)
-    return W.gather(1, cols.expand(W.shape[0], -1)), W.index_select(0, rows)
+    rows = basis.rows.to(W.device, torch.int64)
+    return columns(W, basis.cols), W.index_select(0, rows)

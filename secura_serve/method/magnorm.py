@@ -13,6 +13,7 @@ bounded      W + τ|W|·(2σ(2Δ / (τ|W|)) − 1)                        W, wit
 
 with ρ = |Δ| / (|W| + ε). ``published`` does not tend to W as Δ → 0: it rescales by 1.024 where ρ
 is near 0 and by up to 1.91 at ρ_max. ``bounded`` guarantees |W' − W| ≤ τ|W| for every weight.
+The modes ``reference`` and ``activation`` have no W': see :mod:`secura_serve.method.activation`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,17 @@ from secura_serve.method.native import Update
 from secura_serve.method.product import blocks, product
 from secura_serve.method.sums import Sums, weigh
 
-__all__ = ["FOLDABLE", "MODES", "MagNorm", "apply", "bounded", "published", "rho_max", "write"]
+__all__ = [
+    "FOLDABLE",
+    "MODES",
+    "MagNorm",
+    "apply",
+    "bounded",
+    "divisor",
+    "published",
+    "rho_max",
+    "write",
+]
 
 FOLDABLE = ("none", "published", "bounded")
 MODES = (*FOLDABLE, "reference", "activation")
@@ -82,6 +93,14 @@ class MagNorm:
         """Whether W' is a function of W and Δ alone, so that it can be merged or served."""
         return self.mode in FOLDABLE
 
+    def check_foldable(self) -> None:
+        """Raises ConfigError where there is no W'."""
+        if not self.foldable:
+            raise ConfigError(
+                f"magnorm mode {self.mode!r} acts on activations and has no merged weight; "
+                f"foldable modes: {', '.join(FOLDABLE)}"
+            )
+
 
 def rho_max(W: Tensor, delta: Tensor, eps: float = 1e-8) -> Tensor:
     """max of ρ = |Δ| / (|W| + ε) over the whole matrix: a scalar in Δ's dtype."""
@@ -96,13 +115,20 @@ def published(
     Args:
         W, delta: ``(out, in)``, same floating dtype.
         peak: ρ_max of the whole module's final Δ; None takes it from this ``delta``. Where it
-            is 0, W' = W.
+            is 0, W' = W, with slope 1: a core that starts at zero could not leave it otherwise.
     """
-    rho = delta.detach().abs() / (W.abs() + eps)
+    res, top = divisor(W, delta.detach(), scale, eps, peak)
+    return torch.where(top > 0, (2 * W + delta) / res, W + delta)
+
+
+def divisor(
+    W: Tensor, delta: Tensor, scale: float, eps: float, peak: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """Res of ``published``, and ρ_max; where that is 0, Res means nothing."""
+    rho = delta.abs() / (W.abs() + eps)
     top = torch.as_tensor(rho.max() if peak is None else peak, dtype=W.dtype, device=W.device)
     safe = torch.where(top > 0, top, torch.ones_like(top))
-    res = 2 - torch.sigmoid(scale * (rho / safe - 0.5))
-    return torch.where(top > 0, (2 * W + delta) / res, W)
+    return 2 - torch.sigmoid(scale * (rho / safe - 0.5)), top
 
 
 def bounded(W: Tensor, delta: Tensor, *, tau: float = 0.02) -> Tensor:
@@ -131,11 +157,7 @@ def apply(W: Tensor, delta: Tensor, norm: MagNorm, *, peak: Tensor | float | Non
     Raises:
         ConfigError: the mode works on activations and has no W'.
     """
-    if not norm.foldable:
-        raise ConfigError(
-            f"magnorm mode {norm.mode!r} acts on activations and has no merged weight; "
-            f"foldable modes: {', '.join(FOLDABLE)}"
-        )
+    norm.check_foldable()
     trained = torch.is_grad_enabled() and (W.requires_grad or delta.requires_grad)
     if not trained and native.fits(W, W, delta):
         write(made := torch.empty_like(W), W, delta, norm, peak=peak)

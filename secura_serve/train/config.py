@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from peft import PeftConfig
 
 from secura_serve.adapter import FORMAT_VERSION, AdapterConfig
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.method import FOLDABLE, INITS, RULES, MagNorm
+from secura_serve.method import INITS, RULES, MagNorm
 from secura_serve.train.peft_type import extend_peft_type
 
 __all__ = ["SecuraConfig"]
@@ -62,6 +63,10 @@ class SecuraConfig(PeftConfig):
     magnorm: Mapping[str, Any] | None = field(
         default=None, metadata=_help("S-MagNorm setting; null is none")
     )
+    dropout: float = field(
+        default=0.0,
+        metadata=_help("chance that an entry of R·x is dropped in training; magnorm none only"),
+    )
     base_fingerprint: Mapping[str, str] = field(
         default_factory=dict, metadata=_help("module -> digest; filled in, not set")
     )
@@ -87,14 +92,25 @@ class SecuraConfig(PeftConfig):
             problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number')
         if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in RULES:
             problems.append(f"selection: got {dict(self.selection)}, needs rule {RULES} and seed")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            problems.append(f"dropout: got {self.dropout!r}, must be in [0, 1)")
+        norm = MagNorm()
         try:
-            mode = self.norm.mode
-            if mode not in FOLDABLE:
-                problems.append(f"magnorm: {mode!r} cannot be trained here; allowed: {FOLDABLE}")
+            norm = self.norm
         except ConfigError as error:
             problems.append(str(error))
+        if self.dropout and norm.mode != "none":
+            problems.append(
+                f"dropout: got {self.dropout} with S-MagNorm {norm.mode!r}; allowed with none only"
+            )
         if problems:
             raise ConfigError("SecuraConfig is not valid:", problems)
+        if not norm.foldable:
+            warnings.warn(
+                f"S-MagNorm {norm.mode!r} is for reproduction only: it acts on activations, so the "
+                "adapter can be trained and evaluated here, but never merged or served",
+                stacklevel=3,
+            )
 
     @property
     def norm(self) -> MagNorm:

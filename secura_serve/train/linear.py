@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secura_serve.errors import ConfigError
-from secura_serve.method import gather
+from secura_serve.method import columns, normed
+from secura_serve.train.autograd import added, folded
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
 
@@ -21,11 +23,7 @@ class SecuraLinear(nn.Module, SecuraLayer):
     """The layer that stands in for a ``nn.Linear`` or GPT-2's ``Conv1D``."""
 
     def __init__(self, base_layer: nn.Module, name: str, module: str, config: SecuraConfig) -> None:
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
-            raise ConfigError(
-                f"{module}: {type(base_layer).__name__} cannot be adapted; allowed: nn.Linear and "
-                "Conv1D. Name other target_modules"
-            )
+        _check_dense(base_layer, module)
         super().__init__()
         SecuraLayer.__init__(self, base_layer, module)
         self._active_adapter = name
@@ -37,20 +35,56 @@ class SecuraLinear(nn.Module, SecuraLayer):
         if not names:
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
-        if self.common_norm(names).mode != "none":
-            return F.linear(x, self.merged_weight(names).to(x.dtype), bias)
+        norm, (basis, core) = self.common_norm(names), self.total(names)
+        if norm.foldable and norm.mode != "none":
+            return folded(x, core, self.pristine, basis, bias, norm)
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        out = y
-        for name in names:
-            rows, U = self.secura_rows[name], self.core(name)
-            z = y.index_select(-1, rows)
-            if bias is not None:
-                z = z - bias[rows]
-            C, _ = gather(self.pristine, self.basis(name))
-            wide = torch.promote_types(y.dtype, U.dtype)
-            h = z.to(wide) @ U.T.to(wide)
-            out = out + h.to(C.dtype) @ C.T
-        return out
+        if norm.mode == "none":
+            return added(y, core, self.pristine, basis, bias, self._dropout(names, y))
+        # Reproduction only, so by autograd alone.
+        C = columns(self.pristine, basis.cols)
+        z = y[..., basis.rows] if bias is None else y[..., basis.rows] - bias[basis.rows]
+        wide = torch.promote_types(y.dtype, core.dtype)
+        return normed(y, z.to(wide) @ core.T.to(wide) @ C.T.to(wide), norm)
+
+    def _dropout(self, names: Sequence[str], y: Tensor) -> Tensor | None:
+        """The mask of every adapter's own rate on its part of R·x; None where all rates are 0."""
+        rates = [self.secura_dropout[n] for n in names]
+        if not self.training or not any(rates):
+            return None
+        ranks = [len(self.secura_rows[n]) for n in names]
+        ones = [y.new_ones(*y.shape[:-1], rank) for rank in ranks]
+        return torch.cat([F.dropout(o, p) for o, p in zip(ones, rates, strict=True)], -1)
 
     def __repr__(self) -> str:
         return "secura." + super().__repr__()
+
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _check_dense(layer: nn.Module, module: str) -> None:
+    """Refuse what has no dense W, quantised layers above all: some of them are ``nn.Linear`` too.
+
+    Raises:
+        ConfigError: saying why, and what to do.
+    """
+    kind = type(layer).__name__
+    stored = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    packed = [
+        f"{name} is a {type(value).__name__} of {value.dtype}"
+        for name, value in stored
+        if value.dtype not in _DENSE or type(value) not in (nn.Parameter, Tensor)
+    ]
+    if packed:
+        raise ConfigError(
+            f"{module}: {kind} holds no dense W ({packed[0]}). C and R are columns and rows of the "
+            "dense W, so a quantised or sharded layer cannot be adapted. Train on the base in "
+            "bfloat16 or float32: load it without quantization_config, or call "
+            "model.dequantize(), whose weights are then the base that the adapter belongs to"
+        )
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise ConfigError(
+            f"{module}: {kind} cannot be adapted; allowed: nn.Linear and "
+            "Conv1D. Name other target_modules"
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from secura_serve.adapter import CURModule, fingerprint, mismatch
-from secura_serve.adapter.format import module_problems
-from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
+from secura_serve.adapter import CURModule, fingerprint
+from secura_serve.errors import ConfigError, UnservableError
 from secura_serve.train.config import SecuraConfig
+from secura_serve.train.folder import check_base, modules_of
 from secura_serve.train.layer import SecuraLayer
 from secura_serve.train.linear import SecuraLinear
 from secura_serve.train.peft_type import extend_peft_type, register
@@ -28,8 +29,6 @@ __all__ = [
     "adapter_layers",
     "extend_peft_type",
 ]
-
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.secura_(?P<field>U|rows|cols|rho_max)")
 
 
 def adapter_layers(model: nn.Module, name: str) -> dict[str, SecuraLayer]:
@@ -108,46 +107,113 @@ class SecuraModel(BaseTuner):
             AdapterFormatError: a tensor is missing, unknown or damaged.
             BaseMismatchError: the adapter was trained on another base.
         """
-        fields: dict[str, dict[str, Tensor]] = {}
-        problems = []
-        for key, tensor in state_dict.items():
-            match = _KEY.fullmatch(key)
-            if match is None:
-                problems.append(f"tensor {key!r} is not part of the format")
-            else:
-                fields.setdefault(match["module"], {})[match["field"]] = tensor.cpu()
-        layers, written = adapter_layers(model, adapter_name), config.to_adapter_config()
-        modules: dict[str, CURModule] = {}
-        for module, named in fields.items():
-            if not {"U", "rows", "cols"} <= set(named):
-                problems.append(f"{module}: U, rows and cols must all be there")
-                continue
-            peak = named.get("rho_max")
-            cur = CURModule(
-                named["U"], named["rows"], named["cols"], None if peak is None else float(peak)
-            )
-            problems += module_problems(module, cur, written)
-            modules[module] = cur
-        if problems:
-            raise AdapterFormatError("the adapter is not valid:", problems)
-        _check_base(modules, layers, config)
+        layers = adapter_layers(model, adapter_name)
+        # Empty where the folder goes into an adapter that is alive: PEFT leaves its configuration
+        # alone then (the Trainer resumes so), and the basis must be the one that is there.
+        prints = config.base_fingerprint or {
+            module: fingerprint(layer.pristine, layer.basis(adapter_name))
+            for module, layer in layers.items()
+        }
+        written = replace(config.to_adapter_config(), base_fingerprint=dict(prints))
+        modules = modules_of(state_dict, written)
+        check_base(modules, layers, written)
         cores = {}
         paths = {m.module: path for path, m in model.named_modules() if isinstance(m, SecuraLayer)}
         for module, cur in modules.items():
-            layers[module].load_core(adapter_name, cur, config.norm)
-            cores[f"{paths[module]}.secura_U.{adapter_name}"] = cur.U.to(torch.float32)
+            layers[module].load_core(adapter_name, cur, config)
+            for held in SecuraLayer.adapter_layer_names:
+                if adapter_name in (values := getattr(layers[module], held)):
+                    cores[f"{paths[module]}.{held}.{adapter_name}"] = values[adapter_name].data
         return cores
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT drops the argument ``adapter_names`` after this; the active adapters would answer.
+
+        Raises:
+            UnservableError: the rows of a batch want adapters of their own.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise UnservableError(
+                "adapter_names (one adapter per row of a batch) is not offered in training; call "
+                "set_adapter() and one forward per adapter, or serve them mixed with secura-serve"
+            )
+        yield
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT does, but refused before the first layer is changed.
+
+        Raises:
+            UnservableError: the adapters have no W', or none in common.
+        """
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge(kwargs.get("adapter_names"))
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return unloaded
+
+    def _check_merge(self, names: Sequence[str] | None) -> None:
+        chosen = self.active_adapters if names is None else names
+        self._check_known(chosen)
+        for layer in (m for m in self.model.modules() if isinstance(m, SecuraLayer)):
+            together = [*layer.merged_adapters, *chosen]
+            if carried := [n for n in dict.fromkeys(together) if n in layer.secura_alpha]:
+                layer.foldable_norm(carried)
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self.peft_config]:
+            known = ", ".join(self.peft_config) or "none"
+            raise ConfigError(f"no adapter {', '.join(unknown)}; loaded are: {known}")
+
+    def training_state(self, adapter_name: str) -> dict[str, Tensor]:
+        """All layers' :meth:`SecuraLayer.training_state`, keyed ``<module>.<what>``."""
+        return {
+            f"{module}.{what}": value
+            for module, layer in adapter_layers(self.model, adapter_name).items()
+            for what, value in layer.training_state(adapter_name).items()
+        }
+
+    def load_training_state(self, adapter_name: str, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`training_state` gave, into the same parameters, bit for bit.
+
+        Raises:
+            ConfigError: the state is of other modules, or of another core or rank.
+        """
+        layers = adapter_layers(self.model, adapter_name)
+        parts: dict[str, dict[str, Tensor]] = {module: {} for module in layers}
+        for key, value in state.items():
+            module, _, what = key.rpartition(".")
+            if module not in parts:
+                raise ConfigError(f"{module}: the state is of a module without {adapter_name!r}")
+            parts[module][what] = value
+        for module, layer in layers.items():
+            layer.load_training_state(adapter_name, parts[module])
+
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
     ) -> None:
         """Add ``adapter_name`` with U = Σ wᵢ·Uᵢ: exact, because C and R are shared.
 
         Raises:
-            UnservableError: bases or norms differ, or the norm is ``published``.
+            ConfigError: a name is unknown or taken, or ``combination_type`` is not ``linear``.
+            UnservableError: bases or norms differ, or the norm takes one adapter only.
         """
         if len(adapters) != len(weights) or not adapters:
             raise UnservableError(f"{len(adapters)} adapters but {len(weights)} weights were given")
+        self._check_known(adapters)
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"adapter {adapter_name!r} exists; delete it or choose another name")
+        if combination_type != "linear":
+            raise ConfigError(f"combination_type: got {combination_type!r}, allowed: linear")
         first = adapters[0]
         tables = [adapter_layers(self.model, name) for name in adapters]
         for module, layer in tables[0].items():
@@ -160,7 +226,7 @@ class SecuraModel(BaseTuner):
                         f"{first} and {name} do not share a basis (first seen at {module}); "
                         "train both with the same rank, targets, selection rule and seed"
                     )
-            layer.common_norm(list(adapters))
+            layer.foldable_norm(list(adapters))
         config = copy.deepcopy(self.peft_config[first])
         config.core, config.inner_rank, config.alpha = "u", None, 1.0
         self.peft_config[adapter_name] = config
@@ -168,27 +234,7 @@ class SecuraModel(BaseTuner):
             parts = [w * layer.core(n).detach() for n, w in zip(adapters, weights, strict=True)]
             exported = layer.export(first)
             mixed = CURModule(U=torch.stack(parts).sum(0), rows=exported.rows, cols=exported.cols)
-            layer.load_core(adapter_name, mixed, config.norm)
-
-
-def _check_base(
-    modules: dict[str, CURModule], layers: dict[str, SecuraLayer], config: SecuraConfig
-) -> None:
-    """Compare fingerprints before anything is changed."""
-    problems = [f"{m}: the base has no such target" for m in modules if m not in layers]
-    problems += [f"{m}: targeted, but not in the file" for m in layers if m not in modules]
-    for module, cur in modules.items():
-        if module not in layers:
-            continue
-        claimed = config.base_fingerprint.get(module)
-        if reason := mismatch(layers[module].pristine, cur.basis, claimed):
-            problems.append(f"{module}: {reason}")
-    if problems:
-        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-        raise BaseMismatchError(
-            f"the adapter was trained on another base ({config.base_model_name_or_path}): "
-            f"{problems[0]}{more}. Load it on that base, or train it again on this one"
-        )
+            layer.load_core(adapter_name, mixed, config)
 
 
 register(SecuraConfig, SecuraModel)
