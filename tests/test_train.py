@@ -18,40 +18,24 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from training import PAIRS, flags, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve import adapter
-from secura_serve.config import TrainConfig, build
+from secura_serve.config import build
 from secura_serve.errors import ConfigError, DataError
-from secura_serve.train.data import IGNORE, Collator, digest, encode, read_jsonl
+from secura_serve.train.data import IGNORE, Collator, encode
 from secura_serve.train.loss import answer_loss
 from secura_serve.train.main import main, parser
+from secura_serve.train.records import digest, read_jsonl
+from secura_serve.train.settings import TrainConfig
 
 TinyBase = Callable[[str], Path]
-PAIRS = [
-    {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b}"}
-    for a in range(1, 5)
-    for b in range(1, 5)
-]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write(tmp_path / "sums.jsonl", PAIRS)
-
-
-def write(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("--base", str(base), "--data", str(data), "--out", str(out), "--rank", "8"),
-        *("--dtype", "float32", "--device", "cpu", "--lr", "0.03", "--batch-size", "4"),
-        *("--eval-split", "0.25", "--max-steps", "6"),
-        *more,
-    ]
 
 
 def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any) -> None:
