@@ -142,7 +142,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             yield f"{file.name}:{line}", row
             line = reader.line_num + 1
     except csv.Error as error:
-        yield f"{file.name}:{reader.line_num}", DataError(f"{file.name}:{reader.line_num}: {error}")
+        yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {error}")
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
