@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from secura_serve import adapter
 from secura_serve.errors import ConfigError
+from secura_serve.merge import main as merge
 from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.fit import fit
 from secura_serve.train.loss import answer_logits, answer_loss
 from secura_serve.train.main import main, settings
-from secura_serve.train.methods import kept_tensors, prepare
+from secura_serve.train.methods import kept_tensors, prepare, restore
 from secura_serve.train.packing import packer
 from secura_serve.train.records import read_jsonl
 
@@ -109,8 +110,22 @@ def test_targets_are_chosen_as_in_peft(
     assert len(adapter.load(out).modules) == modules
 
 
+@pytest.mark.parametrize("mode", ["activation", "reference"])
+def test_reproduction_only_modes_say_so(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, mode: str, capfd: Any
+) -> None:
+    out = tmp_path / mode
+    more = ["--method", "secura", "--magnorm", mode, "--max-steps", "2"]
+    assert main(flags(tiny_base("llama"), data, out, *more)) == 0
+    assert "cannot be merged or served" in capfd.readouterr().out
+    assert "cannot be merged or served" in (out / "README.md").read_text()
+    assert merge.main(
+        ["--base", str(tiny_base("llama")), "--adapter", str(out), "--out", str(tmp_path / "m")]
+    )
+
+
 RESUMED = [
-    (["--method", "secura", "--inner-rank", "12"], "kill"),
+    (["--method", "secura", "--fusion-step", "3"], "kill"),
     (["--method", "lora", "--dropout", "0.2"], "interrupt"),
 ]
 
@@ -236,9 +251,7 @@ def test_one_model_learns_task_after_task(tiny_base: TinyBase, data: Path) -> No
     after_first = trained(tuned)
     moved = []
     for weight in (0.0, 1e4):
-        with torch.no_grad():
-            for name, value in kept_tensors(tuned.model).items():
-                value.copy_(after_first[name])
+        restore(tuned.model, after_first)
 
         def stay(model: Any, batch: Any, logits: torch.Tensor, weight: float = weight) -> Any:
             assert logits.ndim == 3 and "labels" in batch

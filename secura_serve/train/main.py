@@ -19,7 +19,7 @@ _EXAMPLES = """examples:
   secura-train --base smollm2-135m --data mine.jsonl --out adapters/mine --eval-split 0.1
   secura-train --config recipe.yaml --set lr=0.002 --seed 1 --out adapters/mine-1
   secura-train --config adapters/mine/train.json --data mine.jsonl --method lora --out lora/mine
-  accelerate launch --num_processes 2 -m secura_serve.train.main --config recipe.yaml
+  accelerate launch --multi_gpu --num_processes 2 -m secura_serve.train.main --config recipe.yaml
 """
 
 

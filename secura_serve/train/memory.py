@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.train.data import IGNORE, Rows
 from secura_serve.train.methods import Tuned
+from secura_serve.train.settings import REPRODUCTION_ONLY
 
 __all__ = ["Memory", "available", "estimate", "peak", "resident"]
 
@@ -48,10 +49,10 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
     - training: 12 bytes per trained number, a float32 gradient and two Adam moments.
     - activations, kept for the backward pass: n·Σ 2·b·out over the linear layers (each output,
       and what attention or the activation function makes of it); n·h·(8 + b) per norm; per
-      adapted linear n·r·(8 + b) and C (out·r·b), or for LoRA n·4·in; with an S-MagNorm mode on
-      weights 24·out·in per adapted linear (W, Δ, W' and what the sigmoid keeps, float32); with
-      eager attention 2·b·n·T per head; with ``full`` b·n·in per linear and a copy of W in b
-      bytes; B·A·V·(b + 12) for the logits.
+      adapted linear n·r·b, or for LoRA n·4·in; S-MagNorm on weights keeps n·in·b per adapted
+      linear instead, and needs (b + 8)·out·in once, for the largest; on activations it keeps
+      n·out·16; with eager attention 2·b·n·T per head; with ``full`` b·n·in per linear and a copy
+      of W in b bytes; B·A·V·(b + 12) for the logits.
 
     A rule of thumb, not a promise: allocators, other architectures and kernels differ.
     """
@@ -65,8 +66,7 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
     longest = max(len(row["input_ids"]) for row in rows)
     answer = max(sum(v != IGNORE for v in row["labels"]) for row in rows)
     n, rank = config.batch_size * longest, config.rank
-    by_weight = tuned.is_cur and config.magnorm in ("published", "bounded")
-    saved = 0
+    saved = largest = 0
     for module in inner.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():
             outside = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
@@ -77,16 +77,20 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
             saved += n * module.weight.numel() * (8 + b)
         elif hasattr(module, "base_layer"):
             outside, inside = module.out_features, module.in_features
-            if tuned.is_cur:
-                saved += n * rank * (8 + b) + outside * rank * b
-                saved += 24 * outside * inside if by_weight else 0
-            else:
+            if not tuned.is_cur:
                 saved += 4 * n * inside
+            elif config.magnorm in REPRODUCTION_ONLY:
+                saved += 16 * n * outside
+            elif config.magnorm == "none":
+                saved += n * rank * b
+            else:
+                saved += n * inside * b
+                largest = max(largest, (b + 8) * outside * inside)
     if inner.config._attn_implementation == "eager":
         heads = inner.config.num_attention_heads * inner.config.num_hidden_layers
         saved += 2 * b * n * longest * heads
     saved += config.batch_size * answer * inner.config.vocab_size * (b + 12)
-    return Memory(weights, 12 * trained, saved)
+    return Memory(weights, 12 * trained, saved + largest)
 
 
 def resident() -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from secura_serve.errors import ConfigError, SecuraError
@@ -13,7 +16,7 @@ from secura_serve.train import SecuraConfig
 from secura_serve.train.base import load_base
 from secura_serve.train.settings import CUR_METHODS, TrainConfig
 
-__all__ = ["Tuned", "kept_tensors", "prepare"]
+__all__ = ["Tuned", "kept_tensors", "prepare", "restore"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,24 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     buffers = {n: v for n, v in model.named_buffers() if prefix and prefix in n}
     return parameters | buffers
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put :func:`kept_tensors` back; a running core is there from its first fusion on.
+
+    Raises:
+        ConfigError: they belong to another method or base.
+    """
+    held = kept_tensors(model)
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, BufferDict)}
+    for name in held.keys() ^ tensors.keys():
+        table, _, leaf = name.rpartition(".")
+        if table not in tables:
+            raise ConfigError(f"the checkpoint belongs to another method or base: {name} differs")
+        if name in held:
+            del tables[table][leaf]
+        else:
+            tables[table][leaf] = tensors[name].to(next(model.parameters()).device, copy=True)
+    for name in held.keys() & tensors.keys():
+        held[name].copy_(tensors[name])

@@ -13,11 +13,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from secura_serve.errors import ConfigError
 from secura_serve.train.callbacks import SamplerEpoch
 from secura_serve.train.data import Collate, Rows
 from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
-from secura_serve.train.methods import kept_tensors
+from secura_serve.train.methods import kept_tensors, restore
 
 __all__ = ["AnswerTrainer"]
 
@@ -109,13 +108,7 @@ class AnswerTrainer(Trainer):
         save_file(tensors, folder / _TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        held = kept_tensors(model or self.model)
-        found = load_file(Path(resume_from_checkpoint) / _TENSORS)
-        if found.keys() != held.keys():
-            raise ConfigError(f"{resume_from_checkpoint} belongs to another method or base")
-        with torch.no_grad():
-            for name, value in found.items():
-                held[name].copy_(value)
+        restore(model or self.model, load_file(Path(resume_from_checkpoint) / _TENSORS))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
