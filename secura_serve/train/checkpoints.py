@@ -58,7 +58,8 @@ class RunFolder:
                 )
             if is_main_process():
                 shutil.rmtree(self.path)
-        if is_main_process():
+        # Another process may be comparing the file with its own settings just now.
+        if is_main_process() and (start is None or start.parent != self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return start
