@@ -29,6 +29,7 @@ from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.fit import fit
 from secura_serve.train.loss import answer_logits, answer_loss
 from secura_serve.train.main import main, settings
+from secura_serve.train.memory import estimate
 from secura_serve.train.methods import kept_tensors, prepare, restore
 from secura_serve.train.packing import packer
 from secura_serve.train.records import read_jsonl
@@ -330,3 +331,28 @@ def test_two_processes_make_the_step_of_a_doubled_batch(
     assert [f["processes"] for f in facts] == [1, 2]
     for score, value in facts[0]["scores"].items():
         assert facts[1]["scores"][score] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["curlora", "secura", "lora", "full"])
+def test_the_activations_are_estimated(tiny_base: TinyBase, data: Path, method: str) -> None:
+    """Against what autograd really keeps for the backward pass."""
+    argv = flags(tiny_base("llama"), data, Path("unused"), "--method", method, "--dtype", "float32")
+    if method == "full":
+        argv = [a for a in argv if a not in ("--rank", "8")]
+    tuned = prepare(settings(argv))
+    rows = encode(read_jsonl(data), tuned.tokenizer, 512)[:4]
+    own = {t.untyped_storage().data_ptr() for t in tuned.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        loss, _, _ = answer_loss(tuned.model, Collator(0)(rows))
+    found = estimate(tuned, rows)
+    assert loss.requires_grad and 0.6 < found.activations / sum(kept.values()) < 1.8
+    trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
+    assert found.training == 12 * trained

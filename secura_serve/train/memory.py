@@ -17,6 +17,9 @@ from secura_serve.train.settings import REPRODUCTION_ONLY
 __all__ = ["Memory", "available", "estimate", "peak", "resident"]
 
 GIB = 2**30
+# What a CPU process grew by beyond its tensors in runs of SmolLM2-135M: libraries loaded on first
+# use, kernels' scratch, memory that the allocator keeps.
+_CPU_OVERHEAD = GIB
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,18 @@ class Memory:
     weights: int
     training: int
     activations: int
+    overhead: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.training + self.activations
+        return self.weights + self.training + self.activations + self.overhead
 
     def __str__(self) -> str:
         return (
             f"{self.total / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, gradients and Adam "
-            f"{self.training / GIB:.2f}, activations {self.activations / GIB:.2f})"
+            f"{self.training / GIB:.2f}, activations {self.activations / GIB:.2f}, libraries "
+            f"{self.overhead / GIB:.2f})"
         )
 
 
@@ -47,12 +52,13 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
 
     - weights: all parameters and buffers.
     - training: 12 bytes per trained number, a float32 gradient and two Adam moments.
-    - activations, kept for the backward pass: n·Σ 2·b·out over the linear layers (each output,
-      and what attention or the activation function makes of it); n·h·(8 + b) per norm; per
-      adapted linear n·r·b, or for LoRA n·4·in; S-MagNorm on weights keeps n·in·b per adapted
-      linear instead, and needs (b + 8)·out·in once, for the largest; on activations it keeps
-      n·out·16; with eager attention 2·b·n·T per head; with ``full`` b·n·in per linear and a copy
-      of W in b bytes; B·A·V·(b + 12) for the logits.
+    - activations, kept for the backward pass: n·out·b per linear layer; n·h·4 per norm, which
+      computes in float32 (with ``full`` n·h·(4 + b)); B·A·V·(b + 12) for the logits; with eager
+      attention 2·b·n·T per head. Per adapted linear: n·r·b; S-MagNorm on weights n·in·b, and once
+      (b + 8)·out·in for the largest; S-MagNorm on activations n·out·16; LoRA n·in·4 for its
+      float32 copy of the input, about half where siblings share a float32 input. With ``full``:
+      b·n·in per linear and a copy of W in b bytes.
+    - overhead: 1 GiB on CPUs, as measured; on GPUs only tensors are counted.
 
     A rule of thumb, not a promise: allocators, other architectures and kernels differ.
     """
@@ -71,14 +77,14 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
         if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():
             outside = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
             inside = module.weight.numel() // outside
-            saved += 2 * b * n * outside
+            saved += b * n * outside
             saved += (b * n * inside + b * inside * outside) if full else 0
         elif type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None:
-            saved += n * module.weight.numel() * (8 + b)
+            saved += n * module.weight.numel() * (4 + (b if full else 0))
         elif hasattr(module, "base_layer"):
             outside, inside = module.out_features, module.in_features
             if not tuned.is_cur:
-                saved += 4 * n * inside
+                saved += 4 * n * (inside if b < 4 else inside // 2)
             elif config.magnorm in REPRODUCTION_ONLY:
                 saved += 16 * n * outside
             elif config.magnorm == "none":
@@ -90,7 +96,8 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
         heads = inner.config.num_attention_heads * inner.config.num_hidden_layers
         saved += 2 * b * n * longest * heads
     saved += config.batch_size * answer * inner.config.vocab_size * (b + 12)
-    return Memory(weights, 12 * trained, saved + largest)
+    overhead = 0 if torch.cuda.is_available() else _CPU_OVERHEAD
+    return Memory(weights, 12 * trained, saved + largest, overhead)
 
 
 def resident() -> int:
