@@ -27,7 +27,7 @@ from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
 from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.fit import fit
-from secura_serve.train.loss import answer_logits, answer_loss
+from secura_serve.train.loss import answer_logits, answer_loss, held_out
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import kept_tensors, prepare, restore
@@ -65,10 +65,9 @@ def test_other_methods_write_plain_folders(
         tuned = PeftModel.from_pretrained(plain, out)
     records = read_jsonl(data)
     rows = encode(records, AutoTokenizer.from_pretrained(base), 512)[:4]
-    loss, _, count = answer_loss(tuned.eval(), Collator(0)(rows))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    before, _, _ = answer_loss(plain.eval(), Collator(0)(rows))
-    assert float(loss) / int(count) < float(before) / int(count)
+    after, before = (held_out(m, rows, Collator(0), 4)["loss"] for m in (tuned, plain))
+    assert after < before
     again = tmp_path / "again"
     recipe = ["--config", str(out / "train.json"), "--base", str(base), "--data", str(data)]
     assert main([*recipe, "--out", str(again)]) == 0
