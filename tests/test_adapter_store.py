@@ -294,14 +294,14 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_adapter_store as here
-from secura_serve.adapter import save, store
+from secura_serve.adapter import place, save, store
 step = sys.argv[3]
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 if step == "fsync":
     os.fsync = die
 else:
-    setattr(store, step, die)
+    setattr(place if step == "put_in_place" else store, step, die)
 save(Path(sys.argv[1]), *here.make(here.Base()), overwrite=True)
 """
 

@@ -8,6 +8,7 @@ Needs peft, transformers and the tiny base of conftest.py.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,21 +19,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from training import PAIRS, ROOT, flags, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve import adapter
-from secura_serve.config import TrainConfig, build
+from secura_serve.config import build
 from secura_serve.errors import ConfigError, DataError
-from secura_serve.train.data import IGNORE, Collator, digest, encode, read_jsonl
+from secura_serve.train.data import IGNORE, Collator, encode
 from secura_serve.train.loss import answer_loss
-from secura_serve.train.main import main, parser
+from secura_serve.train.main import main, parser, settings
+from secura_serve.train.records import digest, read_jsonl
+from secura_serve.train.settings import TrainConfig
 
 TinyBase = Callable[[str], Path]
-PAIRS = [
-    {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b}"}
-    for a in range(1, 5)
-    for b in range(1, 5)
-]
 
 
 @pytest.fixture
@@ -40,24 +39,12 @@ def data(tmp_path: Path) -> Path:
     return write(tmp_path / "sums.jsonl", PAIRS)
 
 
-def write(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("--base", str(base), "--data", str(data), "--out", str(out), "--rank", "8"),
-        *("--dtype", "float32", "--device", "cpu", "--lr", "0.03", "--batch-size", "4"),
-        *("--eval-split", "0.25", "--max-steps", "6"),
-        *more,
-    ]
-
-
 def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any) -> None:
     base, out = tiny_base("llama"), tmp_path / "sums"
     assert main(flags(base, data, out)) == 0
-    assert "held_out_token_accuracy" in capfd.readouterr().out
+    told = capfd.readouterr()
+    assert "held_out_token_accuracy" in told.out and "tokens/s" in told.err
+    assert re.search(r"memory: about [\d.]+ GiB .*\n(.*\n)*.*memory: [\d.]+ GiB more", told.err)
     found = adapter.load(out)
     assert len(found.modules) == 14 and found.config.r == 8 and found.config.core == "u"
     assert any(cur.U.abs().max() > 0 for cur in found.modules.values())
@@ -71,6 +58,8 @@ def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any)
     assert set(facts["alpha_per_module"]) == set(found.modules)
     assert facts["scores"]["steps"] == 6 and "torch" in facts["versions"]
     assert "held_out_loss" in (out / "README.md").read_text()
+    assert len(json.loads((out / "curves.json").read_text())["train"]) == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"sums", "sums.jsonl"}
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     PeftModel.from_pretrained(model, out)
@@ -220,6 +209,80 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
         build(TrainConfig, GOOD | change)
     with pytest.raises(ConfigError, match="data: missing"):
         build(TrainConfig, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rnak": 3, "epoch": 1}, "rnak: unknown; did you mean 'rank'"),
+        ({"rnak": 3, "epoch": 1}, "epoch: unknown; did you mean 'epochs'"),
+        ({"qqqq": 3}, "qqqq: unknown; allowed: accumulate, "),
+        ({"lora_alpha": 8}, "lora_alpha: means nothing to method curlora"),
+        ({"method": "lora", "magnorm": "bounded"}, "magnorm: means nothing to method lora"),
+        ({"method": "dora", "fusion_step": 2}, "fusion_step: means nothing to method dora"),
+        ({"method": "full", "rank": 8}, "rank: means nothing to method full"),
+        ({"fusion_step": 2}, "fusion_step: needs core ab"),
+        ({"method": "secura", "dropout": 0.1}, "dropout: needs magnorm none, got bounded"),
+        ({"eval_steps": 5}, "eval_steps: give --eval-data"),
+        ({"eval_split": 0.1, "patience": 1}, "patience: needs --eval-steps"),
+        ({"targets": "(q"}, "targets: not a regular expression"),
+        ({"layers": "1-"}, "layers: got '1-'"),
+        ({"layers": "1"}, "layers: needs --targets"),
+        ({"data_columns": "question"}, "data_columns: got 'question'"),
+        ({"method": "full", "dtype": "float16"}, "dtype: full takes"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(TrainConfig, GOOD | change)
+
+
+def test_a_method_is_a_set_of_defaults() -> None:
+    for given, core, norm in (
+        ({}, "u", "none"),
+        ({"method": "secura"}, "ab", "bounded"),
+        ({"method": "secura", "core": "u", "magnorm": "published"}, "u", "published"),
+        ({"core": "ab"}, "ab", "none"),
+        ({"method": "lora"}, None, None),
+    ):
+        config = build(TrainConfig, GOOD | given)
+        assert (config.core, config.magnorm) == (core, norm) and config.lr
+        assert build(TrainConfig, asdict(config)) == config
+    layers = build(TrainConfig, GOOD | {"targets": "q_proj", "layers": "0,3-5"})
+    assert layers.layer_numbers() == [0, 3, 4, 5] and layers.target_modules() == ["q_proj"]
+    assert build(TrainConfig, GOOD | {"targets": "x.*"}).target_modules() == "x.*"
+
+
+def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "base: b\ndata: d\nout: o\nlr: 1e-3\nalpha: 0.5\ntargets: [q_proj, v_proj]\n"
+        "seed: 1\nrank: 4\nepochs: 2\n"
+    )
+    argv = ["--config", str(recipe), "--set", "seed=2", "--set", "rank=5", "--rank", "6"]
+    config = settings([*argv, "--set", "eval-data=null"])
+    assert (config.seed, config.rank, config.lr, config.alpha) == (2, 6, 1e-3, "0.5")
+    assert config.target_modules() == ["q_proj", "v_proj"] and config.epochs == 2.0
+    with pytest.raises(ConfigError) as caught:
+        settings([*argv, "--set", "sede=1", "--set", "lr=fast"])
+    assert len(caught.value.problems) == 2 and "'seed'" in caught.value.problems[0]
+    with pytest.raises(ConfigError, match="must be KEY=VALUE"):
+        settings([*argv, "--set", "seed"])
+    recipe.write_text("[1, 2")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        settings(["--config", str(recipe)])
+    recipe.write_text("text")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        settings(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("adapters/*/train.json")), ids=str)
+def test_the_shipped_recipes_are_still_recipes(recipe: Path) -> None:
+    config = settings(["--config", str(recipe)])
+    before = json.loads(recipe.read_text())["config"]
+    assert before.items() <= asdict(config).items() and config.method == "curlora"
 
 
 def test_every_setting_is_a_flag_with_help() -> None:

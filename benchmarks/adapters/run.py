@@ -30,10 +30,11 @@ import torch
 from peft import PeftModel
 
 from benchmarks.adapters import make_data
-from secura_serve.config import TrainConfig
 from secura_serve.evaluate import answers, retention, score
+from secura_serve.train.base import load_base
 from secura_serve.train.card import write
-from secura_serve.train.trainer import load_base, train
+from secura_serve.train.run import train
+from secura_serve.train.settings import TrainConfig
 
 BASE = "smollm2-135m"
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"

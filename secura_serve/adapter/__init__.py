@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
-from secura_serve.adapter.place import put_in_place
+from secura_serve.adapter.place import put_in_place, replacing
 from secura_serve.adapter.store import (
     Adapter,
     check_name,
@@ -29,6 +29,7 @@ __all__ = [
     "mismatches",
     "put_in_place",
     "refuse_mismatches",
+    "replacing",
     "save",
     "verify",
 ]

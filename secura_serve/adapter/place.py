@@ -4,9 +4,33 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put_in_place"]
+__all__ = ["put_in_place", "replacing"]
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty hidden folder that becomes ``target``, replacing it, once the block has filled it.
+
+    A killed process, a full disk or an exception leaves the old folder, or none.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        for file in new.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        put_in_place(new, target, work / "old")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def put_in_place(new: Path, target: Path, aside: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from secura_serve.adapter.format import (
     CURModule,
     module_problems,
 )
-from secura_serve.adapter.place import put_in_place
+from secura_serve.adapter.place import replacing
 from secura_serve.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -102,7 +101,7 @@ def save(
     config: AdapterConfig,
     modules: Mapping[str, CURModule],
     *,
-    extra: Mapping[str, str] | None = None,
+    extra: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder, all of it or nothing.
@@ -110,7 +109,7 @@ def save(
     Args:
         path: the folder; its last part is the adapter's name.
         modules: module name -> tensors; validated before the first byte is written.
-        extra: further text files, for instance ``train.json`` and ``README.md``.
+        extra: further files, for instance ``train.json`` and ``README.md``.
         overwrite: replace an existing folder.
 
     Raises:
@@ -127,24 +126,16 @@ def save(
         raise AdapterFormatError(f"{target.name} cannot be saved:", problems or ["no modules"])
     tensors = {k: t.cpu() for name, cur in modules.items() for k, t in cur.tensors(name).items()}
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        new = work / "new"
-        new.mkdir()
+    with replacing(target) as new:
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
-        for name, text in (extra or {}).items():
-            (new / name).write_text(text, encoding="utf-8")
+        for name, content in (extra or {}).items():
+            new.joinpath(name).write_bytes(
+                content.encode("utf-8") if isinstance(content, str) else content
+            )
         # The config makes a folder an adapter, so it is written last.
         (new / CONFIG_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
         # safetensors makes its files private; an adapter is as readable as its config.
         shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)
-        for file in new.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        put_in_place(new, target, work / "old")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

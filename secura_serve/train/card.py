@@ -1,4 +1,4 @@
-"""Writing a finished run: the adapter's tensors, ``train.json`` and its card ``README.md``."""
+"""Writing a finished run: its tensors, ``train.json``, its curves and its card ``README.md``."""
 
 from __future__ import annotations
 
@@ -12,57 +12,87 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import fingerprint, save
-from secura_serve.config import TrainConfig
-from secura_serve.train.data import digest
+from secura_serve.adapter import fingerprint, replacing, save
+from secura_serve.errors import ConfigError
+from secura_serve.train import curves
 from secura_serve.train.model import adapter_layers
-from secura_serve.train.trainer import Run
+from secura_serve.train.records import digest
+from secura_serve.train.run import Run
+from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
-__all__ = ["card", "recipe", "write"]
+__all__ = ["REPRODUCTION_NOTE", "card", "recipe", "write"]
 
-_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+REPRODUCTION_NOTE = (
+    "For reproduction only: its S-MagNorm mode acts on activations, so it cannot be "
+)
+REPRODUCTION_NOTE += "merged or served."
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Everything that is needed to train the adapter again, and what was measured."""
+    """Everything that is needed to train the same again, and what was measured."""
     settings = asdict(config)
+    sources = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
     # The folder names of this machine say nothing about the adapter; the digests do.
-    for key in ("out", "data", "eval_data"):
-        settings[key] = settings[key] and Path(settings[key]).name
-    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
-    layers = adapter_layers(run.model, "default")
-    return {
+    for key, value in sources.items():
+        settings[key] = Path(value).name if Path(value).exists() else value
+    settings |= {"out": Path(config.out).name, "run_dir": None, "resume": None}
+    facts = {
         "config": settings,
-        "base": run.model_id,
-        "data_sha256": {name: digest(path) for name, path in files.items()},
+        "base": run.tuned.model_id,
+        "data_sha256": {name: digest(path) for name, path in sources.items()},
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        "alpha_per_module": {m: layer.secura_alpha["default"] for m, layer in layers.items()},
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
         "device": str(next(run.model.parameters()).device.type),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "seconds": round(run.seconds, 1),
         "scores": run.scores,
     }
+    if run.tuned.is_cur:
+        layers = adapter_layers(run.model, "default")
+        facts["alpha_per_module"] = {
+            m: layer.secura_alpha["default"] for m, layer in layers.items()
+        }
+    return facts
+
+
+def _sentence(settings: dict[str, Any], base: str) -> str:
+    if settings["method"] == "full":
+        return f"All weights of `{base}` trained"
+    if settings["method"] in ("lora", "dora"):
+        name = {"lora": "LoRA", "dora": "DoRA"}[settings["method"]]
+        return f"A plain PEFT {name} adapter for `{base}`, rank {settings['rank']}"
+    return (
+        f"A CUR adapter (ΔW = C·U·R, only U trained) for `{base}`: rank {settings['rank']}, core "
+        f"`{settings['core']}`, S-MagNorm `{settings['magnorm']}`"
+    )
 
 
 def card(name: str, facts: dict[str, Any]) -> str:
     """The text of ``README.md`` for a run without further evaluation."""
-    settings = facts["config"]
+    settings, base = facts["config"], facts["base"]
     scores = "\n".join(f"| {key} | {value:.4g} |" for key, value in facts["scores"].items())
-    base, data = facts["base"], settings["data"]
+    found = facts["data_sha256"]["data"]
+    data = f"`{settings['data']}`" + (f" (SHA-256 `{found[:16]}…`)" if found else "")
+    note = f"\n{REPRODUCTION_NOTE}\n" if settings["magnorm"] in REPRODUCTION_ONLY else ""
+    library, tags = {
+        "full": ("transformers", "[]"),
+        "lora": ("peft", "[lora]"),
+        "dora": ("peft", "[dora]"),
+    }.get(settings["method"], ("secura-serve", "[secura, cur, peft]"))
+    # The hub wants an id there, and a folder of this machine is none.
+    header = "" if os.path.isabs(base) else f"base_model: {base}\n"
     return f"""---
-base_model: {base}
-library_name: secura-serve
-tags: [secura, cur, peft]
+{header}library_name: {library}
+tags: {tags}
 ---
 # {name}
 
-A CUR adapter (ΔW = C·U·R, only U trained) for `{base}`: rank {settings["rank"]}, core
-`{settings["core"]}`, S-MagNorm `{settings["magnorm"]}`, {facts["trainable_parameters"]:,} trained
-numbers, trained on `{data}` (SHA-256 `{facts["data_sha256"]["data"][:16]}…`). The exact recipe is
-in `train.json`.
-
+{_sentence(settings, base)}, {facts["trainable_parameters"]:,} trained numbers, trained on {data}.
+The exact recipe is in `train.json`, the course of the training in `curves.json`.
+{note}
 | measured | value |
 |---|---|
 {scores}
@@ -70,26 +100,58 @@ in `train.json`.
 
 
 def write(config: TrainConfig, run: Run, extra: dict[str, Any] | None = None) -> Path:
-    """Save the adapter folder, all of it or nothing; ``extra`` goes into ``train.json``.
+    """Write ``--out``, all of it or nothing, then forget the run's checkpoints.
+
+    ``curlora`` and ``secura`` give this project's adapter folder, ``lora`` and ``dora`` a plain
+    PEFT one, ``full`` a checkpoint that loads like its base. ``extra`` goes into ``train.json``.
 
     Raises:
         ConfigError: the folder exists and ``overwrite`` is off.
     """
     out = Path(os.path.abspath(config.out))
+    facts = recipe(config, run) | (extra or {})
+    course = curves.points(run.history)
+    files: dict[str, str | bytes] = {
+        "train.json": json.dumps(facts, indent=1) + "\n",
+        "README.md": card(out.name, facts),
+        "curves.json": json.dumps(course) + "\n",
+    }
+    if picture := curves.draw(course, out.name) if course["train"] else None:
+        files["curves.png"] = picture
+    if run.tuned.is_cur:
+        _save_cur(out, config, run, files)
+    elif out.exists() and not config.overwrite:
+        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+    else:
+        with replacing(out) as new:
+            _save_plain(new, config, run)
+            for name, content in files.items():
+                content = content.encode("utf-8") if isinstance(content, str) else content
+                new.joinpath(name).write_bytes(content)
+    if run.folder is not None:
+        run.folder.close()
+    return out
+
+
+def _save_cur(out: Path, config: TrainConfig, run: Run, files: dict[str, str | bytes]) -> None:
     layers = adapter_layers(run.model, "default")
     settings = run.model.peft_config["default"]
     settings.base_fingerprint = {
         module: fingerprint(layer.pristine, layer.basis("default"))
         for module, layer in layers.items()
     }
-    facts = recipe(config, run) | (extra or {})
-    return save(
-        out,
-        settings.to_adapter_config(),
-        {module: layer.export("default") for module, layer in layers.items()},
-        extra={
-            "train.json": json.dumps(facts, indent=1) + "\n",
-            "README.md": card(out.name, facts),
-        },
-        overwrite=config.overwrite,
-    )
+    modules = {module: layer.export("default") for module, layer in layers.items()}
+    save(out, settings.to_adapter_config(), modules, extra=files, overwrite=config.overwrite)
+
+
+def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:
+    if config.method != "full":
+        run.model.save_pretrained(new)
+        return
+    dtype = getattr(torch, config.dtype)
+    state = {name: value.to(dtype) for name, value in run.model.state_dict().items()}
+    run.model.save_pretrained(new, state_dict=state)
+    # It was float32 while it was trained, and says so.
+    file = new / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": config.dtype}, indent=2))
+    run.tuned.tokenizer.save_pretrained(new)

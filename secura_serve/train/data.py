@@ -1,100 +1,48 @@
-"""Training data: JSONL files into token ids with labels on the answer alone.
+"""Records into token ids with labels on the answer alone, and rows into batches.
 
-One object per line, ``{"messages": [{"role", "content"}, ...]}`` that ends with the assistant,
-or ``{"prompt": ..., "completion": ...}``. Both go through the model's own chat template; a model
-without one gets prompt and completion joined as they are.
+Everything goes through the model's own chat template; a model without one gets prompt and
+completion joined as they are.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secura_serve.errors import DataError
+from secura_serve.train.records import Record
 
-__all__ = ["Collator", "Record", "Rows", "digest", "encode", "prompt_ids", "read_jsonl"]
+__all__ = ["IGNORE", "Batch", "Collate", "Collator", "Rows", "encode", "mix", "prompt_ids", "split"]
 
 IGNORE = -100
 Rows = list[dict[str, list[int]]]
-_ROLES = ("system", "user", "assistant")
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[dict[str, list[int]]]], Batch]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One example: the messages before the answer, the answer, and where it stood."""
-
-    messages: tuple[dict[str, str], ...]
-    answer: str
-    where: str
-
-
-def digest(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def split(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+    """Training and held-out records; every run of the same data holds out the same ones."""
+    order = random.Random(0).sample(range(len(records)), len(records))
+    held = set(order[: round(share * len(records))])
+    kept = [records[i] for i in sorted(held)]
+    return [r for i, r in enumerate(records) if i not in held], kept
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
-    """Read and check a data file.
+def mix(rows: Rows, earlier: Rows, share: float, seed: int) -> Rows:
+    """``rows`` and ``round(share·len(rows))`` of ``earlier``: the replay of continual learning.
 
-    Raises:
-        DataError: naming file, line and field of every fault (the first 20 of them).
+    They are drawn without repetition as far as ``earlier`` goes; the trainer shuffles the whole.
     """
-    file = Path(path)
-    try:
-        content = file.read_bytes()
-        lines = content.decode("utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        at = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error
-    records, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file.name}:{number}"
-        try:
-            records.append(_record(json.loads(line), where))
-        except (ValueError, RecursionError) as error:
-            problems.append(str(error) if isinstance(error, DataError) else f"{where}: {error}")
-    if problems:
-        raise DataError(f"{file} cannot be used:", problems)
-    if not records:
-        raise DataError(f"{file}: no examples; write one JSON object per line")
-    return records
-
-
-def _record(raw: Any, where: str) -> Record:
-    if not isinstance(raw, dict):
-        raise DataError(f"{where}: must be a JSON object, got {type(raw).__name__}")
-    if "messages" not in raw:
-        for field in ("prompt", "completion"):
-            if not isinstance(raw.get(field), str) or not raw[field].strip():
-                raise DataError(
-                    f"{where}: field {field!r} must be a non-empty string, "
-                    f"got {raw.get(field)!r:.60}"
-                )
-        return Record(({"role": "user", "content": raw["prompt"]},), raw["completion"], where)
-    messages = raw["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"{where}: field 'messages' must be a list of at least two messages")
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
-            raise DataError(f"{where}: field '{name}.role' must be one of {', '.join(_ROLES)}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f"{where}: field '{name}.content' must be a non-empty string")
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: field 'messages' must end with the assistant's answer")
-    turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-    return Record(turns[:-1], turns[-1]["content"], where)
+    wanted, draw = round(share * len(rows)), random.Random(seed)
+    if not earlier:
+        return list(rows)
+    whole, rest = divmod(wanted, len(earlier))
+    return [*rows, *(earlier * whole), *draw.sample(earlier, rest)]
 
 
 def _template(tokenizer: Any, messages: Sequence[dict[str, str]], prompt: bool) -> list[int]:
@@ -112,15 +60,21 @@ def prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
     return ids
 
 
-def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Rows:
+def encode(
+    records: Sequence[Record], tokenizer: Any, max_length: int, over_long: str = "error"
+) -> Rows:
     """``input_ids`` and ``labels`` (−100 outside the answer) for each record.
 
     The labels end with the end-of-sequence token: what a template puts after it is never
     generated, so it is cut off.
 
+    Args:
+        over_long: what becomes of an example of more than ``max_length`` tokens: ``error``,
+            ``truncate`` (its end is cut off) or ``skip``.
+
     Raises:
-        DataError: an example is longer than ``max_length``, or the template changes the prompt
-            once the answer follows.
+        DataError: an example is too long, has no token of its answer left, or the template
+            changes the prompt once the answer follows; or all examples were skipped.
     """
     rows: Rows = []
     problems = []
@@ -138,13 +92,23 @@ def encode(records: Sequence[Record], tokenizer: Any, max_length: int) -> Rows:
         eos = tokenizer.eos_token_id
         if eos in full[len(prompt) :]:
             full = full[: len(full) - full[::-1].index(eos)]
-        if len(full) > max_length:
-            problems.append(f"{record.where}: {len(full)} tokens, --max-length is {max_length}")
+        if len(full) > max_length and over_long == "skip":
+            continue
+        if len(full) > max_length and over_long == "error":
+            problems.append(
+                f"{record.where}: {len(full)} tokens, --max-length is {max_length}; raise it, or "
+                "give --over-long truncate or skip"
+            )
+            continue
+        if len(prompt) >= max_length:
+            problems.append(f"{record.where}: the prompt alone fills --max-length {max_length}")
             continue
         labels = [IGNORE] * len(prompt) + full[len(prompt) :]
-        rows.append({"input_ids": full, "labels": labels})
+        rows.append({"input_ids": full[:max_length], "labels": labels[:max_length]})
     if problems:
         raise DataError("examples cannot be used:", problems)
+    if records and not rows:
+        raise DataError(f"no example has at most --max-length {max_length} tokens")
     return rows
 
 
@@ -158,7 +122,7 @@ class Collator:
 
     pad: int
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> Batch:
         """``input_ids``, ``labels``, ``attention_mask``, ``position_ids``: int64 (batch, width)."""
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), self.pad)

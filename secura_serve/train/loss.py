@@ -3,59 +3,97 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from secura_serve.train.data import IGNORE, Collator, Rows
+from secura_serve.train.data import IGNORE, Batch, Collate, Rows
 
-__all__ = ["answer_loss", "held_out"]
+__all__ = ["ExtraLoss", "answer_logits", "answer_loss", "held_out"]
+
+ExtraLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
+"""``(model, batch, logits) -> scalar``, added to the mean cross-entropy of each step.
+
+``logits`` are those of :func:`answer_logits`, so a second model's on the same batch are had by
+calling that; ``batch`` comes from the collator, labels included.
+"""
 
 
-def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy on the answers of one batch from :class:`Collator`.
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits that predict the answers of one batch, and the tokens they should predict.
 
     The output layer runs on the columns that hold a label and on the one before them only.
 
     Returns:
-        summed loss (float32), number of right tokens, number of tokens.
+        logits (rows, n, vocabulary) float32, and labels (rows, n) int64, −100 outside the answer;
+        n counts the columns from the first one that holds a label.
     """
     inputs = dict(batch)
     labels = inputs.pop("labels")
     first = int((labels != IGNORE).any(dim=0).nonzero()[0])
     keep = labels.shape[1] - first + 1
-    accepted = inspect.signature(_causal_lm(model).forward).parameters
+    # Of the class: accelerate wraps the method of the instance under autocast.
+    accepted = inspect.signature(type(_causal_lm(model)).forward).parameters
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep  # type: ignore[assignment]
     if "position_ids" not in accepted:
-        inputs.pop("position_ids")
+        inputs.pop("position_ids", None)
     logits = model(**inputs, use_cache=False).logits[:, -keep:-1].float()
-    wanted = labels[:, first:]
-    loss = F.cross_entropy(
+    return logits, labels[:, first:]
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy on the answers of one batch from :class:`Collator`.
+
+    Returns:
+        summed loss (float32), number of right tokens, number of tokens.
+    """
+    logits, wanted = answer_logits(model, batch)
+    real = wanted != IGNORE
+    return summed(logits, wanted), ((logits.argmax(-1) == wanted) & real).sum(), real.sum()
+
+
+def summed(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy summed over the labels, float32."""
+    return F.cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    real = wanted != IGNORE
-    return loss, ((logits.argmax(-1) == wanted) & real).sum(), real.sum()
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
-    """The model under a PEFT wrapper."""
-    inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    """The model under the wrappers of several processes and of PEFT."""
+    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     return inner
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, rows: Rows, collator: Collator, batch_size: int) -> dict[str, float]:
-    """Mean loss per answer token and share of answer tokens that are the most likely one."""
+def held_out(
+    model: nn.Module,
+    rows: Rows,
+    collate: Collate,
+    batch_size: int,
+    reduce: Callable[[Tensor], Tensor] = lambda total: total,
+) -> dict[str, float]:
+    """Mean loss per answer token and share of answer tokens that are the most likely one.
+
+    Args:
+        reduce: adds up loss, right tokens and tokens (float64) over the processes that hold
+            other rows.
+    """
+    training = model.training
     model.eval()
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     total = torch.zeros(3, dtype=torch.float64)
     for start in range(0, len(ordered), batch_size):
-        batch = collator(ordered[start : start + batch_size])
+        batch = collate(ordered[start : start + batch_size])
         parts = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         total += torch.tensor([float(p) for p in parts], dtype=torch.float64)
-    loss, right, count = total.tolist()
+    model.train(training)
+    loss, right, count = reduce(total).tolist()
     return {"loss": loss / count, "token_accuracy": right / count}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import TrainConfig, add_flags, build
+from secura_serve.config import add_flags, build
 from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.train.checkpoints import is_main_process
+from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
 __all__ = ["main", "parser"]
 
 _EXAMPLES = """examples:
   secura-train --base smollm2-135m --data mine.jsonl --out adapters/mine --eval-split 0.1
-  secura-train --config recipe.json --seed 1 --out adapters/mine-1
+  secura-train --config recipe.yaml --set lr=0.002 --seed 1 --out adapters/mine-1
+  secura-train --config adapters/mine/train.json --data mine.jsonl --method lora --out lora/mine
+  accelerate launch --multi_gpu --num_processes 2 -m secura_serve.train.main --config recipe.yaml
 """
 
 
@@ -24,51 +27,103 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``secura-train``."""
     made = argparse.ArgumentParser(
         prog="secura-train",
-        description="Train a CUR adapter on a JSONL file and write it as an adapter folder.",
+        description="Train a CUR adapter, a LoRA or DoRA adapter, or all weights of a model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    made.add_argument("--config", help="JSON file with these settings; flags win over it")
+    made.add_argument(
+        "--config", help="YAML or JSON file with these settings, or a train.json; flags win over it"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting, its value read as YAML; wins over --config, flags win over it",
+    )
     add_flags(made, TrainConfig)
     return made
 
 
-def _settings(argv: Sequence[str] | None) -> TrainConfig:
+def settings(argv: Sequence[str] | None) -> TrainConfig:
+    """The settings of a command line: flags over ``--set`` over the file.
+
+    Raises:
+        ConfigError: with every problem of all three.
+    """
     given: dict[str, Any] = vars(parser().parse_args(argv))
-    file = given.pop("config")
-    values: dict[str, Any] = {}
-    if file:
+    file, changes = given.pop("config"), given.pop("set")
+    return build(TrainConfig, (_recipe(file) if file else {}) | _changes(changes) | given)
+
+
+def _recipe(file: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        # Every JSON file is a YAML file.
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file} must hold a mapping of settings")
+    # A train.json is a recipe too.
+    inner = values.get("config", values)
+    return dict(inner) if isinstance(inner, dict) else values
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    values, problems = {}, []
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
         try:
-            values = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--config {file} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"--config {file} must hold a JSON object")
-        # A train.json is a recipe too.
-        values = values.get("config", values)
-    return build(TrainConfig, values | given)
+            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problems.append(f"{pair}: {error}")
+        if not equals:
+            problems.append(f"{pair}: must be KEY=VALUE")
+    if problems:
+        raise ConfigError("--set is not valid:", problems)
+    return values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     try:
-        config = _settings(argv)
+        config = settings(argv)
         # torch and transformers take seconds to import: --help and typing errors must not wait.
-        from secura_serve.train.card import write
-        from secura_serve.train.trainer import train
+        from secura_serve.train.card import REPRODUCTION_NOTE, write
+        from secura_serve.train.fit import Interrupted
+        from secura_serve.train.run import train
 
-        run = train(config)
+        try:
+            run = train(config)
+        except Interrupted as stop:
+            _say(f"\nsecura-train: {stop}; {config.out} was not written")
+            if stop.checkpoint:
+                _say(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
+            return 130
+        if not is_main_process():
+            return 0
         folder = write(config, run)
     except SecuraError as error:
-        print(f"secura-train: {error}", file=sys.stderr)
+        _say(f"secura-train: {error}")
         return 2
     except KeyboardInterrupt:
-        print("\nsecura-train: interrupted; no adapter was written", file=sys.stderr)
+        _say("\nsecura-train: interrupted; nothing was written")
         return 130
     scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
     print(f"{folder}: {scores}")
+    if config.magnorm in REPRODUCTION_ONLY:
+        print(REPRODUCTION_NOTE)
     return 0
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,71 +1,66 @@
-"""One training run: base, data and settings in, an adapter folder out."""
+"""The steps of a run: transformers' Trainer with our loss, order of the data and checkpoints."""
 
 from __future__ import annotations
 
-import random
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.utils import logging as hf_logging
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerControl
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from secura_serve.adapter import check_name
-from secura_serve.bases import resolve_base
-from secura_serve.config import TrainConfig
-from secura_serve.errors import ConfigError, SecuraError
-from secura_serve.train import SecuraConfig
-from secura_serve.train.data import Collator, Record, encode, read_jsonl
-from secura_serve.train.loss import answer_loss, held_out
+from secura_serve.train.callbacks import SamplerEpoch
+from secura_serve.train.data import Collate, Rows
+from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
+from secura_serve.train.methods import kept_tensors, restore
 
-__all__ = ["Run", "load_base", "train"]
+__all__ = ["AnswerTrainer"]
+
+_TENSORS = "trained.safetensors"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run: the model with its adapter, and what was measured."""
+class _Order(Sampler[int]):
+    """Rows shuffled and grouped by length; the order depends on seed and epoch alone.
 
-    model: PeftModel
-    tokenizer: Any
-    model_id: str
-    scores: dict[str, float]
-    seconds: float
+    So a resumed run sees the rest of its epoch whatever random numbers were drawn before.
+    """
 
+    def __init__(self, rows: Rows, batch: int, seed: int, epoch: SamplerEpoch) -> None:
+        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.batch, self.seed, self.epoch = batch, seed, epoch
 
-def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, str]:
-    """The base model, its tokenizer and the id that an adapter records."""
-    base = resolve_base(name)
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    capped = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.path,
-        dtype=getattr(torch, dtype),
-        # Gemma 2: transformers' faster attention leaves the soft-capping out.
-        attn_implementation="eager" if capped else None,
-    )
-    if device == "auto" and torch.cuda.is_available():
-        model = model.to("cuda")
-    return model, tokenizer, base.model_id
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch.epoch)
+        # The number that torch's DataLoader draws first: the first epoch keeps the order that it
+        # had when torch's own generator gave it, and recipes from then their outcome.
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
 
-class _Trainer(Trainer):
-    """transformers' Trainer with the loss on the answers alone."""
+class AnswerTrainer(Trainer):
+    """transformers' Trainer; the loss is the mean over all answer tokens of an optimiser step."""
 
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *, padded: Collate, extra_loss: ExtraLoss | None, **options: Any) -> None:
+        super().__init__(**options)
+        # Have the answer tokens of a step counted over its batches and processes.
+        self.model_accepts_loss_kwargs = True
+        self.padded, self.extra_loss = padded, extra_loss
+        self.sampler_epoch = SamplerEpoch()
+        self.add_callback(self.sampler_epoch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        args = self.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return _Order(self.train_dataset, batch, args.seed, self.sampler_epoch)
 
     def compute_loss(
         self,
@@ -74,106 +69,46 @@ class _Trainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, _, count = answer_loss(model, inputs)
-        return (loss / count, {}) if return_outputs else loss / count
+        logits, wanted = answer_logits(model, inputs)
+        assert num_items_in_batch is not None
+        # The gradients of the processes are averaged, and the count is that of all of them.
+        loss = summed(logits, wanted) / num_items_in_batch * self.args.world_size
+        if self.extra_loss is not None:
+            extra = self.extra_loss(model, inputs, logits)
+            loss = loss + extra / self.current_gradient_accumulation_steps
+        return (loss, {}) if return_outputs else loss
 
-
-def _split(config: TrainConfig) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records."""
-    records = read_jsonl(config.data)
-    if config.eval_data:
-        kept = read_jsonl(config.eval_data)
-    else:
-        # Seeded apart from the run, so that every run of a file holds out the same lines.
-        order = random.Random(0).sample(range(len(records)), len(records))
-        cut = round(config.eval_split * len(records))
-        held = set(order[:cut])
-        kept = [records[i] for i in sorted(held)]
-        records = [r for i, r in enumerate(records) if i not in held]
-    if not records:
-        raise ConfigError(f"eval_split {config.eval_split} leaves no training data")
-    return records, kept
-
-
-def _adapt(model: Any, config: SecuraConfig) -> Any:
-    """get_peft_model; PEFT's own complaint about targets becomes ours."""
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        if isinstance(error, SecuraError):
-            raise
-        raise ConfigError(f"--targets: {error}".partition("\n")[0]) from error
-
-
-def train(config: TrainConfig, *, log: Sequence[Any] = ()) -> Run:
-    """Train one adapter; nothing is written (see :func:`secura_serve.train.card.write`).
-
-    The same settings, data, thread count and versions give the same adapter. ``log`` takes
-    transformers ``TrainerCallback`` objects.
-
-    Raises:
-        ConfigError, DataError, BaseModelError: before the training starts.
-    """
-    out = Path(config.out)
-    check_name(out.absolute().name)
-    if out.exists() and not config.overwrite:
-        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
-    records, held = _split(config)
-    set_seed(config.seed)
-    hf_logging.set_verbosity_error()
-    model, tokenizer, model_id = load_base(config.base, config.dtype, config.device)
-    rows = encode(records, tokenizer, config.max_length)
-    kept = encode(held, tokenizer, config.max_length)
-    # PEFT records what the model says, which is the local folder.
-    model.name_or_path = model_id
-    norm = {"mode": config.magnorm} | ({"tau": config.tau} if config.magnorm == "bounded" else {})
-    tuned = _adapt(
-        model,
-        SecuraConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=model_id,
-            r=config.rank,
-            target_modules=config.target_modules(),
-            alpha=config.alpha_value(),
-            selection={"rule": config.selection, "seed": config.selection_seed},
-            core=config.core,
-            inner_rank=config.inner_rank,
-            init=config.init,
-            magnorm=None if config.magnorm == "none" else norm,
-        ),
-    )
-    collator = Collator(tokenizer.pad_token_id)
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.accumulate,
-            learning_rate=config.lr,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=config.warmup,
-            weight_decay=config.weight_decay,
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps,
-            seed=config.seed,
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=False,
-            logging_steps=10,
-            use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-            dataloader_pin_memory=False,
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {f"eval_{name}": value for name, value in self.held_out_scores().items()}
+        self.log(dict(metrics))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
         )
-        trainer = _Trainer(
-            model=tuned,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=collator,
-            callbacks=list(log),
-        )
-        result = trainer.train()
-    scores = {"train_loss": float(result.training_loss), "steps": float(result.global_step)}
-    if kept:
-        found = held_out(tuned, kept, collator, config.batch_size)
-        scores |= {f"held_out_{name}": value for name, value in found.items()}
-    return Run(tuned, tokenizer, model_id, scores, float(result.metrics["train_runtime"]))
+        return metrics
+
+    def held_out_scores(self) -> dict[str, float]:
+        """Loss and token accuracy on the held-out rows, each process taking its share of them."""
+        mine = self.eval_dataset[self.args.process_index :: self.args.world_size]
+
+        def over_processes(total: Tensor) -> Tensor:
+            # float64 does not exist on every device; the sums are small enough on the CPU.
+            summed_up: Tensor = self.accelerator.reduce(total.to(self.args.device), "sum")
+            return summed_up
+
+        reduce = over_processes if self.args.world_size > 1 else lambda total: total
+        return held_out(self.model, mine, self.padded, self.args.eval_batch_size, reduce)
+
+    # A checkpoint holds what is trained, not what an adapter's file makes of it: the file has U
+    # multiplied out, and a run goes on with A, B and the running core.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().contiguous() for k, v in kept_tensors(self.model).items()}
+        save_file(tensors, folder / _TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(model or self.model, load_file(Path(resume_from_checkpoint) / _TENSORS))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,30 @@
+"""The base model of a run: weights, tokenizer and the id that an adapter records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from secura_serve.bases import resolve_base
+
+__all__ = ["load_base"]
+
+
+def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, str]:
+    """The base model, its tokenizer and the id that an adapter records."""
+    base = resolve_base(name)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    capped = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=getattr(torch, dtype),
+        # Gemma 2: transformers' faster attention leaves the soft-capping out.
+        attn_implementation="eager" if capped else None,
+    )
+    if device == "auto" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model, tokenizer, base.model_id

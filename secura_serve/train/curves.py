@@ -1,0 +1,50 @@
+"""The curves of a run: loss and scores by step, as numbers and as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["draw", "points"]
+
+_TRAIN = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+_EVAL = {"eval_loss": "loss", "eval_token_accuracy": "token_accuracy"}
+
+
+def points(history: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """``{"train": [...], "held_out": [...]}``, each entry with its ``step``.
+
+    ``train`` holds the loss of the step, the learning rate and the norm of the gradient before
+    clipping; ``held_out`` loss and token accuracy.
+    """
+    curves: dict[str, list[dict[str, float]]] = {"train": [], "held_out": []}
+    for entry in history:
+        for name, wanted in (("train", _TRAIN), ("held_out", _EVAL)):
+            found = {ours: entry[theirs] for theirs, ours in wanted.items() if theirs in entry}
+            if "loss" in found:
+                curves[name].append({"step": entry["step"], **found})
+    return curves
+
+
+def draw(curves: Mapping[str, list[dict[str, float]]], title: str) -> bytes | None:
+    """The curves as a PNG; None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    held = curves["held_out"]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    loss, *rest = figure.subplots(1, 2 if held else 1, squeeze=False)[0]
+    train = curves["train"]
+    loss.plot([p["step"] for p in train], [p["loss"] for p in train], label="training", lw=1)
+    if held:
+        steps = [p["step"] for p in held]
+        loss.plot(steps, [p["loss"] for p in held], "o-", label="held out")
+        rest[0].plot(steps, [p["token_accuracy"] for p in held], "o-", color="C1")
+        rest[0].set(xlabel="step", ylabel="held-out token accuracy")
+    loss.set(xlabel="step", ylabel="loss per answer token", title=title)
+    loss.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    return picture.getvalue()

@@ -1,0 +1,121 @@
+"""What a run needs in memory: estimated before it starts, measured at its end."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secura_serve.train.data import IGNORE, Rows
+from secura_serve.train.methods import Tuned
+from secura_serve.train.settings import REPRODUCTION_ONLY
+
+__all__ = ["Memory", "available", "estimate", "peak", "resident"]
+
+GIB = 2**30
+# What a CPU process grew by beyond its tensors in runs of SmolLM2-135M: libraries loaded on first
+# use, kernels' scratch, memory that the allocator keeps.
+_CPU_OVERHEAD = GIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process."""
+
+    weights: int
+    training: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.training + self.activations + self.overhead
+
+    def __str__(self) -> str:
+        return (
+            f"{self.total / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, gradients and Adam "
+            f"{self.training / GIB:.2f}, activations {self.activations / GIB:.2f}, libraries "
+            f"{self.overhead / GIB:.2f})"
+        )
+
+
+def estimate(tuned: Tuned, rows: Rows) -> Memory:
+    """Memory of one step with the longest batch that ``rows`` can give.
+
+    With b bytes per number of the base, B sequences of T tokens (the longest row), A answer
+    columns, V words and n = B·T:
+
+    - weights: all parameters and buffers.
+    - training: 12 bytes per trained number, a float32 gradient and two Adam moments.
+    - activations, kept for the backward pass: n·out·b per linear layer; n·h·4 per norm, which
+      computes in float32 (with ``full`` n·h·(4 + b)); B·A·V·(b + 12) for the logits; with eager
+      attention 2·b·n·T per head. Per adapted linear: n·r·b; S-MagNorm on weights n·in·b, and once
+      (b + 8)·out·in for the largest; S-MagNorm on activations n·out·16; LoRA n·in·4 for its
+      float32 copy of the input, about half where siblings share a float32 input. With ``full``:
+      b·n·in per linear and a copy of W in b bytes.
+    - overhead: 1 GiB on CPUs, as measured; on GPUs only tensors are counted.
+
+    A rule of thumb, not a promise: allocators, other architectures and kernels differ.
+    """
+    model, config = tuned.model, tuned.config
+    inner = model.get_base_model() if config.method != "full" else model
+    full = config.method == "full"
+    b = 2 if full and config.dtype == "bfloat16" else inner.dtype.itemsize
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    longest = max(len(row["input_ids"]) for row in rows)
+    answer = max(sum(v != IGNORE for v in row["labels"]) for row in rows)
+    n, rank = config.batch_size * longest, config.rank
+    saved = largest = 0
+    for module in inner.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():
+            outside = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+            inside = module.weight.numel() // outside
+            saved += b * n * outside
+            saved += (b * n * inside + b * inside * outside) if full else 0
+        elif type(module).__name__.endswith("Norm") and getattr(module, "weight", None) is not None:
+            saved += n * module.weight.numel() * (4 + (b if full else 0))
+        elif hasattr(module, "base_layer"):
+            outside, inside = module.out_features, module.in_features
+            if not tuned.is_cur:
+                saved += 4 * n * (inside if b < 4 else inside // 2)
+            elif config.magnorm in REPRODUCTION_ONLY:
+                saved += 16 * n * outside
+            elif config.magnorm == "none":
+                saved += n * rank * b
+            else:
+                saved += n * inside * b
+                largest = max(largest, (b + 8) * outside * inside)
+    if inner.config._attn_implementation == "eager":
+        heads = inner.config.num_attention_heads * inner.config.num_hidden_layers
+        saved += 2 * b * n * longest * heads
+    saved += config.batch_size * answer * inner.config.vocab_size * (b + 12)
+    overhead = 0 if torch.cuda.is_available() else _CPU_OVERHEAD
+    return Memory(weights, 12 * trained, saved + largest, overhead)
+
+
+def resident() -> int:
+    """Bytes that this process holds now: on its GPU, or in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak() -> int:
+    """Largest :func:`resident` since the process began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available() -> int:
+    """Bytes that can still be taken: of the GPU, or of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)

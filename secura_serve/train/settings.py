@@ -1,0 +1,243 @@
+"""``TrainConfig``: every setting of ``secura-train``, its default, its help and its bounds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from secura_serve.config import option
+from secura_serve.errors import ConfigError
+
+__all__ = ["CUR_METHODS", "METHODS", "REPRODUCTION_ONLY", "TrainConfig"]
+
+METHODS = ("curlora", "secura", "lora", "dora", "full")
+CUR_METHODS = ("curlora", "secura")
+REPRODUCTION_ONLY = ("activation", "reference")
+
+# What a method stands for where nothing else is said.
+_CORE = {"curlora": "u", "secura": "ab"}
+_MAGNORM = {"curlora": "none", "secura": "bounded"}
+_LR = {"curlora": 4e-3, "secura": 1e-2, "lora": 1e-3, "dora": 1e-3, "full": 2e-5}
+
+_CUR_ONLY: tuple[str, ...] = ("core", "inner_rank", "init", "magnorm", "tau", "alpha")
+_CUR_ONLY += ("selection", "selection_seed", "fusion_step", "accumulation")
+_LORA_ONLY = ("lora_alpha",)
+_ADAPTERS_ONLY = ("rank", "targets", "exclude", "layers", "layers_pattern", "dropout")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run of ``secura-train``; stored in full in the ``train.json`` it leaves.
+
+    Raises:
+        ConfigError: listing every setting that is out of bounds or means nothing to the method.
+    """
+
+    base: str = option("base model: an alias, a hub id or a local folder")
+    data: str = option("training data: a JSONL, CSV or parquet file, or a hub id[:config][:split]")
+    out: str = option("folder to write; its last part is the adapter's name")
+    method: str = option(
+        "what is trained: curlora = U of C·U·R, secura = the same with core ab and magnorm "
+        "bounded, lora and dora = plain PEFT, full = all weights",
+        "curlora",
+        METHODS,
+    )
+    data_columns: str | None = option(
+        "fields under other names: prompt=question,completion=answer", None
+    )
+    labels: str | None = option("the only completions allowed, joined by commas", None)
+    eval_data: str | None = option("held-out data for loss and token accuracy", None)
+    eval_split: float = option("share of --data held out when there is no --eval-data", 0.0)
+    eval_steps: int = option("evaluate every so many steps; 0: only at the end", 0)
+    patience: int = option(
+        "stop after so many evaluations without a new lowest loss, and keep the best; 0: off", 0
+    )
+    targets: str = option(
+        "modules to adapt: all-linear, names joined by commas, or a regular expression",
+        "all-linear",
+    )
+    exclude: str | None = option("modules to leave alone: names or a regular expression", None)
+    layers: str | None = option("layers to adapt, such as 0,2,8-11 (default: all)", None)
+    layers_pattern: str | None = option("name of the layer list, for --layers", None)
+    rank: int = option("curlora, secura: rows and columns of the basis; lora, dora: the rank", 32)
+    core: str | None = option(
+        "u = U itself, ab = U as A·B (CABR) (default: by method)", None, ("u", "ab")
+    )
+    inner_rank: int | None = option("inner rank m >= rank of core ab (default: rank)", None)
+    init: str = option("start of A in core ab", "block", ("block", "svd"))
+    magnorm: str | None = option(
+        "S-MagNorm mode (default: by method). none is served per request, published and bounded "
+        "folded; activation and reference are reproduction only, cannot be merged or served",
+        None,
+        ("none", "published", "bounded", *REPRODUCTION_ONLY),
+    )
+    tau: float = option("bounded: largest relative change of a weight", 0.02)
+    alpha: str = option("step scale of U: auto, or a number", "auto")
+    selection: str = option(
+        "rule that picks rows and columns", "inverse_sampled", ("inverse_sampled", "lowest_norm")
+    )
+    selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
+    fusion_step: int = option(
+        "core ab: every so many steps A·B goes into a running sum and B starts again; 0: never", 0
+    )
+    accumulation: str = option(
+        "the paper's names for --fusion-step's sum: m1 adds it to the base, m2 to a frozen core. "
+        "C and R stay those of the pristine base here, so both are one and the same sum",
+        "m1",
+        ("m1", "m2"),
+    )
+    dropout: float = option("on the low-rank intermediate; curlora and secura: magnorm none", 0.0)
+    lora_alpha: float | None = option("lora, dora: scale numerator (default: twice the rank)", None)
+    lr: float | None = option(
+        "peak learning rate; bounded wants about 1/tau more (default: curlora 0.004, secura 0.01, "
+        "lora and dora 0.001, full 0.00002)",
+        None,
+    )
+    schedule: str = option(
+        "learning-rate schedule after warm-up", "cosine", ("cosine", "linear", "constant")
+    )
+    warmup: float = option("share of the steps spent warming up", 0.05)
+    weight_decay: float = option("AdamW weight decay on what is trained", 0.0)
+    epochs: float = option("passes over the data", 1.0)
+    max_steps: int = option("stop after this many steps; -1 follows --epochs", -1)
+    batch_size: int = option("sequences per step and device", 8)
+    accumulate: int = option("batches added up per optimiser step", 1)
+    max_length: int = option("longest sequence in tokens", 512)
+    over_long: str = option(
+        "a longer example is an error, cut off at its end, or left out",
+        "error",
+        ("error", "truncate", "skip"),
+    )
+    packing: bool = option("lay the examples of a batch end to end instead of padding them", False)
+    dtype: str = option(
+        "dtype of the frozen base; adapters are always float32. full: weights are float32, and "
+        "bfloat16 computes under autocast and writes bfloat16",
+        "bfloat16",
+        ("bfloat16", "float16", "float32"),
+    )
+    device: str = option("where to train", "auto", ("auto", "cpu"))
+    seed: int = option("seed of data order and initialisation", 0)
+    save_steps: int = option(
+        "checkpoint every so many steps; 0: only on Ctrl-C. With --patience: at every evaluation",
+        100,
+    )
+    run_dir: str | None = option(
+        "folder of the checkpoints (default: .NAME.run beside --out)", None
+    )
+    resume: str | None = option("continue: auto = the newest whole checkpoint, or its folder", None)
+    overwrite: bool = option("replace an existing folder and forget its checkpoints", False)
+
+    def __post_init__(self) -> None:
+        problems = self._foreign() + self._out_of_bounds()
+        for name, by_method in (("core", _CORE), ("magnorm", _MAGNORM), ("lr", _LR)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, by_method.get(self.method))
+        problems += self._at_odds()
+        if problems:
+            raise ConfigError("the training settings are not valid:", problems)
+
+    def _foreign(self) -> list[str]:
+        """Settings that differ from their default and mean nothing to the method."""
+        foreign: tuple[str, ...] = () if self.method in CUR_METHODS else _CUR_ONLY
+        foreign += () if self.method in ("lora", "dora") else _LORA_ONLY
+        foreign += _ADAPTERS_ONLY if self.method == "full" else ()
+        return [
+            f"{item.name}: means nothing to method {self.method}; leave it out"
+            for item in fields(self)
+            if item.name in foreign and getattr(self, item.name) != item.default
+        ]
+
+    def _out_of_bounds(self) -> list[str]:
+        bounds = [
+            ("rank", self.rank >= 1, ">= 1"),
+            ("epochs", self.epochs > 0, "> 0"),
+            ("lr", self.lr is None or self.lr > 0, "> 0"),
+            ("batch_size", self.batch_size >= 1, ">= 1"),
+            ("accumulate", self.accumulate >= 1, ">= 1"),
+            ("max_length", self.max_length >= 8, ">= 8"),
+            ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
+            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("inner_rank", (self.inner_rank or self.rank) >= self.rank, ">= rank"),
+        ]
+        for name in ("eval_steps", "patience", "fusion_step", "save_steps"):
+            bounds.append((name, getattr(self, name) >= 0, ">= 0"))
+        problems = [
+            f"{name}: got {getattr(self, name)!r}, must be {bound}"
+            for name, fine, bound in bounds
+            if not fine
+        ]
+        if self.alpha != "auto":
+            try:
+                float(self.alpha)
+            except ValueError:
+                problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number')
+        for name in ("targets", "exclude"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                problems.append(f"{name}: not a regular expression: {error}")
+        if self.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
+            problems.append(f"layers: got {self.layers!r}, must be like 0,2,8-11")
+        columns = self.data_columns
+        if columns and not re.fullmatch(
+            r"(prompt|completion|messages)=[^,=]+(,\w+=[^,=]+)*", columns
+        ):
+            problems.append(
+                f"data_columns: got {columns!r}, must be like prompt=question,completion=answer"
+            )
+        return problems
+
+    def _at_odds(self) -> list[str]:
+        """Settings that are fine alone and not together; ``core`` and ``magnorm`` are known."""
+        held_out = bool(self.eval_data or self.eval_split)
+        return [
+            problem
+            for wrong, problem in (
+                (self.fusion_step and self.core != "ab", "fusion_step: needs core ab"),
+                (self.inner_rank and self.core == "u", "inner_rank: needs core ab"),
+                (
+                    self.dropout and self.magnorm not in (None, "none"),
+                    f"dropout: needs magnorm none, got {self.magnorm}",
+                ),
+                (
+                    self.method == "full" and self.dtype == "float16",
+                    "dtype: full takes bfloat16 or float32; float16 gradients underflow",
+                ),
+                (
+                    self.eval_steps and not held_out,
+                    "eval_steps: give --eval-data or --eval-split to evaluate on",
+                ),
+                (self.patience and not self.eval_steps, "patience: needs --eval-steps"),
+                (
+                    self.layers and self.target_modules() == "all-linear",
+                    "layers: needs --targets by name, as in PEFT",
+                ),
+            )
+            if wrong
+        ]
+
+    def alpha_value(self) -> float | str:
+        """``"auto"`` or the number."""
+        return self.alpha if self.alpha == "auto" else float(self.alpha)
+
+    def target_modules(self) -> str | list[str]:
+        """As PEFT takes it: the shorthand, a regular expression or a list of names."""
+        return _names(self.targets)
+
+    def exclude_modules(self) -> str | list[str] | None:
+        """As PEFT takes it."""
+        return _names(self.exclude) if self.exclude else None
+
+    def layer_numbers(self) -> list[int] | None:
+        """``layers`` spelled out."""
+        if not self.layers:
+            return None
+        ends = [part.split("-") for part in self.layers.split(",")]
+        return sorted({n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)})
+
+
+def _names(text: str) -> str | list[str]:
+    if text == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*,?", text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
