@@ -23,9 +23,7 @@ def draw(facts: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     models = facts["models"]
-    groups = {
-        name: {m: _bar(t["scores"][m]) for m in models} for name, t in facts["tasks"].items()
-    }
+    groups = {name: {m: _bar(t["scores"][m]) for m in models} for name, t in facts["tasks"].items()}
     for name, task in facts["harness"].items():
         for metric in next(iter(task["scores"].values()))["metrics"]:
             if metric.split(" ")[0] in ("acc", "exact_match", "f1"):
@@ -35,7 +33,10 @@ def draw(facts: dict[str, Any], file: Path) -> None:
                     for m, v in found.items()
                 }
     kept = facts["retention"].get("models", {})
-    for key, title in (("answers_unchanged", "answers\nunchanged"), ("still_right", "still\nright")):
+    for key, title in (
+        ("answers_unchanged", "answers\nunchanged"),
+        ("still_right", "still\nright"),
+    ):
         if any(r[key] for r in kept.values()):
             groups[title] = {m: _bar(r[key]) for m, r in kept.items() if r[key]}
     figure = Figure(figsize=(max(6.0, 1.2 + 1.5 * len(groups)), 4.2), layout="constrained")

@@ -16,7 +16,9 @@ class EvalConfig:
 
     tasks: tuple[str, ...] = option("tasks by name, joined by commas (see --list)")
     out: str = option("folder to write: results.json, answers.jsonl, report.md, report.png")
-    endpoint: str | None = option("an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1", None)
+    endpoint: str | None = option(
+        "an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1", None
+    )
     model: tuple[str, ...] = option(
         "with --endpoint: models to ask, joined by commas; the base is asked besides "
         "(default: all that the server lists as ready)",

@@ -7,8 +7,10 @@ beyond their data. No data set is part of this repository.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,17 @@ def missing() -> str | None:
     return None
 
 
+@cache
+def _manager() -> Any:
+    """The harness's index of tasks, which takes seconds to make; quiet from here on."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
+
+
 def prepare(name: str, config: EvalConfig) -> Any:
     """The harness's task object with its data read, so that nothing is left to fail but the model.
 
@@ -120,19 +133,19 @@ def prepare(name: str, config: EvalConfig) -> Any:
         raise DataError(f"{name}: not available: {known.absent}")
     if reason := missing():
         raise EvaluationError(f"{name}: lm-evaluation-harness is not installed: {reason}")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    if isinstance(known.task, str) and known.task not in manager.all_tasks:
+    if isinstance(known.task, str) and known.task not in _manager().all_tasks:
         raise ConfigError(f"task {name!r}: unknown to secura-eval (--list) and to the harness")
-    spec = {"task": known.task} if isinstance(known.task, str) else dict(known.task)
+    spec: dict[str, Any] = {"task": known.task} if isinstance(known.task, str) else dict(known.task)
     path = config.local_data().get(name)
     if path is not None:
         spec |= _local(name, Path(path))
     if config.shots is not None:
         spec["num_fewshot"] = config.shots
+    if isinstance(known.task, str):
+        # Only as a member of a group does a dict change a known task; alone it is a new one.
+        spec = {"group": "secura-eval", "task": [spec]}
     try:
-        (task,) = manager.load([spec])["tasks"].values()
+        (task,) = _manager().load([spec])["tasks"].values()
     except ValueError as error:
         if "unpack" not in str(error):
             raise DataError(f"{name}: {_line(error)}") from error
@@ -214,11 +227,11 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
         metric, comma, how = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
-        error = scores.get(f"{metric}_stderr,{how}")
+        spread = scores.get(f"{metric}_stderr,{how}")
         label = metric if how == "none" else f"{metric} ({how})"
         metrics[label] = {
             "value": float(value),
-            "stderr": float(error) if isinstance(error, (int, float)) else None,
+            "stderr": float(spread) if isinstance(spread, (int, float)) else None,
         }
     (counts,) = found["n-samples"].values()
     return {"n": counts["effective"], "metrics": metrics}

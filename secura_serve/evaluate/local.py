@@ -11,7 +11,7 @@ from transformers.utils import logging as hf_logging
 from secura_serve.adapter import Adapter, load, verify
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import AdapterError, ConfigError, EvaluationError
+from secura_serve.errors import AdapterError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.generate import answers
 from secura_serve.evaluate.models import NEUTRAL_TOKENS, Moved
@@ -92,7 +92,12 @@ class Local:
             self._model, self._tokenizer, texts, max_tokens=NEUTRAL_TOKENS, without=without
         )
         return Moved(
-            found.perplexity_ratio, found.base_perplexity, found.tokens, found.kl, found.tokens, None
+            found.perplexity_ratio,
+            found.base_perplexity,
+            found.tokens,
+            found.kl,
+            found.tokens,
+            None,
         )
 
     def harness(self, model: str) -> Any:

@@ -15,13 +15,14 @@ from secura_serve.evaluate.config import EvalConfig
 __all__ = ["main", "parser"]
 
 _DESCRIPTION = """\
-Score a base and its adapters on tasks, and measure what each adapter keeps of the base. All models
-get the same prompts and the same lenient scoring; the table has intervals and paired comparisons."""
+Score a base and its adapters on tasks, and measure what each adapter keeps of the base. All get
+the same prompts and the same lenient scoring; the report has intervals and paired comparisons."""
 
 _EXAMPLES = """\
 Tasks are of two kinds. Offline ones are made here or read from an installed package. The papers'
 own go through lm-evaluation-harness, the extra `eval`; their data comes from the hub, or from
---task-data. `--list` shows both, and what is missing here. Any task of the harness works by its name.
+--task-data. `--list` shows both, and what is missing here. Any other task of the harness works by
+its name, too.
 
 examples:
   secura-eval --list

@@ -130,7 +130,10 @@ def markdown(facts: dict[str, Any]) -> str:
     """``report.md`` from what ``results.json`` holds."""
     models, base = facts["models"], facts["base"]
     lines = ["# Evaluation", "", f"`{facts['command']}`", ""]
-    lines += [f"Models at {facts['where']}; base: {base or 'does not answer, so no comparison'}.", ""]
+    lines += [
+        f"Models at {facts['where']}; base: {base or 'does not answer, so no comparison'}.",
+        "",
+    ]
     if facts["tasks"]:
         rows = [
             [f"{name} ({t['split']}, n = {t['n']})", *(_share(t["scores"][m]) for m in models)]
@@ -177,7 +180,8 @@ def _measured(found: dict[str, Any] | None) -> str:
 
 
 def _kept(found: dict[str, Any]) -> list[str]:
-    rows, notes = [], {}
+    rows: list[list[str]] = []
+    notes: dict[str, None] = {}
     for model, r in found["models"].items():
         kl = "–" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_tokens']} tokens)"
         if r["kl_missing"]:
@@ -211,4 +215,3 @@ def _kept(found: dict[str, Any]) -> list[str]:
         "",
         *(f"KL: {note}.\n" for note in notes),
     ]
-

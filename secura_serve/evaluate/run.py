@@ -59,7 +59,7 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     problems: list[str] = []
     kind: type[SecuraError] = ConfigError
 
-    def attempt(work: Callable[[], None]) -> None:
+    def attempt(work: Callable[[], object]) -> None:
         nonlocal kind
         try:
             work()
@@ -90,7 +90,7 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
         if name in TASKS or name not in config.tasks
     ]
     if config.retention:
-        attempt(lambda: _retention_data())
+        attempt(_retention_data)
     if problems:
         raise kind("nothing was evaluated:", problems)
     return ours, theirs
@@ -133,7 +133,14 @@ def evaluate(config: EvalConfig) -> Results:
             found = ask(task, config.split, config.items, model)
             right[model] = task.right(found, wanted)
             results.answers += [
-                {"task": task.name, "model": model, "prompt": p, "wanted": w, "answer": a, "right": r}
+                {
+                    "task": task.name,
+                    "model": model,
+                    "prompt": p,
+                    "wanted": w,
+                    "answer": a,
+                    "right": r,
+                }
                 for (p, w), a, r in zip(rows, found, right[model], strict=True)
             ]
         results.tasks[task.name] = {

@@ -75,9 +75,7 @@ class AccuracyMatrix:
         about a later one; None without ``untrained`` or for a single task."""
         if self.untrained is None:
             return None
-        return _mean(
-            [self.rows[j - 1][j] - self.untrained[j] for j in range(1, len(self.tasks))]
-        )
+        return _mean([self.rows[j - 1][j] - self.untrained[j] for j in range(1, len(self.tasks))])
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -128,8 +128,10 @@ _OTHER_NAMES = {"movie-reviews": "sentiment"}
 def suggestion(name: str, known: Sequence[str]) -> str:
     """``unknown; did you mean ...?``, or all that is known."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"unknown; did you mean {' or '.join(close)}?" if close else (
-        f"unknown; known are {', '.join(known)}"
+    return (
+        f"unknown; did you mean {' or '.join(close)}?"
+        if close
+        else (f"unknown; known are {', '.join(known)}")
     )
 
 

@@ -54,9 +54,7 @@ def _cut(rows: dict[str, Row]) -> Splits:
     seeded("countries").shuffle(names)
     first, second = len(names) // 2, len(names) * 7 // 10
     parts = {"train": names[:first], "validation": names[first:second], "test": names[second:]}
-    return {
-        part: [rows[name] for name in chosen if name in rows] for part, chosen in parts.items()
-    }
+    return {part: [rows[name] for name in chosen if name in rows] for part, chosen in parts.items()}
 
 
 @cache

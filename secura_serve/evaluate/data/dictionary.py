@@ -48,7 +48,11 @@ def translation() -> Splits:
     rows = []
     for noun in sorted(plain & meanings.keys()):
         found = meanings[noun]
-        if len(found) == 1 and _NOUN.fullmatch(noun) and _ENGLISH.fullmatch(word := next(iter(found))):
+        if (
+            len(found) == 1
+            and _NOUN.fullmatch(noun)
+            and _ENGLISH.fullmatch(word := next(iter(found)))
+        ):
             rows.append((f"Translate this German word into English: {noun}", word))
     rows = seeded("translation-de-en").sample(rows, _TEST + _TRAIN)
     return three(rows[_TEST:], rows[:_TEST])
