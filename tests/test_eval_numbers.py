@@ -21,7 +21,9 @@ def test_wilson_bounds_solve_their_equation() -> None:
         found = wilson([True] * right + [False] * (n - right))
         assert (found.accuracy, found.right, found.n) == (right / n, right, n)
         for p in (found.low, found.high):
-            assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-5)
+            assert abs(right / n - p) == pytest.approx(
+                1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-5
+            )
     # Textbook value for 0 of 10: z²/(n + z²).
     assert wilson([False] * 10).low == 0
     assert wilson([False] * 10).high == pytest.approx(3.841459 / 13.841459, rel=1e-5)

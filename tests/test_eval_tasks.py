@@ -102,9 +102,14 @@ def test_dictionary_takes_what_is_unambiguous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "de-en"
-    plain = [f"W{'abcdefghij'[i % 10]}{'klmnopqrst'[i // 10 % 10]}{'uvwxyzabcd'[i // 100 % 10]}"
-             f"{'ef' if i < 1000 else 'gh' if i < 2000 else 'ij'} {{n}} :: thing" for i in range(2100)]  # fmt: skip
-    odd = ["Bank {f} :: bench", "Bank {f} [fin.] :: bank", "Amulett {n} | Amulette {pl} :: amulet | a"]
+    letters = "abcdefghijklm"
+    nouns = [f"Wort{a}{b}{c}" for a in letters for b in letters for c in letters]
+    plain = [f"{noun} {{n}} :: thing" for noun in nouns]
+    odd = [
+        "Bank {f} :: bench",
+        "Bank {f} [fin.] :: bank",
+        "Amulett {n} | Amulette {pl} :: amulet | a",
+    ]
     file.write_text("\n".join(["# head", *plain, *odd]), encoding="utf-8")
     monkeypatch.setattr(dictionary, "FILE", file)
     rows = dictionary.translation.__wrapped__()

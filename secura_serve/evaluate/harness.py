@@ -145,15 +145,20 @@ def prepare(name: str, config: EvalConfig) -> Any:
         # Only as a member of a group does a dict change a known task; alone it is a new one.
         spec = {"group": "secura-eval", "task": [spec]}
     try:
-        (task,) = _manager().load([spec])["tasks"].values()
-    except ValueError as error:
-        if "unpack" not in str(error):
-            raise DataError(f"{name}: {_line(error)}") from error
-        raise ConfigError(f"task {name!r} is a group of tasks; name one of them") from error
-    except Exception as error:  # datasets, huggingface_hub and the network fail in many ways
+        tasks = list(_manager().load([spec])["tasks"].values())
+    except Exception as error:  # datasets, jinja, huggingface_hub and the network fail in many ways
         raise DataError(
-            f"{name}: its data cannot be had here ({_line(error)}); give --task-data {name}=PATH"
+            f"{name}: {path} cannot be read in the layout of its data set: {_line(error)}"
+            if path
+            else f"{name}: its data cannot be had here ({_line(error)}); "
+            f"give --task-data {name}=PATH"
         ) from error
+    if len(tasks) != 1:
+        raise ConfigError(
+            f"task {name!r} is a group of {len(tasks)}; name some of them: "
+            f"{', '.join(t.task_name for t in tasks[:5])} ..."
+        )
+    (task,) = tasks
     _fits(name, task, path)
     return task
 
