@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._report import header
-from benchmarks.adapters.run import ITEMS, RECIPES, neutral_texts
+from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
+from secura_serve.evaluate.data.prose import neutral_texts
 from secura_serve.merge import fold, open_source, plan_fold
 from secura_serve.train.base import load_base
 
@@ -112,7 +113,7 @@ def measure(name: str, data: Path, base: str) -> list[dict[str, Any]]:
         for line in (data / f"{recipe.data or name}.test.jsonl").read_text().splitlines()
     ][:ITEMS]
     model = Folded(base, ROOT / "adapters" / name)
-    texts = neutral_texts()
+    texts = neutral_texts().texts
     plain = model.logprobs(texts)
     kinds: dict[str, Rounding] = {"float32": lambda W: W}
     for dtype in (torch.bfloat16, torch.float16):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["merge", "serve", "train"]
+__all__ = ["evaluate", "merge", "serve", "train"]
+
+
+def evaluate() -> None:
+    """``secura-eval``."""
+    from secura_serve.evaluate.main import main
+
+    sys.exit(main())
 
 
 def merge() -> None:

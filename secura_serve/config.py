@@ -32,21 +32,31 @@ def _kind(hint: Any) -> tuple[type, bool]:
     if isinstance(hint, types.UnionType):
         inner = [t for t in typing.get_args(hint) if t is not type(None)]
         return inner[0], len(inner) < len(typing.get_args(hint))
-    return hint, False
+    return typing.get_origin(hint) or hint, False
+
+
+def _listed(text: str) -> list[str]:
+    """``a,b`` as a list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add one ``--flag`` per field of ``cls``; a flag that is not given leaves no attribute."""
+    """Add one ``--flag`` per field of ``cls``; a flag that is not given leaves no attribute.
+
+    A field of type ``tuple[str, ...]`` takes names joined by commas, and its flag may be repeated.
+    """
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         kind, _ = _kind(hints[item.name])
         text = item.metadata["help"]
         required = item.default is MISSING
-        if not required and item.default is not None:
+        if not required and item.default is not None and item.default != ():
             text += f" (default: {item.default})"
         extra: dict[str, Any] = {"choices": item.metadata["choices"], "type": kind}
         if kind is bool:
             extra = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            extra = {"action": "extend", "type": _listed}
         parser.add_argument(
             "--" + item.name.replace("_", "-"),
             help=text.replace("%", "%%"),
@@ -95,6 +105,8 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             continue
         value, (kind, optional) = values[name], _kind(hints[name])
         value = _as_written(value, kind)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
         right = (value is None and optional) or (
             isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         )

@@ -9,6 +9,7 @@
     │   ├── BaseMismatchError     well-formed, but trained on another base
     │   └── UnservableError       sound, but not in the way that was asked for
     ├── MergeError                a merge that cannot be planned, finished or confirmed
+    ├── EvaluationError           an evaluation that cannot be started or finished
     ├── FoldError                 a fold into the running engine that did not happen
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
@@ -27,6 +28,7 @@ __all__ = [
     "BaseModelError",
     "ConfigError",
     "DataError",
+    "EvaluationError",
     "FoldError",
     "IncompatibleVLLMError",
     "MergeError",
@@ -80,6 +82,10 @@ class UnservableError(AdapterError):
 
 class MergeError(SecuraError):
     """A merge that cannot be planned, finished or confirmed; nothing was left behind."""
+
+
+class EvaluationError(SecuraError):
+    """An evaluation that cannot be started or finished; no report was written."""
 
 
 class FoldError(SecuraError):

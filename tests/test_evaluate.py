@@ -15,6 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.evaluate import answers, retention, score, score_json, score_label, score_word
+from secura_serve.evaluate.scoring import score_name, score_number
 from secura_serve.train import SecuraConfig, adapter_layers
 
 TEXTS = ["A short line of plain text.", "Another one, which is somewhat longer than the first."]
@@ -41,6 +42,34 @@ def test_label(answer: str, right: bool) -> None:
 )
 def test_word(answer: str, right: bool) -> None:
     assert score_word(answer, "42") is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "right"),
+    [
+        ("It is Lome, in the south.", "Lomé", True),
+        ("SANA\u2019A", "Sana'a", True),
+        ("Limassol", "Lima", False),
+    ],
+)
+def test_name(answer: str, wanted: str, right: bool) -> None:
+    assert score_name(answer, wanted) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("5 * 4 = 20. The answer is 20.", True),
+        ("20", True),
+        ("It is $20.00", True),
+        ("20 of the 25", False),
+        ("1,020", False),
+        ("-20", False),
+        ("twenty", False),
+    ],
+)
+def test_number(answer: str, right: bool) -> None:
+    assert score_number(answer, "4 * 5 = 20. The answer is 20.") is right
 
 
 @pytest.mark.parametrize(

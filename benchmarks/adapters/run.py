@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
-import re
 import shutil
 import statistics
 import sys
@@ -31,6 +29,7 @@ from peft import PeftModel
 
 from benchmarks.adapters import make_data
 from secura_serve.evaluate import answers, retention, score
+from secura_serve.evaluate.data.prose import neutral_texts
 from secura_serve.train.base import load_base
 from secura_serve.train.card import write
 from secura_serve.train.run import train
@@ -38,8 +37,6 @@ from secura_serve.train.settings import TrainConfig
 
 BASE = "smollm2-135m"
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
-FORTUNES = Path("/usr/share/games/fortunes")
-NEUTRAL = ("literature", "wisdom", "science", "work", "education")
 ITEMS = 200
 BASE_ROOM = 48
 
@@ -110,19 +107,6 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def neutral_texts() -> list[str]:
-    """48 passages of English prose of at least 40 words, the same ones every time."""
-    if not FORTUNES.is_dir():
-        raise SystemExit(f"{FORTUNES} is missing; apt-get install fortunes")
-    texts = []
-    for name in NEUTRAL:
-        file = FORTUNES / name
-        if file.exists():
-            parts = re.split(r"^%$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            texts += [" ".join(p.split()) for p in parts if len(p.split()) >= 40]
-    return random.Random(0).sample(sorted(set(texts)), 48)
-
-
 def evaluate_base(task: str, test: Path) -> dict[str, Any]:
     """Held-out accuracy of the plain base."""
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
@@ -150,7 +134,7 @@ def evaluate_adapter(folder: Path, task: str, test: Path) -> dict[str, Any]:
     """Held-out accuracy and retention of an adapter as it lies on disk."""
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
     tuned = PeftModel.from_pretrained(model, str(folder))
-    kept = retention(tuned, tokenizer, neutral_texts())
+    kept = retention(tuned, tokenizer, neutral_texts().texts)
     if RECIPES[task].magnorm != "none":
         # The same weights as in the forward pass, made once instead of at every token.
         tuned.merge_adapter()
@@ -214,7 +198,7 @@ def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> No
     facts["evaluation"] = {
         "kind": RECIPES[task].kind,
         "max_new_tokens": RECIPES[task].max_new_tokens,
-        "neutral_text": f"48 passages of Debian fortunes ({', '.join(NEUTRAL)})",
+        "neutral_text": neutral_texts().source,
         "validation_accuracy_by_lr": tuning,
         "base": base,
         "seeds": scores,
@@ -310,7 +294,7 @@ tags: [secura, cur, peft]
 
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
-lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.tasks`), greedy decoding of at most
+lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.scoring`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
 {chosen}

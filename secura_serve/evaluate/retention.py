@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,18 @@ def retention(
     *,
     max_tokens: int = 64,
     batch_size: int = 4,
+    without: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Retention:
-    """Compare a PEFT model with and without its adapter on ``texts``, cut to ``max_tokens``.
+    """Compare a model with and without its adapter on ``texts``, cut to ``max_tokens``.
+
+    Args:
+        without: a context in which the model is its base; by default that of a PEFT model.
 
     Peak memory: two float32 ``(batch_size · max_tokens, vocabulary)`` matrices and a few copies.
     """
     model.eval()
     device = next(model.parameters()).device
+    without = without or model.disable_adapter
     ids = [tokenizer(t, truncation=True, max_length=max_tokens)["input_ids"] for t in texts]
     ids = sorted((row for row in ids if len(row) > 1), key=len)
     kl = base_nll = nll = 0.0
@@ -50,7 +56,7 @@ def retention(
             padding_side="right",
             return_tensors="pt",
         ).to(device)
-        with model.disable_adapter():
+        with without():
             before = F.log_softmax(model(**batch, use_cache=False).logits[:, :-1].float(), dim=-1)
         after = F.log_softmax(model(**batch, use_cache=False).logits[:, :-1].float(), dim=-1)
         real = batch["attention_mask"][:, 1:].bool()

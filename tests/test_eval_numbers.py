@@ -1,0 +1,67 @@
+"""Proves the formulas of the reports: intervals against exact values and simulation, the measures
+of a sequence against one worked by hand.
+
+Needs numpy alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from secura_serve.errors import DataError
+from secura_serve.evaluate import AccuracyMatrix, paired, wilson
+
+
+def test_wilson_bounds_solve_their_equation() -> None:
+    # The bounds are where |p̂ − p| is z standard errors of p: put them in and see.
+    for right, n in ((1, 10), (150, 200), (199, 200)):
+        found = wilson([True] * right + [False] * (n - right))
+        assert (found.accuracy, found.right, found.n) == (right / n, right, n)
+        for p in (found.low, found.high):
+            assert abs(right / n - p) == pytest.approx(
+                1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-5
+            )
+    # Textbook value for 0 of 10: z²/(n + z²).
+    assert wilson([False] * 10).low == 0
+    assert wilson([False] * 10).high == pytest.approx(3.841459 / 13.841459, rel=1e-5)
+    with pytest.raises(ValueError, match="no items"):
+        wilson([])
+
+
+def test_paired_counts_items_and_is_exact() -> None:
+    model = [True] * 8 + [False] * 2 + [True] * 10
+    base = [False] * 8 + [True] * 2 + [True] * 10
+    found = paired(model, base)
+    assert (found.better, found.worse, found.difference) == (8, 2, pytest.approx(0.3))
+    # 2·(C(10,0) + C(10,1) + C(10,2)) / 2^10
+    assert found.p == pytest.approx(2 * 56 / 1024)
+    # An item-by-item bootstrap, written out.
+    gain = np.array(model, float) - np.array(base, float)
+    rng = np.random.default_rng(1)
+    means = [gain[rng.integers(0, 20, 20)].mean() for _ in range(4000)]
+    assert [found.low, found.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.051)
+    same = paired(base, base)
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_sequence_by_hand() -> None:
+    matrix = AccuracyMatrix(
+        tasks=("a", "b", "c"),
+        rows=((0.9, 0.3, 0.2), (0.8, 0.7, 0.4), (0.85, 0.5, 0.6)),
+        untrained=(0.5, 0.25, 0.1),
+    )
+    assert matrix.average_accuracy == pytest.approx((0.85 + 0.5 + 0.6) / 3)
+    assert matrix.backward_transfer == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
+    assert matrix.forgetting == pytest.approx(((0.9 - 0.85) + (0.7 - 0.5)) / 2)
+    assert matrix.forward_transfer == pytest.approx(((0.3 - 0.25) + (0.4 - 0.1)) / 2)
+
+
+def test_sequence_of_one_and_of_wrong_shape() -> None:
+    alone = AccuracyMatrix(("a",), ((0.5,),))
+    assert alone.average_accuracy == 0.5
+    assert alone.backward_transfer is alone.forgetting is alone.forward_transfer is None
+    with pytest.raises(DataError, match="2 tasks needs 2 rows"):
+        AccuracyMatrix(("a", "b"), ((0.5, 0.5),))
