@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -174,7 +175,7 @@ def test_the_slow_copy_is_a_moving_average() -> None:
         now = [1.0 + 0.5 * (step + 1), -2.0 * 1.1 ** (step + 1)]
         by_hand = [0.9 * s + 0.1 * v for s, v in zip(by_hand, now, strict=True)]
     assert [float(copy.slow[n]) for n in "ab"] == pytest.approx(by_hand, rel=1e-6)
-    assert float(model.a) == 4.5
+    assert model.a.item() == 4.5
 
 
 def test_the_distance_is_between_the_logits_of_replayed_rows() -> None:
@@ -355,6 +356,58 @@ def test_what_is_written_is_the_slow_copy(
     assert 0 < results[1] < 0.8 * results[0]
     assert not same(tmp_path / "0", tmp_path / "0.9")
     assert all(float(t.abs().max()) > 0 for n, t in tensors(tmp_path / "0.9").items() if "U" in n)
+
+
+@pytest.mark.parametrize("method", ["curlora", "secura", "lora", "dora", "full"])
+def test_the_slow_copy_answers_as_the_model_would(
+    tiny_base: TinyBase, tmp_path: Path, method: str
+) -> None:
+    """Its logits come from the same modules with other tensors, whatever the method."""
+    more = ["--method", method] + ([] if method == "full" else ["--rank", "4"])
+    argv = ["--base", str(tiny_base("qwen2")), "--data", "-", "--out", "o", "--dtype", "float32"]
+    tuned = prepare(settings([*argv, "--device", "cpu", *more]))
+    model = tuned.model
+    rows = encode(read_jsonl(write(tmp_path / "x.jsonl", PAIRS[:3])), tuned.tokenizer, 512)
+    batch = Collator(tuned.tokenizer.pad_token_id)([row | {"replayed": [1]} for row in rows])
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for value in held.values():
+        value.data += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    copy = SlowCopy(model, 5, 0.2, seed=0, decay=0.9, weight=2.0)
+    before, wanted = answer_logits(model, batch)
+    assert copy.extra_loss(model, batch, before).item() < 1e-9
+    for value in held.values():
+        value.data *= 1.2
+    now, _ = answer_logits(model, batch)
+    expected = 2 * (now - before)[wanted != -100].double().square().mean()
+    found = copy.extra_loss(model, batch, now)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and found > 0
+    found.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in held.values())
+
+
+def test_ewc_holds_what_the_first_task_needs(
+    tiny_base: TinyBase, folder: Path, tmp_path: Path
+) -> None:
+    moved = []
+    for weight in ("1e-6", "1e4"):
+        more = ["--strategy", "ewc", "--ewc-lambda", weight, "--max-steps", "15"]
+        more += ["--lr", "0.003"]
+        config = settings(_argv(tiny_base("llama"), folder, tmp_path / weight, *more))
+        assert isinstance(config, SequenceConfig)
+        seen: list[dict[str, Tensor]] = []
+
+        def scorer(tuned: Any, task: str, rows: Any, seen: list[Any] = seen) -> dict[str, float]:
+            held = tuned.model.named_parameters()
+            seen.append({n: p.detach().clone() for n, p in held if p.requires_grad})
+            return {"exact_match": 0.0}
+
+        train_sequence(config, scorer=scorer)
+        # Asked twice before the first task and twice after each.
+        after = seen[2], seen[4]
+        moved.append(sum(float((after[1][n] - after[0][n]).norm()) for n in after[0]))
+        for path in tmp_path.glob(".*.run"):
+            shutil.rmtree(path)
+    assert 0 < moved[1] < 0.5 * moved[0]
 
 
 def test_what_a_sequence_refuses(folder: Path, tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ class EWC(Strategy):
     computed as ``λ/2 Σ_i F_i (θ_i − m_i)²`` with ``F = Σ_k F_k``, ``m = Σ_k F_k θ*_k / F``, which
     differs from that sum by a constant: two tensors per parameter, however many tasks.
 
-    λ = 1 is of the order that the Laplace approximation gives: the loss is a mean over answer
-    tokens, log p a sum over those of one example.
+    The Laplace approximation, from which the penalty comes, would give λ = (examples of task k) /
+    (answer tokens of the new task): the loss is a mean over tokens, log p a sum over one answer's.
     """
 
     def __init__(
