@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from training import PAIRS, command, environment, flags, same, tensors, write
+from transformers import TrainerCallback
 
 from secura_serve import adapter
 from secura_serve.accuracy_matrix import AccuracyMatrix
@@ -28,6 +30,7 @@ from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.continual import train_sequence, write_sequence
 from secura_serve.train.data import Collator, encode
 from secura_serve.train.ewc import EWC, fisher_diagonal
+from secura_serve.train.fit import Interrupted
 from secura_serve.train.loss import answer_logits, held_out
 from secura_serve.train.main import main, settings
 from secura_serve.train.methods import kept_tensors, prepare
@@ -190,7 +193,7 @@ def test_the_distance_is_between_the_logits_of_replayed_rows() -> None:
     found = copy.extra_loss(model, batch, logits)
     # Words before the labels of the two marked rows.
     squares = [v for w in (2, 1, 2) for v in (((0.9 - 0.4) * w) ** 2, (-0.4 * w * w) ** 2, 0.0)]
-    assert float(found) == pytest.approx(gamma * sum(squares) / len(squares), rel=1e-5)
+    assert found.item() == pytest.approx(gamma * sum(squares) / len(squares), rel=1e-5)
     # d/da of the same, the slow copy being a constant.
     found.backward()
     slope = gamma * sum(2 * (0.9 - 0.4) * w * w for w in (2, 1, 2)) / len(squares)
@@ -328,6 +331,37 @@ def test_a_killed_process_goes_on_and_stages_are_kept(
     again += ["--tasks", "sums,words", "--tasks-dir", str(folder), "--out", str(tmp_path / "b")]
     assert main([*again, "--no-keep-stages"]) == 0
     assert same(out, tmp_path / "b")
+
+
+class _CtrlC(TrainerCallback):
+    """Presses it in the second task."""
+
+    def __init__(self) -> None:
+        self.tasks = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.tasks += 1
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.tasks == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_task_leaves_the_finished_ones(
+    tiny_base: TinyBase, folder: Path, tmp_path: Path
+) -> None:
+    """With early stopping on examples held out of the training files."""
+    more = ["--eval-split", "0.25", "--eval-steps", "1", "--patience", "2"]
+    argv = _argv(tiny_base("llama"), folder, tmp_path / "o", *more)
+    config = settings(argv)
+    assert isinstance(config, SequenceConfig)
+    with pytest.raises(Interrupted, match="step 1 of 3") as stop:
+        train_sequence(config, log=[_CtrlC()])
+    assert stop.value.checkpoint == tmp_path / ".o.run" / "stage"
+    assert main([*argv, "--resume", "auto"]) == 0
+    stages = json.loads((tmp_path / "o" / "continual.json").read_text())["stages"]
+    assert [stage["task"] for stage in stages] == ["sums", "words"]
+    assert [stage["examples"] for stage in stages] == [9, 9]
 
 
 def test_what_is_written_is_the_slow_copy(

@@ -50,9 +50,9 @@ class SequenceConfig(TrainConfig):
     )
     tasks_dir: str | None = option("folder of the tasks that are given by name alone", None)
     strategy: str = option(
-        "what is done about forgetting: seq = nothing, er = replay of earlier examples, ewc = "
-        "important parameters are held, ilora = replay, and a slow copy that is kept close to and "
-        "written in the end",
+        "what is done about forgetting: seq = nothing, er = replay of earlier examples, ewc = a "
+        "penalty on moving what earlier tasks depend on, ilora = replay, and a slow copy of what "
+        "is trained, which is evaluated and written in its place",
         "seq",
         STRATEGIES,
     )
