@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, field
 from typing import Any, TypeVar
 
@@ -40,13 +40,16 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add one ``--flag`` per field of ``cls``; a flag that is not given leaves no attribute.
+def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[str] = ()) -> None:
+    """Add one ``--flag`` per field of ``cls`` but those in ``skip``.
 
-    A field of type ``tuple[str, ...]`` takes names joined by commas, and its flag may be repeated.
+    A flag that is not given leaves no attribute. A field of type ``tuple[str, ...]`` takes names
+    joined by commas, and its flag may be repeated.
     """
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
+        if item.name in skip:
+            continue
         kind, _ = _kind(hints[item.name])
         text = item.metadata["help"]
         required = item.default is MISSING

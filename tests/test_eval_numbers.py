@@ -1,5 +1,4 @@
-"""Proves the formulas of the reports: intervals against exact values and simulation, the measures
-of a sequence against one worked by hand.
+"""Proves the formulas of the reports: intervals against exact values and simulation.
 
 Needs numpy alone.
 """
@@ -11,8 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from secura_serve.errors import DataError
-from secura_serve.evaluate import AccuracyMatrix, paired, wilson
+from secura_serve.evaluate import paired, wilson
 
 
 def test_wilson_bounds_solve_their_equation() -> None:
@@ -45,23 +43,3 @@ def test_paired_counts_items_and_is_exact() -> None:
     assert [found.low, found.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.051)
     same = paired(base, base)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
-
-
-def test_sequence_by_hand() -> None:
-    matrix = AccuracyMatrix(
-        tasks=("a", "b", "c"),
-        rows=((0.9, 0.3, 0.2), (0.8, 0.7, 0.4), (0.85, 0.5, 0.6)),
-        untrained=(0.5, 0.25, 0.1),
-    )
-    assert matrix.average_accuracy == pytest.approx((0.85 + 0.5 + 0.6) / 3)
-    assert matrix.backward_transfer == pytest.approx(((0.85 - 0.9) + (0.5 - 0.7)) / 2)
-    assert matrix.forgetting == pytest.approx(((0.9 - 0.85) + (0.7 - 0.5)) / 2)
-    assert matrix.forward_transfer == pytest.approx(((0.3 - 0.25) + (0.4 - 0.1)) / 2)
-
-
-def test_sequence_of_one_and_of_wrong_shape() -> None:
-    alone = AccuracyMatrix(("a",), ((0.5,),))
-    assert alone.average_accuracy == 0.5
-    assert alone.backward_transfer is alone.forgetting is alone.forward_transfer is None
-    with pytest.raises(DataError, match="2 tasks needs 2 rows"):
-        AccuracyMatrix(("a", "b"), ((0.5, 0.5),))

@@ -16,11 +16,13 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "bases": FOUNDATION,
     "checkpoint": FOUNDATION,
+    "accuracy_matrix": FOUNDATION,
     "compiled": set(),
     "method": FOUNDATION | {"compiled"},
     "adapter": FOUNDATION | {"bases", "checkpoint", "compiled", "method"},
 }
-ALLOWED["train"] = ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter"}
+ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter"}
+ALLOWED["train"] = ALLOWED["merge"] | {"accuracy_matrix"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["merge"] | {"merge"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}

@@ -201,6 +201,7 @@ GOOD = {"base": "b", "data": "d", "out": "o"}
         ({"core": "x"}, "core: got 'x', allowed: u, ab"),
         ({"alpha": "fast"}, "alpha: got 'fast'"),
         ({"eval_split": 1.0}, "eval_split"),
+        ({"warmup": 1.5}, "warmup: got 1.5, must be a share"),
         ({"inner_rank": 8, "rank": 16}, "inner_rank"),
     ],
 )

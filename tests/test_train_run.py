@@ -269,7 +269,7 @@ def test_one_model_learns_task_after_task(tiny_base: TinyBase, data: Path) -> No
             held=first,
             extra_loss=stay,
         )
-        assert found.steps == 6 and set(found.held_out) == {"loss", "token_accuracy"}
+        assert found.steps == 6 and set(found.held_out) >= {"loss", "token_accuracy"}
         now = trained(tuned)
         moved.append(sum(float((now[k] - v).float().norm()) for k, v in after_first.items()))
     assert 0 < moved[1] < 0.7 * moved[0]

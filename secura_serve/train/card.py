@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,10 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "nump
 
 def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
     """Everything that is needed to train the same again, and what was measured."""
-    settings = asdict(config)
-    sources = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
-    # The folder names of this machine say nothing about the adapter; the digests do.
-    for key, value in sources.items():
-        settings[key] = Path(value).name if Path(value).exists() else value
-    settings |= {"out": Path(config.out).name, "run_dir": None, "resume": None}
     facts = {
-        "config": settings,
+        "config": config.portable(),
         "base": run.tuned.model_id,
-        "data_sha256": {name: digest(path) for name, path in sources.items()},
+        "data_sha256": {name: digest(path) for name, path in config.sources().items()},
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
@@ -70,12 +64,19 @@ def _sentence(settings: dict[str, Any], base: str) -> str:
     )
 
 
-def card(name: str, facts: dict[str, Any]) -> str:
-    """The text of ``README.md`` for a run without further evaluation."""
+def _data(facts: dict[str, Any]) -> str:
+    settings, digests = facts["config"], facts["data_sha256"]
+    if "tasks" in settings:
+        return f"`{settings['tasks']}` one after another (strategy {settings['strategy']})"
+    found = digests["data"]
+    return f"`{settings['data']}`" + (f" (SHA-256 `{found[:16]}…`)" if found else "")
+
+
+def card(name: str, facts: dict[str, Any], section: str = "") -> str:
+    """The text of ``README.md`` for a run without further evaluation; it ends with ``section``."""
     settings, base = facts["config"], facts["base"]
+    data = _data(facts)
     scores = "\n".join(f"| {key} | {value:.4g} |" for key, value in facts["scores"].items())
-    found = facts["data_sha256"]["data"]
-    data = f"`{settings['data']}`" + (f" (SHA-256 `{found[:16]}…`)" if found else "")
     note = f"\n{REPRODUCTION_NOTE}\n" if settings["magnorm"] in REPRODUCTION_ONLY else ""
     library, tags = {
         "full": ("transformers", "[]"),
@@ -96,14 +97,21 @@ The exact recipe is in `train.json`, the course of the training in `curves.json`
 | measured | value |
 |---|---|
 {scores}
-"""
+{section}"""
 
 
-def write(config: TrainConfig, run: Run, extra: dict[str, Any] | None = None) -> Path:
+def write(
+    config: TrainConfig,
+    run: Run,
+    extra: dict[str, Any] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
+    section: str = "",
+) -> Path:
     """Write ``--out``, all of it or nothing, then forget the run's checkpoints.
 
     ``curlora`` and ``secura`` give this project's adapter folder, ``lora`` and ``dora`` a plain
-    PEFT one, ``full`` a checkpoint that loads like its base. ``extra`` goes into ``train.json``.
+    PEFT one, ``full`` a checkpoint that loads like its base. ``extra`` goes into ``train.json``,
+    ``section`` at the end of the card, ``files`` beside them.
 
     Raises:
         ConfigError: the folder exists and ``overwrite`` is off.
@@ -111,21 +119,22 @@ def write(config: TrainConfig, run: Run, extra: dict[str, Any] | None = None) ->
     out = Path(os.path.abspath(config.out))
     facts = recipe(config, run) | (extra or {})
     course = curves.points(run.history)
-    files: dict[str, str | bytes] = {
+    written: dict[str, str | bytes] = {
+        **(files or {}),
         "train.json": json.dumps(facts, indent=1) + "\n",
-        "README.md": card(out.name, facts),
+        "README.md": card(out.name, facts, section),
         "curves.json": json.dumps(course) + "\n",
     }
     if picture := curves.draw(course, out.name) if course["train"] else None:
-        files["curves.png"] = picture
+        written["curves.png"] = picture
     if run.tuned.is_cur:
-        _save_cur(out, config, run, files)
+        _save_cur(out, config, run, written)
     elif out.exists() and not config.overwrite:
         raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
     else:
         with replacing(out) as new:
             _save_plain(new, config, run)
-            for name, content in files.items():
+            for name, content in written.items():
                 content = content.encode("utf-8") if isinstance(content, str) else content
                 new.joinpath(name).write_bytes(content)
     if run.folder is not None:

@@ -17,7 +17,9 @@ __all__ = ["RunFolder", "is_main_process"]
 
 _RUN = "run.json"
 # What may change between the parts of a run without changing its outcome.
-_FREE = ("out", "data", "eval_data", "overwrite", "run_dir", "resume", "save_steps", "device")
+_FREE: tuple[str, ...] = ("out", "overwrite", "run_dir", "resume", "save_steps", "device")
+# What the digests of the data stand for.
+_FREE += ("data", "eval_data", "tasks", "tasks_dir")
 
 
 def is_main_process() -> bool:
@@ -50,7 +52,7 @@ class RunFolder:
         start = self._start(world_size)
         if start is not None:
             self._same_run(start.parent / _RUN, facts)
-        elif any(self.path.glob("checkpoint-*")) and not config.resume:
+        elif self._unfinished() and not config.resume:
             if not config.overwrite:
                 raise ConfigError(
                     f"{self.path} holds the checkpoints of an unfinished run; --resume auto goes "
@@ -63,6 +65,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return start
+
+    def _unfinished(self) -> bool:
+        return any(self.path.glob("checkpoint-*"))
 
     def _start(self, world_size: int) -> Path | None:
         if self.config.resume is None:

@@ -123,7 +123,10 @@ class Collator:
     pad: int
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> Batch:
-        """``input_ids``, ``labels``, ``attention_mask``, ``position_ids``: int64 (batch, width)."""
+        """``input_ids``, ``labels``, ``attention_mask``, ``position_ids``: int64 (batch, width).
+
+        Where rows are marked with ``replayed``, also that: bool (batch,).
+        """
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), self.pad)
         labels = torch.full((len(rows), width), IGNORE)
@@ -134,9 +137,11 @@ class Collator:
             labels[i, width - n :] = torch.tensor(row["labels"])
             mask[i, width - n :] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return {
+        batch = {
             "input_ids": ids,
             "labels": labels,
             "attention_mask": mask,
             "position_ids": positions,
         }
+        marks = torch.tensor(["replayed" in row for row in rows])
+        return batch | ({"replayed": marks} if marks.any() else {})

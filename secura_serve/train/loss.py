@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,15 @@ calling that; ``batch`` comes from the collator, labels included.
 """
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def answer_logits(
+    model: nn.Module, batch: Batch, forward: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The logits that predict the answers of one batch, and the tokens they should predict.
 
     The output layer runs on the columns that hold a label and on the one before them only.
+
+    Args:
+        forward: called in place of ``model``, with its arguments.
 
     Returns:
         logits (rows, n, vocabulary) float32, and labels (rows, n) int64, −100 outside the answer;
@@ -34,6 +40,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     inputs = dict(batch)
     labels = inputs.pop("labels")
+    inputs.pop("replayed", None)
     first = int((labels != IGNORE).any(dim=0).nonzero()[0])
     keep = labels.shape[1] - first + 1
     # Of the class: accelerate wraps the method of the instance under autocast.
@@ -42,7 +49,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs["logits_to_keep"] = keep  # type: ignore[assignment]
     if "position_ids" not in accepted:
         inputs.pop("position_ids", None)
-    logits = model(**inputs, use_cache=False).logits[:, -keep:-1].float()
+    logits = (forward or model)(**inputs, use_cache=False).logits[:, -keep:-1].float()
     return logits, labels[:, first:]
 
 
@@ -79,21 +86,34 @@ def held_out(
     batch_size: int,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> dict[str, float]:
-    """Mean loss per answer token and share of answer tokens that are the most likely one.
+    """How well a model predicts held-out answers.
 
     Args:
-        reduce: adds up loss, right tokens and tokens (float64) over the processes that hold
-            other rows.
+        reduce: adds up five sums (float64) over the processes that hold other rows.
+
+    Returns:
+        ``loss``: mean per answer token. ``token_accuracy``: share of answer tokens that are the
+        most likely one. ``exact_match``: share of answers of which all are, the end-of-sequence
+        token included; those are the answers that greedy decoding gives token for token, since it
+        goes wrong where the first token is not the most likely one.
     """
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size])
-        parts = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
+        logits, wanted = answer_logits(model, {k: v.to(device) for k, v in batch.items()})
+        real, right = wanted != IGNORE, logits.argmax(-1) == wanted
+        parts = [summed(logits, wanted), (right & real).sum(), real.sum()]
+        whole = (right | ~real).all(1)
+        parts += [whole.sum(), torch.tensor(len(whole))]
         total += torch.tensor([float(p) for p in parts], dtype=torch.float64)
     model.train(training)
-    loss, right, count = reduce(total).tolist()
-    return {"loss": loss / count, "token_accuracy": right / count}
+    loss, tokens, count, exact, answers = reduce(total).tolist()
+    return {
+        "loss": loss / count,
+        "token_accuracy": tokens / count,
+        "exact_match": exact / answers,
+    }

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from secura_serve.config import add_flags, build
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.train.checkpoints import is_main_process
+from secura_serve.train.sequence import SequenceConfig
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
 __all__ = ["main", "parser"]
 
+_PLAIN = {item.name for item in fields(TrainConfig)}
 _EXAMPLES = """examples:
   secura-train --base smollm2-135m --data mine.jsonl --out adapters/mine --eval-split 0.1
   secura-train --config recipe.yaml --set lr=0.002 --seed 1 --out adapters/mine-1
   secura-train --config adapters/mine/train.json --data mine.jsonl --method lora --out lora/mine
+  secura-train --base gpt2-large --tasks mrpc,sst2 --tasks-dir data --strategy er --out adapters/two
   accelerate launch --multi_gpu --num_processes 2 -m secura_serve.train.main --config recipe.yaml
 """
 
@@ -43,18 +47,26 @@ def parser() -> argparse.ArgumentParser:
         help="one setting, its value read as YAML; wins over --config, flags win over it",
     )
     add_flags(made, TrainConfig)
+    group = made.add_argument_group(
+        "several tasks, one after another", "only with --tasks, in place of --data and --eval-data"
+    )
+    add_flags(group, SequenceConfig, skip=_PLAIN)
     return made
 
 
 def settings(argv: Sequence[str] | None) -> TrainConfig:
     """The settings of a command line: flags over ``--set`` over the file.
 
+    They are a :class:`SequenceConfig` where one of its own settings is among them.
+
     Raises:
         ConfigError: with every problem of all three.
     """
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file, changes = given.pop("config"), given.pop("set")
-    return build(TrainConfig, (_recipe(file) if file else {}) | _changes(changes) | given)
+    values = (_recipe(file) if file else {}) | _changes(changes) | given
+    names = {item.name for item in fields(SequenceConfig)} - _PLAIN
+    return build(SequenceConfig if values.keys() & names else TrainConfig, values)
 
 
 def _recipe(file: str) -> dict[str, Any]:
@@ -99,7 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from secura_serve.train.run import train
 
         try:
-            run = train(config)
+            if isinstance(config, SequenceConfig):
+                from secura_serve.train.continual import train_sequence, write_sequence
+
+                run, course = train_sequence(config)
+                folder = write_sequence(config, run, course)
+            else:
+                run = train(config)
+                folder = write(config, run) if is_main_process() else Path()
         except Interrupted as stop:
             _say(f"\nsecura-train: {stop}; {config.out} was not written")
             if stop.checkpoint:
@@ -107,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         if not is_main_process():
             return 0
-        folder = write(config, run)
     except SecuraError as error:
         _say(f"secura-train: {error}")
         return 2

@@ -22,7 +22,7 @@ from secura_serve.train.methods import Tuned, prepare
 from secura_serve.train.records import Record, digest, parse_columns, read
 from secura_serve.train.settings import TrainConfig
 
-__all__ = ["Run", "train"]
+__all__ = ["Run", "announce", "check_out", "say", "train"]
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,25 @@ def train(config: TrainConfig, *, log: Sequence[TrainerCallback] = ()) -> Run:
         ConfigError, DataError, BaseModelError: before the training starts.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
-    out = Path(config.out)
-    check_name(out.absolute().name)
-    if out.exists() and not config.overwrite:
-        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+    check_out(config)
     records, held = _records(config)
     folder = RunFolder(config)
     start = folder.open(
-        {"data": digest(config.data), "eval_data": digest(config.eval_data or "")},
+        {name: digest(path) for name, path in config.sources().items()},
         int(os.environ.get("WORLD_SIZE", "1")),
     )
     if config.resume and start is None:
-        _say(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
+        say(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
     set_seed(config.seed)
     hf_logging.set_verbosity_error()
     before = memory.resident()
     tuned = prepare(config)
     rows, kept = (_rows(part, tuned, config) for part in (records, held))
-    _announce(tuned, rows, kept, len(records), start)
+    announce(tuned, rows, kept, len(records), start)
     found = fit(tuned, rows, held=kept, callbacks=log, run_dir=folder.path, resume=start)
     expected = memory.estimate(tuned, rows).total / memory.GIB
     used = (memory.peak() - before) / memory.GIB
-    _say(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
+    say(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
     scores = {"train_loss": found.train_loss, "steps": float(found.steps)}
     scores |= {f"held_out_{name}": value for name, value in found.held_out.items()}
     return Run(tuned, scores, found.seconds, found.history, folder)
@@ -97,23 +94,37 @@ def _rows(records: list[Record], tuned: Tuned, config: TrainConfig) -> Rows:
     return encode(records, tuned.tokenizer, config.max_length, config.over_long)
 
 
-def _announce(tuned: Tuned, rows: Rows, kept: Rows, read: int, start: Path | None) -> None:
+def check_out(config: TrainConfig) -> None:
+    """Refuse ``--out`` before the training, not after it.
+
+    Raises:
+        ConfigError: its name cannot be an adapter's, or it exists and ``overwrite`` is off.
+    """
+    out = Path(config.out)
+    check_name(out.absolute().name)
+    if out.exists() and not config.overwrite:
+        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+
+
+def announce(tuned: Tuned, rows: Rows, kept: Rows, read: int, start: Path | None) -> None:
+    """Say what is about to be trained, and whether its memory is there; ``read`` counts records."""
     trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
     skipped = f", {read - len(rows)} over-long ones left out" if len(rows) < read else ""
-    _say(
+    say(
         f"{tuned.config.method}: {trained:,} trained numbers, {len(rows)} examples{skipped}, "
         f"{len(kept)} held out" + (f"; goes on from {start}" if start else "")
     )
     expected = memory.estimate(tuned, rows)
-    _say(f"memory: about {expected} per process")
+    say(f"memory: about {expected} per process")
     free = memory.available()
     if expected.training + expected.activations > free:
-        _say(
+        say(
             f"memory: only {free / memory.GIB:.2f} GiB are free beside the loaded weights; lower "
             "--batch-size (and raise --accumulate) or --max-length if the run is killed"
         )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user, once however many processes there are."""
     if is_main_process():
         print(f"secura-train: {text}", file=sys.stderr)

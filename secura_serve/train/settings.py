@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
@@ -96,7 +98,7 @@ class TrainConfig:
     schedule: str = option(
         "learning-rate schedule after warm-up", "cosine", ("cosine", "linear", "constant")
     )
-    warmup: float = option("share of the steps spent warming up", 0.05)
+    warmup: float = option("share of the steps spent warming up; from 1 on, their number", 0.05)
     weight_decay: float = option("AdamW weight decay on what is trained", 0.0)
     epochs: float = option("passes over the data", 1.0)
     max_steps: int = option("stop after this many steps; -1 follows --epochs", -1)
@@ -156,7 +158,11 @@ class TrainConfig:
             ("accumulate", self.accumulate >= 1, ">= 1"),
             ("max_length", self.max_length >= 8, ">= 8"),
             ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
-            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            (
+                "warmup",
+                0 <= self.warmup < 1 or (self.warmup >= 1 and self.warmup.is_integer()),
+                "a share in [0, 1) or a whole number of steps",
+            ),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("inner_rank", (self.inner_rank or self.rank) >= self.rank, ">= rank"),
         ]
@@ -216,6 +222,15 @@ class TrainConfig:
             )
             if wrong
         ]
+
+    def sources(self) -> dict[str, str]:
+        """What the data come from, by name: files or hub ids."""
+        return {"data": self.data} | ({"eval_data": self.eval_data} if self.eval_data else {})
+
+    def portable(self) -> dict[str, Any]:
+        """The settings as a recipe keeps them: folders of this machine say nothing there."""
+        files = {k: Path(v).name if Path(v).exists() else v for k, v in self.sources().items()}
+        return asdict(self) | files | {"out": Path(self.out).name, "run_dir": None, "resume": None}
 
     def alpha_value(self) -> float | str:
         """``"auto"`` or the number."""

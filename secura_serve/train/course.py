@@ -1,0 +1,114 @@
+"""``Course``: what was measured along a sequence of tasks, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from secura_serve.accuracy_matrix import AccuracyMatrix
+from secura_serve.train.fit import Fit
+
+__all__ = ["Course", "Stage"]
+
+Scores = dict[str, dict[str, float]]
+"""Task -> what it scored."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The training of one task, and what every task scored after it."""
+
+    task: str
+    examples: int
+    replayed: int
+    steps: int
+    train_loss: float
+    seconds: float
+    tokens: int
+    scores: Scores
+
+
+@dataclass
+class Course:
+    """The stages so far, and what the tasks scored before the first of them.
+
+    Args:
+        score: the score that is called accuracy.
+    """
+
+    tasks: tuple[str, ...]
+    score: str
+    untrained: Scores = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, task: str, examples: int, replayed: int, found: Fit, scores: Scores) -> None:
+        """Append a stage; the history counts steps through all tasks."""
+        before = sum(stage.steps for stage in self.stages)
+        self.history += [entry | {"step": entry["step"] + before} for entry in found.history]
+        facts = (found.steps, found.train_loss, found.seconds, found.tokens)
+        self.stages.append(Stage(task, examples, replayed, *facts, scores))
+
+    def matrix(self, score: str | None = None) -> AccuracyMatrix:
+        """One score of every task after every task; all must have been trained.
+
+        Raises:
+            DataError: tasks are still to be trained.
+        """
+        name = score or self.score
+        rows = [tuple(stage.scores[task][name] for task in self.tasks) for stage in self.stages]
+        untrained = tuple(self.untrained[task][name] for task in self.tasks)
+        return AccuracyMatrix(self.tasks, tuple(rows), untrained)
+
+    def summary(self) -> dict[str, float]:
+        """The measures of the whole sequence; a single task has no transfer and no forgetting."""
+        matrix = self.matrix()
+        found = {
+            "average_accuracy": matrix.average_accuracy,
+            "backward_transfer": matrix.backward_transfer,
+            "forgetting": matrix.forgetting,
+            "forward_transfer": matrix.forward_transfer,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def report(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """``continual.json``, with the ``facts`` of a ``train.json``.
+
+        ``matrix`` holds, for each score, R[i][j]: task j after training on task i.
+        """
+        matrices = {name: self.matrix(name) for name in self.untrained[self.tasks[0]]}
+        return {
+            "tasks": list(self.tasks),
+            "accuracy": self.score,
+            **self.summary(),
+            "matrix": {name: matrix.rows for name, matrix in matrices.items()},
+            "untrained": {name: matrix.untrained for name, matrix in matrices.items()},
+            "stages": [
+                {k: v for k, v in asdict(stage).items() if k != "scores"} for stage in self.stages
+            ],
+            "seed": facts["config"]["seed"],
+            **{name: facts[name] for name in ("config", "base", "data_sha256", "versions")},
+        }
+
+    def table(self) -> str:
+        """The stages so far as Markdown: a row per stage, a column per task."""
+
+        def row(name: str, scores: Scores) -> str:
+            values = " | ".join(f"{scores[task][self.score]:.3f}" for task in self.tasks)
+            return f"| {name} | {values} |\n"
+
+        text = f"\n{self.score} on each task's test file, after each task:\n\n"
+        text += f"| after | {' | '.join(self.tasks)} |\n|---{'|---' * len(self.tasks)}|\n"
+        text += row("no training", self.untrained)
+        return text + "".join(row(stage.task, stage.scores) for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for :meth:`from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Course:
+        """What :meth:`to_json` gave."""
+        stages = [Stage(**stage) for stage in raw["stages"]]
+        return cls(**{**raw, "tasks": tuple(raw["tasks"]), "stages": stages})

@@ -1,0 +1,177 @@
+"""``SequenceConfig``: the settings of a sequence of tasks, and the files that the tasks name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secura_serve.config import option
+from secura_serve.errors import ConfigError
+from secura_serve.train.settings import TrainConfig
+
+__all__ = ["SCORES", "STRATEGIES", "SequenceConfig", "SequenceTask"]
+
+STRATEGIES = ("seq", "er", "ewc", "ilora")
+SCORES = ("exact_match", "token_accuracy")
+_MEANT_FOR = {
+    "replay": ("er", "ilora"),
+    "replay_share": ("er", "ilora"),
+    "ewc_lambda": ("ewc",),
+    "ewc_samples": ("ewc",),
+    "ema_decay": ("ilora",),
+    "consistency": ("ilora",),
+}
+
+
+@dataclass(frozen=True)
+class SequenceTask:
+    """One task of a sequence: its name and its two files."""
+
+    name: str
+    train: str
+    test: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig(TrainConfig):
+    """A training run over several tasks, one after another; every setting of one run, and these.
+
+    Raises:
+        ConfigError: listing every setting that is out of bounds, at odds with another one or
+            means nothing to the strategy, and every task that has no files.
+    """
+
+    data: str = option("not with --tasks", "")
+    tasks: str = option(
+        "tasks to train one after another, joined by commas: NAME=TRAIN:TEST (two files), or NAME, "
+        "whose files are NAME.train.jsonl and NAME.test.jsonl in --tasks-dir"
+    )
+    tasks_dir: str | None = option("folder of the tasks that are given by name alone", None)
+    strategy: str = option(
+        "what is done about forgetting: seq = nothing, er = replay of earlier examples, ewc = a "
+        "penalty on moving what earlier tasks depend on, ilora = replay, and a slow copy of what "
+        "is trained, which is evaluated and written in its place",
+        "seq",
+        STRATEGIES,
+    )
+    replay: int = option("er, ilora: examples that the buffer holds", 500)
+    replay_share: float = option("er, ilora: replayed examples per new one", 0.2)
+    ewc_lambda: float = option("ewc: weight of the penalty", 1.0)
+    ewc_samples: int = option("ewc: examples of a task that its Fisher information is from", 256)
+    ema_decay: float = option(
+        "ilora: share of the slow copy that outlasts a step; few steps a task want less", 0.99
+    )
+    consistency: float = option("ilora: weight of the squared distance between the logits", 0.99)
+    score: str = option(
+        "what is called accuracy, measured on each task's test file after each task: exact_match = "
+        "share of greedy answers that are right token for token, token_accuracy = share of answer "
+        "tokens that are the most likely one",
+        "exact_match",
+        SCORES,
+    )
+    keep_stages: bool = option(
+        "also write what each task left, as OUT-1-NAME, OUT-2-NAME, ... beside --out", False
+    )
+
+    def _foreign(self) -> list[str]:
+        return super()._foreign() + [
+            f"{name}: means nothing to strategy {self.strategy}; leave it out"
+            for name, strategies in _MEANT_FOR.items()
+            if self.strategy not in strategies
+            and getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
+
+    def _out_of_bounds(self) -> list[str]:
+        bounds = [
+            ("replay", self.replay >= 1, ">= 1"),
+            ("replay_share", self.replay_share > 0, "> 0"),
+            ("ewc_lambda", self.ewc_lambda > 0, "> 0"),
+            ("ewc_samples", self.ewc_samples >= 1, ">= 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+            ("consistency", self.consistency >= 0, ">= 0"),
+        ]
+        return super()._out_of_bounds() + [
+            f"{name}: got {getattr(self, name)!r}, must be {bound}"
+            for name, fine, bound in bounds
+            if not fine
+        ]
+
+    def _at_odds(self) -> list[str]:
+        slow = self.strategy == "ilora"
+        problems = [
+            problem
+            for wrong, problem in (
+                (self.data, "data: not with --tasks, which names the data"),
+                (self.eval_data, "eval_data: not with --tasks, which names the test files"),
+                (self.resume not in (None, "auto"), "resume: must be auto with --tasks"),
+                (
+                    self.strategy == "ewc" and self.fusion_step,
+                    "fusion_step: not with strategy ewc, for it keeps setting B to 0",
+                ),
+                (
+                    slow and self.packing,
+                    "packing: not with strategy ilora, which treats replayed examples apart",
+                ),
+                (
+                    slow and self.patience,
+                    "patience: not with strategy ilora, whose slow copy has no best step",
+                ),
+            )
+            if wrong
+        ]
+        try:
+            self.task_list()
+        except ConfigError as error:
+            problems += error.problems
+        return super()._at_odds() + problems
+
+    def task_list(self) -> list[SequenceTask]:
+        """The tasks in their order.
+
+        Raises:
+            ConfigError: with each task that cannot be had; files are only looked for.
+        """
+        found: list[SequenceTask] = []
+        problems = []
+        for text in (part.strip() for part in self.tasks.split(",") if part.strip()):
+            name, given, files = text.partition("=")
+            train, colon, test = files.partition(":")
+            if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+                problems.append(f"tasks: got the name {name!r}, allowed: letters, digits, . _ -")
+            if given and not (train and colon and test):
+                problems.append(f"tasks: got {text!r}, must be NAME=TRAIN:TEST or NAME")
+                continue
+            if not given and self.tasks_dir is None:
+                problems.append(f"tasks: {name} names no files; write NAME=TRAIN:TEST, or give")
+                problems[-1] += " --tasks-dir"
+                continue
+            if not given:
+                stem = Path(self.tasks_dir or "") / name
+                train, test = f"{stem}.train.jsonl", f"{stem}.test.jsonl"
+            problems += [
+                f"tasks: {name}: no file {path}"
+                for path in (train, test)
+                if not Path(path).is_file()
+            ]
+            found.append(SequenceTask(name, train, test))
+        names = [task.name for task in found]
+        problems += [f"tasks: {n} is named twice" for n in sorted(set(names)) if names.count(n) > 1]
+        if problems or not found:
+            raise ConfigError("the tasks are not valid:", problems or ["tasks: none is named"])
+        return found
+
+    def sources(self) -> dict[str, str]:
+        """The files of all tasks, as ``NAME.train`` and ``NAME.test``."""
+        return {
+            f"{task.name}.{split}": getattr(task, split)
+            for task in self.task_list()
+            for split in ("train", "test")
+        }
+
+    def portable(self) -> dict[str, Any]:
+        """As in :class:`TrainConfig`; the tasks are named with their files' names."""
+        tasks = [f"{t.name}={Path(t.train).name}:{Path(t.test).name}" for t in self.task_list()]
+        kept = {k: v for k, v in super().portable().items() if k not in self.sources()}
+        return kept | {"tasks": ",".join(tasks), "tasks_dir": None}

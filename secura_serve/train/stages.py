@@ -1,0 +1,49 @@
+"""The folder of a sequence: what its last finished task left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secura_serve.adapter.place import replacing
+from secura_serve.train.checkpoints import RunFolder
+
+__all__ = ["StageFolder"]
+
+_FACTS = "stage.json"
+
+
+class StageFolder(RunFolder):
+    """One folder ``stage`` in the run's, replaced as a whole after each task.
+
+    A run that was killed goes on with the first unfinished task, from its beginning.
+    """
+
+    @property
+    def stage(self) -> Path:
+        """The state after the last finished task; it may not be there."""
+        return self.path / "stage"
+
+    def _unfinished(self) -> bool:
+        return self.stage.exists()
+
+    def _start(self, world_size: int) -> Path | None:
+        return self.stage if self.config.resume and self._unfinished() else None
+
+    def write(self, facts: Mapping[str, Any], **tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state: JSON, and named collections of tensors."""
+        with replacing(self.stage) as new:
+            for name, held in tensors.items():
+                file = new / f"{name}.safetensors"
+                save_file({k: v.detach().contiguous() for k, v in held.items()}, file)
+            (new / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+    def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """What :meth:`write` was given."""
+        facts = json.loads((self.stage / _FACTS).read_text(encoding="utf-8"))
+        return facts, {f.stem: load_file(f) for f in self.stage.glob("*.safetensors")}
