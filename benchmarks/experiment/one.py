@@ -1,0 +1,174 @@
+"""One run of the experiment: train, measure, write its JSON. Started by run.py.
+
+    python benchmarks/experiment/one.py NAME WORK
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from benchmarks._report import header
+from benchmarks.experiment.run import PLAN, RESULTS, Job, continual, specs, tests, tuning
+from secura_serve.evaluate import answers, load_task, retention, wilson
+from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.run import KNOWLEDGE
+from secura_serve.train.methods import Tuned
+from secura_serve.train.run import Run, train
+from secura_serve.train.settings import TrainConfig
+
+
+def rows(task: str, split: str, file: Path, count: int | None = None) -> Path:
+    """The rows of a task as JSONL."""
+    found = load_task(task).rows(split)[:count]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in found)
+    file.write_text("".join(lines))
+    return file
+
+
+def config(job: Job, work: Path) -> dict[str, Any]:
+    return PLAN["common"] | job.settings | {
+        "base": PLAN["base"], "out": str(work / "out" / job.name), "lr": job.lr,
+        "seed": job.seed, "save_steps": 0, "overwrite": True,
+    }  # fmt: skip
+
+
+def accuracy(tuned: Tuned, task: str, split: str, count: int) -> dict[str, Any]:
+    wanted = load_task(task)
+    pairs = wanted.rows(split)[:count]
+    said = answers(
+        tuned.model, tuned.tokenizer, [p for p, _ in pairs], max_new_tokens=wanted.max_new_tokens
+    )
+    found = wilson(wanted.right(said, [c for _, c in pairs]))
+    return {"score": found.accuracy, "interval": [found.low, found.high], "items": len(pairs)}
+
+
+def base_of(tuned: Tuned, pristine: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which the model is its base."""
+    if tuned.config.method != "full":
+        return tuned.model.disable_adapter
+
+    @contextmanager
+    def swapped() -> Iterator[None]:
+        trained = {name: value.clone() for name, value in tuned.model.state_dict().items()}
+        tuned.model.load_state_dict(pristine)
+        yield
+        tuned.model.load_state_dict(trained)
+
+    return swapped
+
+
+def knowledge(tuned: Tuned, without: Any) -> dict[str, Any]:
+    """General-knowledge answers before and after."""
+    said: dict[bool, list[str]] = {True: [], False: []}
+    right: dict[bool, list[bool]] = {True: [], False: []}
+
+    def ask(after: bool) -> None:
+        for name in KNOWLEDGE:
+            task = load_task(name)
+            pairs = task.rows("test")
+            found = answers(
+                tuned.model, tuned.tokenizer, [p for p, _ in pairs],
+                max_new_tokens=task.max_new_tokens,
+            )  # fmt: skip
+            said[after] += found
+            right[after] += task.right(found, [c for _, c in pairs])
+
+    with without():
+        ask(False)
+    fold(tuned)
+    ask(True)
+    unchanged = [a == b for a, b in zip(said[True], said[False], strict=True)]
+    still = [now for now, then in zip(right[True], right[False], strict=True) if then]
+    return {"unchanged": asdict(wilson(unchanged)), "still_right": asdict(wilson(still))}
+
+
+def fold(tuned: Tuned) -> None:
+    """Put W' in place where there is one: generation is faster, and the same."""
+    if tuned.config.method != "full" and tuned.config.magnorm not in ("activation", "reference"):
+        tuned.model.merge_adapter()
+
+
+def single(job: Job, work: Path) -> dict[str, Any]:
+    plan = PLAN["single"]
+    data = rows(plan["task"], "train", work / "data" / f"{plan['task']}.{job.name}.jsonl")
+    settings = TrainConfig(**config(job, work), data=str(data))
+    pristine: dict[str, Any] = {}
+    if settings.method == "full":
+        from secura_serve.train.base import load_base
+
+        model, _, _ = load_base(settings.base, "float32", "cpu")
+        pristine = model.state_dict()
+    run: Run = train(settings)
+    tuned = run.tuned
+    found: dict[str, Any] = {
+        "trained_parameters": sum(p.numel() for p in tuned.model.parameters() if p.requires_grad),
+        "train_loss": run.scores["train_loss"],
+        "train_seconds": round(run.seconds, 1),
+    }
+    tuned.model.eval()
+    if job.kind == "tune":
+        fold(tuned)
+        return found | accuracy(tuned, plan["task"], "validation", plan["validation"])
+    without = base_of(tuned, pristine)
+    kept = retention(tuned.model, tuned.tokenizer, neutral_texts().texts, without=without)
+    found |= {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
+    found |= knowledge(tuned, without)
+    return found | accuracy(tuned, plan["task"], "test", plan["test"])
+
+
+def sequence(job: Job, work: Path) -> dict[str, Any]:
+    from secura_serve.train.continual import train_sequence
+    from secura_serve.train.sequence import SequenceConfig
+
+    plan, folder = PLAN["continual"], work / "data" / job.name
+    for task in plan["tasks"]:
+        rows(task, "train", folder / f"{task}.train.jsonl")
+        rows(task, "test", folder / f"{task}.test.jsonl", plan["test"])
+    replays = plan["common"] if job.strategy != "seq" else {
+        key: value for key, value in plan["common"].items() if not key.startswith("replay")
+    }  # fmt: skip
+    settings = SequenceConfig(
+        **(config(job, work) | replays), tasks=",".join(plan["tasks"]), tasks_dir=str(folder),
+        strategy=job.strategy,
+    )  # fmt: skip
+    run, course = train_sequence(settings)
+    model = run.tuned.model.eval()
+    texts = neutral_texts().texts
+    kept = retention(model, run.tuned.tokenizer, texts, without=base_of(run.tuned, {}))
+    course_facts = {k: v for k, v in course.to_json().items() if k != "history"}
+    found = course_facts | course.summary() | {"matrix": course.matrix().rows}
+    return found | {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
+
+
+def main() -> None:
+    name, work = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    known = [job for variant in specs() for job in [*tuning(variant), *tests(variant)]]
+    job = next(job for job in [*known, *continual()] if job.name == name)
+    facts = {"name": name, "variant": job.variant, "kind": job.kind, "lr": job.lr}
+    facts |= {"seed": job.seed, "strategy": job.strategy, "settings": job.settings}
+    facts |= header(("torch", "transformers", "peft"))
+    facts |= sequence(job, work) if job.kind == "continual" else single(job, work)
+    shutil.rmtree(work / "out" / name, ignore_errors=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    draft = job.file.with_suffix(".partial")
+    draft.write_text(json.dumps(facts, indent=1) + "\n")
+    draft.rename(job.file)
+    shown = ("score", "kl", "train_seconds")
+    print(json.dumps({key: round(facts[key], 4) for key in shown if key in facts}))
+
+
+if __name__ == "__main__":
+    main()

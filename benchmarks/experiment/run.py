@@ -1,0 +1,161 @@
+"""The experiment of plan.yaml as a queue: what is finished is kept and not run again.
+
+    python benchmarks/experiment/run.py [--jobs 2] [--only lora cur] [--until-minutes 90]
+
+Every run is a process of its own with one thread, and leaves one JSON file in
+``benchmarks/results/experiment/``. report.py draws the tables and plots from those files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+PLAN = yaml.safe_load((HERE / "plan.yaml").read_text())
+RESULTS = HERE.parent / "results" / "experiment"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with what is measured of it."""
+
+    name: str
+    variant: str
+    kind: str
+    """``tune`` (scored on the validation rows), ``test`` or ``continual``."""
+    lr: float
+    seed: int
+    strategy: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def found(self) -> dict[str, Any] | None:
+        """The result, if there is one."""
+        return json.loads(self.file.read_text()) if self.file.exists() else None
+
+
+def _job(variant: str, spec: dict[str, Any], kind: str, lr: float, seed: int) -> Job:
+    settings = {key: value for key, value in spec.items() if key != "lrs"}
+    return Job(f"{kind}-{variant}-{lr:g}-{seed}", variant, kind, lr, seed, settings=settings)
+
+
+def specs() -> dict[str, dict[str, Any]]:
+    """Variant -> its settings, of all three groups."""
+    single = PLAN["single"]
+    return single["variants"] | single["dial"] | single["once"]
+
+
+def tuning(variant: str) -> list[Job]:
+    """The validation runs of a variant; none where there is one learning rate."""
+    spec = specs()[variant]
+    lrs = spec["lrs"] if len(spec["lrs"]) > 1 else []
+    return [_job(variant, spec, "tune", float(lr), PLAN["seeds"][0]) for lr in lrs]
+
+
+def chosen_lr(variant: str) -> float | None:
+    """The learning rate of the test runs; None while the tuning is not finished."""
+    jobs = tuning(variant)
+    if not jobs:
+        return float(specs()[variant]["lrs"][0])
+    if any(job.found is None for job in jobs):
+        return None
+    return max(jobs, key=lambda job: ((job.found or {})["score"], -job.lr)).lr
+
+
+def tests(variant: str) -> list[Job]:
+    """The test runs of a variant, as far as its learning rate is known."""
+    lr, single = chosen_lr(variant), PLAN["single"]
+    if lr is None:
+        return []
+    seeds = PLAN["seeds"][:1] if variant in single["once"] else PLAN["seeds"]
+    return [_job(variant, specs()[variant], "test", lr, seed) for seed in seeds]
+
+
+def continual() -> list[Job]:
+    """The sequences whose learning rates are known."""
+    plan, jobs = PLAN["continual"], []
+    for variant in plan["variants"]:
+        if (lr := chosen_lr(variant)) is None:
+            continue
+        settings = {k: v for k, v in specs()[variant].items() if k != "lrs"}
+        for strategy in plan["strategies"]:
+            for seed in plan["seeds"]:
+                name = f"continual-{variant}-{strategy}-{seed}"
+                jobs.append(Job(name, variant, "continual", lr, seed, strategy, settings))
+    return jobs
+
+
+def waiting(only: list[str] | None) -> Iterator[Job]:
+    """What can run now: the first seed of everything before the second of anything."""
+    names = [name for name in specs() if not only or name in only]
+    jobs = [job for name in names for job in tuning(name)]
+    ready = [job for name in names for job in tests(name)]
+    jobs += sorted(ready, key=lambda job: PLAN["seeds"].index(job.seed))
+    jobs += [job for job in continual() if not only or job.variant in only]
+    return (job for job in jobs if job.found is None)
+
+
+def one(job: Job, work: Path) -> str:
+    """Run a job in a process of its own; returns what to say of it."""
+    command = [sys.executable, "-P", str(HERE / "one.py"), job.name, str(work)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    start = time.monotonic()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    spent = f"{(time.monotonic() - start) / 60:.1f} min"
+    if done.returncode:
+        return f"{job.name}: failed after {spent}\n{done.stderr[-2000:]}"
+    return f"{job.name}: {done.stdout.strip().splitlines()[-1]} ({spent})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
+    parser.add_argument("--until-minutes", type=float, help="start nothing after so many")
+    parser.add_argument("--work", type=Path, default=Path("runs/experiment"), help="scratch folder")
+    parser.add_argument("--dry-run", action="store_true", help="list what can run now")
+    given = parser.parse_args()
+    if given.dry_run:
+        print("\n".join(job.name for job in waiting(given.only)))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * (given.until_minutes or 1e6)
+    running, failed = {}, set[str]()
+    with ThreadPoolExecutor(given.jobs) as pool:
+        while True:
+            for name, future in list(running.items()):
+                if future.done():
+                    print(future.result(), flush=True)
+                    del running[name]
+                    if not (RESULTS / f"{name}.json").exists():
+                        failed.add(name)
+            busy = running.keys() | failed
+            ready = [job for job in waiting(given.only) if job.name not in busy]
+            if time.monotonic() < end:
+                for job in ready[: given.jobs - len(running)]:
+                    running[job.name] = pool.submit(one, job, given.work)
+            if not running:
+                break
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()
