@@ -1,0 +1,163 @@
+"""Tables and plots of the experiment, from the results that are there.
+
+    python benchmarks/experiment/report.py
+
+Writes ``report.md``, ``summary.json``, ``pareto.png`` and ``dial.png`` beside the results. A mean
+stands with its standard deviation over the seeds; a claim is judged by 95 % intervals of Student's
+t over the seeds, as plan.yaml fixed it before the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.experiment.run import PLAN, RESULTS, chosen_lr, continual, specs, tests, tuning
+
+# Student's t, two-sided 95 %, by degrees of freedom (two seeds to six).
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+MEASURES = {
+    "score": lambda r: r["score"],
+    "kl": lambda r: r["kl"],
+    "perplexity_ratio": lambda r: r["perplexity_ratio"],
+    "unchanged": lambda r: r["unchanged"]["accuracy"],
+    "still_right": lambda r: r["still_right"]["accuracy"],
+}
+
+
+def mean(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation and 95 % interval; one value has only itself."""
+    middle = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": middle, "sd": None, "interval": None, "n": 1}
+    sd = statistics.stdev(values)
+    reach = STUDENT[len(values) - 1] * sd / len(values) ** 0.5
+    return {
+        "mean": middle,
+        "sd": sd,
+        "interval": [middle - reach, middle + reach],
+        "n": len(values),
+    }
+
+
+def single() -> dict[str, Any]:
+    """Variant -> what its test runs measured, for those that have any."""
+    found: dict[str, Any] = {}
+    for variant in specs():
+        runs = [job.found for job in tests(variant) if job.found is not None]
+        if not runs:
+            continue
+        tried = {f"{job.lr:g}": job.found["score"] for job in tuning(variant) if job.found}
+        found[variant] = {
+            "lr": chosen_lr(variant),
+            "validation_score_by_lr": tried,
+            "trained_parameters": runs[0]["trained_parameters"],
+            "train_seconds": round(statistics.mean(r["train_seconds"] for r in runs), 1),
+            **{name: mean([of(r) for r in runs]) for name, of in MEASURES.items()},
+        }
+    return found
+
+
+def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    if one["interval"] is None or other["interval"] is None:
+        return False
+    return one["interval"][1] < other["interval"][0] or other["interval"][1] < one["interval"][0]
+
+
+def claims(found: dict[str, Any]) -> dict[str, Any]:
+    """Whether each variant keeps more than LoRA and DoRA at matched score."""
+    judged: dict[str, Any] = {}
+    for name, row in found.items():
+        for peer in ("lora", "dora"):
+            if name in ("lora", "dora") or peer not in found or row["score"]["n"] < 2:
+                continue
+            base = found[peer]
+            matched = row["score"]["mean"] >= base["score"]["mean"] - (base["score"]["sd"] or 0)
+            third = row["kl"]["mean"] <= base["kl"]["mean"] / 3
+            more = row["unchanged"]["mean"] > base["unchanged"]["mean"]
+            apart = _apart(row["kl"], base["kl"]) and _apart(row["unchanged"], base["unchanged"])
+            judged[f"{name} against {peer}"] = {
+                "matched_score": matched,
+                "a_third_of_kl": third,
+                "kl_ratio": row["kl"]["mean"] / base["kl"]["mean"],
+                "more_unchanged": more,
+                "intervals_apart": apart,
+                "holds": matched and third and more and apart,
+            }
+    return judged
+
+
+def cell(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.3f}" + (f" ± {found['sd']:.3f}" if found["sd"] is not None else "")
+
+
+def table(found: dict[str, Any]) -> str:
+    head = ["variant", "lr", "trained", "score", "KL", "perplexity ×", "unchanged", "still right"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, row in found.items():
+        cells = [name, f"{row['lr']:g}", f"{row['trained_parameters']:,}"]
+        cells += [cell(row[measure]) for measure in MEASURES]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sequences() -> str:
+    keys = ("average_accuracy", "backward_transfer", "forgetting", "kl", "perplexity_ratio")
+    lines = [f"| variant | strategy | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
+    for job in continual():
+        if job.found is not None:
+            cells = " | ".join(f"{job.found[key]:.3f}" for key in keys)
+            lines.append(f"| {job.variant} | {job.strategy} | {cells} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
+    """Task score against KL to the base; better is up and to the left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for name, row in found.items():
+        if only and only not in name and name != "lora":
+            continue
+        axes.errorbar(
+            row["kl"]["mean"], row["score"]["mean"], xerr=row["kl"]["sd"] or 0,
+            yerr=row["score"]["sd"] or 0, fmt="o", capsize=3, label=name,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("KL(base ‖ adapted) per token on neutral English (log)")
+    axes.set_ylabel(f"score on {PLAN['single']['task']}")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    found = single()
+    if not found:
+        raise SystemExit("no test run is finished yet: python benchmarks/experiment/run.py")
+    judged = claims(found)
+    (RESULTS / "summary.json").write_text(
+        json.dumps({"single": found, "claims": judged}, indent=1) + "\n"
+    )
+    pareto(found, RESULTS / "pareto.png")
+    pareto(found, RESULTS / "dial.png", only="bounded")
+    text = f"# Results\n\n{table(found)}\n"
+    for name, facts in judged.items():
+        text += f"- {name}: {'holds' if facts['holds'] else 'does not hold'} {facts}\n"
+    if rows := sequences():
+        text += f"\n## Task after task: {', '.join(PLAN['continual']['tasks'])}\n\n{rows}"
+    (RESULTS / "report.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
