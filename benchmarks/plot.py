@@ -25,7 +25,8 @@ def serve(report: dict[str, Any], file: Path) -> None:
     for axes, scenario in zip(panels[0], scenarios, strict=True):
         rows = [row for row in report["rows"] if row["scenario"] == scenario]
         for engine in dict.fromkeys(row["engine"] for row in rows):
-            points = sorted((r["adapters"], r["total_tok_s"]) for r in rows if r["engine"] == engine)
+            mine = [r for r in rows if r["engine"] == engine]
+            points = sorted((r["adapters"], r["total_tok_s"]) for r in mine)
             axes.plot(*zip(*points, strict=True), "o-", label=engine)
         axes.set_xscale("symlog", base=2)
         axes.set_ylim(bottom=0)
