@@ -300,3 +300,21 @@ def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_bac
         status, said = fold_two(lambda: weights.rename(kept))
         assert status == 409 and "server is stopping" in said
     assert "could not be put back" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tensor", "data"])
+def test_a_fold_on_two_ranks(layout, tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    base, folder = tiny_base("qwen2"), tmp_path / "adapters"
+    random_adapter(base, folder / "all", r=8, seed=1)
+    random_adapter(base, folder / "bounded", r=8, seed=2, magnorm=BOUNDED)
+    flags = (*FLAGS, f"--{layout}-parallel-size", "2")
+    with serving(base, folder, tmp_path / "log", *flags) as served:
+        assert all(r.worst < 1e-4 for r in agreement.compare(served).values())
+        operator = Operator(served.url, {})
+        assert operator("/admin/fold", {"name": "bounded"})[0] == 200
+        result = agreement.compare(served, "bounded")["bounded"]
+        assert result.worst < 1e-4 and result.greedy == len(agreement.PROMPTS), result
+        assert operator("/admin/unfold")[0] == 200
+        assert all(r.worst < 1e-4 for r in agreement.compare(served).values())

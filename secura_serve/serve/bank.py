@@ -83,9 +83,6 @@ class Bank:
         self.ranks = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         """The highest index that a slot's adapter uses, plus one; 0 for an empty slot."""
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._where
-
     def part(self, i: int) -> Tensor:
         """What linear ``i`` sees: ``(slots + 1, *layout.shape)``, a view."""
         layout, start = self._layouts[i], self._starts[i]

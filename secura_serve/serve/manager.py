@@ -69,9 +69,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
-        # A pipeline stage has some of the modules only.
-        self.partial = vllm_config.parallel_config.pipeline_parallel_size > 1
-        if wanted and not self.partial:
+        if wanted:
             raise UnservableError(
                 f"adapters change {len(wanted)} modules that {type(model).__name__} does not "
                 f"offer as adapter targets, for instance {next(iter(wanted))}"
@@ -133,7 +131,5 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
             _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
             for module, cur in found.modules.items()
         }
-        if manager.partial:
-            cores = {name: U for name, U in cores.items() if name in manager.bank}
         row, used = manager.bank.pack(cores)
         return _packed(lora_request.lora_int_id, found.config.r, row, used)

@@ -174,6 +174,12 @@ def vllm_arguments(
         )
     if foldable and args.load_format == LOAD_FORMAT:
         raise ConfigError(f"--load-format {LOAD_FORMAT}: use --fold NAME beside --adapters")
+    if (foldable or served) and args.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size}: adapters were not run on "
+            "pipeline stages (on CPUs vLLM 0.32 fails there without any); use "
+            "--tensor-parallel-size or --data-parallel-size"
+        )
     if foldable and (args.api_server_count or 1) > 1:
         raise ConfigError(
             f"--api-server-count {args.api_server_count}: what is folded is known to one server "
