@@ -1,5 +1,5 @@
 """Proves that a server ends at once when it is told to, while it starts and while it serves, and
-that a taken port is noticed before the engine starts.
+that what cannot work is told before the engine starts.
 
 Needs vLLM on a CPU and the tiny bases. Signals go to the main process alone, as systemd and
 containers send them.
@@ -14,7 +14,7 @@ import time
 
 import psutil
 import pytest
-from engines import SERVE, free_port
+from engines import SERVE, free_port, random_adapter
 
 FLAGS = ("--enforce-eager", "--max-model-len", "256")
 
@@ -73,3 +73,24 @@ def test_a_flag_that_vllm_does_not_know_gets_one_line(tiny_base):
     assert done.returncode == 1
     assert "secura-serve: unrecognized arguments: --bogus-flag" in done.stderr
     assert "usage:" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--pipeline-parallel-size", "2"), "pipeline stages"),
+        (("--api-server-count", "2"), "known to one server process"),
+        (("--fully-sharded-loras", "--lora-modules", "a=b"), "--adapters instead"),
+    ],
+)
+def test_what_adapters_do_not_go_with_is_told_before_the_engine_starts(
+    flags, said, tiny_base, tmp_path
+):
+    base = tiny_base("llama")
+    random_adapter(base, tmp_path / "adapters" / "one", r=4, seed=1)
+    command = [*SERVE, "--base", str(base), "--adapters", str(tmp_path / "adapters"), "--no-ui"]
+    done = subprocess.run(
+        [*command, *flags], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1 and said in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and "starting; the endpoint" not in done.stdout
