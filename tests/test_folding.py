@@ -6,6 +6,7 @@ on weights folded in float64.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -23,7 +24,9 @@ from engines import random_adapter, serving
 from safetensors.torch import load_file, save_file
 
 from secura_serve import adapter as A
+from secura_serve.errors import ConfigError
 from secura_serve.method import MagNorm
+from secura_serve.serve.folding import Folding
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
 BOUNDED = MagNorm("bounded", tau=0.2)
@@ -212,6 +215,16 @@ def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, 
     assert_close(done["held"], logprobs(client, "bounded"))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("base", "/admin/unfold puts it back"), ("lora", "a plain LoRA"), ("x", "no adapter 'x'")],
+)
+def test_what_cannot_be_folded_is_told_from_what_is_not_there(name, said, tmp_path):
+    folding = Folding(tmp_path, ["base"], [], per_request=["lora"])
+    with pytest.raises(ConfigError, match=said):
+        asyncio.run(folding.change(name))
+
+
 def test_a_fold_that_fails_midway_puts_the_base_back(served, operator, client):
     before = logprobs(client, served.base)
     assert operator("/admin/fold", {"name": "bounded"})[0] == 200
@@ -227,9 +240,14 @@ def test_bad_requests_to_the_admin_routes(served, operator):
     assert operator("/admin/fold", {"name": "nobody"})[0] == 404
     assert operator("/admin/fold", {})[0] == 400
     assert operator("/admin/fold", {"name": "all", "surprise": 1})[0] == 400
-    assert operator("/admin/fold", {"name": "all", "timeout": -1})[0] == 400
+    for timeout in (-1, True, "1"):
+        assert operator("/admin/fold", {"name": "all", "timeout": timeout})[0] == 400
     # A web page, and a proxy in front: not the operator.
-    for strange in ({"Origin": "http://evil.example"}, {"X-Forwarded-For": "127.0.0.1"}):
+    for strange in (
+        {"Origin": "http://evil.example"},
+        {"X-Forwarded-For": "127.0.0.1"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         assert operator("/admin/fold", {"name": "all"}, **strange)[0] == 403
     assert operator("/admin/fold", method="GET")[1]["folded"] is None
 

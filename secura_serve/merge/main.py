@@ -54,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--to-base",
         metavar="BASE",
-        help="verify that BASE is the base of the merge in --out, and put its tensors back there",
+        help="verify that BASE is the base of the merge in --out, and put its tensors back there; "
+        "--out is then the base again, without the merge's card and manifest",
     )
     add(
         "--to-lora",

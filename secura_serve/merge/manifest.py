@@ -81,6 +81,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "format_version" not in values:
+            raise ValueError("it describes no merged checkpoint")
         if values["format_version"] not in (1, _FORMAT):
             raise ValueError(f"format_version {values['format_version']!r}, not 1 or {_FORMAT}")
         kind = "sha256:" if values["format_version"] == 1 else ""
@@ -90,8 +92,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         str(values["dtype"]), str(values["base"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MergeError(
-            f"{folder} has no {MANIFEST} that can be used ({error}): give a folder that "
-            "secura-merge wrote"
+            f"{folder} has no {MANIFEST} that can be used ({error}): give a merged "
+            "checkpoint that secura-merge wrote"
         ) from error
     return dict(values)
 
@@ -128,7 +130,7 @@ the base's, byte for byte unless the dtype changed.
 | changed layers | all taken as one | at most in one layer |
 |---|---|---|
 | ‖W′ − W‖ / ‖W‖ | {whole["relative"]:.3g} | {top["relative"]:.3g} |
-| max abs(W′ − W) / abs(W) | {whole["largest"]:.3g} | {top["largest"]:.3g} |
+| max abs(W′ − W) / abs(W), large near W = 0 | {whole["largest"]:.3g} | {top["largest"]:.3g} |
 | share of the update's norm lost to rounding | {whole["lost"]:.3g} | {top["lost"]:.3g} |
 
 `{MANIFEST}` has these per layer, and the digests of the base's tensors, with which

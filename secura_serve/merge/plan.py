@@ -83,7 +83,9 @@ def room_for(out: Path, nbytes: int) -> list[str]:
     above = next(p for p in out.parents if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         problems.append(f"{above} is not a folder that can be written to")
-    elif (free := shutil.disk_usage(above).free) < (needed := nbytes + _SPARE):
+    elif not (disk := shutil.disk_usage(above)).total:
+        problems.append(f"{above} is no disk that can be written to")
+    elif (free := disk.free) < (needed := nbytes + _SPARE):
         problems.append(
             f"{above} has {free / 2**20:,.0f} MiB free, the output needs {needed / 2**20:,.0f}: "
             "make room or choose another disk"

@@ -42,7 +42,10 @@ def _adapter(spec: str) -> tuple[Adapter, float]:
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight) or weight == 0:
-            raise MergeError(f"--adapter {spec}: {number!r} is no weight; write folder*0.5")
+            raise MergeError(
+                f"--adapter {spec}: {number!r} is no weight, which is a number other than 0; write "
+                "folder*0.5"
+            )
     return load(path if star else spec), weight
 
 

@@ -150,6 +150,7 @@ def fold_stream(
     problems += [f"{name}: never came, but is to be folded" for name in sorted(waiting)]
     if problems:
         raise MergeError(
-            "the fold was abandoned; use the base that the adapter was trained on, undamaged:",
+            "the fold was abandoned; use the base that the adapter was trained on, undamaged, "
+            "and a weight and a dtype that can hold the result:",
             problems,
         )

@@ -54,7 +54,10 @@ class Fold(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(description="the adapter, as /v1/models calls it")
     timeout: float | None = Field(
-        None, gt=0, description="seconds to wait for running requests; without it, for ever"
+        None,
+        gt=0,
+        strict=True,
+        description="seconds to wait for running requests; without it, for ever",
     )
 
 
@@ -62,7 +65,7 @@ class Unfold(BaseModel):
     """Body of ``POST /admin/unfold``; may be left out."""
 
     model_config = ConfigDict(extra="forbid")
-    timeout: float | None = Field(None, gt=0, description="as for /admin/fold")
+    timeout: float | None = Field(None, gt=0, strict=True, description="as for /admin/fold")
 
 
 def _allowed(request: Request) -> None:
@@ -77,8 +80,9 @@ def _allowed(request: Request) -> None:
         local = ip_address(client).is_loopback
     except ValueError:
         local = False
-    # Browsers send Origin with every POST, so that no web page can use the operator's loopback.
-    strange = [h for h in (*_FORWARDED, "origin") if h in request.headers]
+    # Browsers send one of the two with every request, so that no web page can use the operator's
+    # loopback.
+    strange = [h for h in (*_FORWARDED, "origin", "sec-fetch-site") if h in request.headers]
     if not local or strange:
         raise HTTPException(
             403,

@@ -115,9 +115,7 @@ class Folding:
                 than ``timeout`` and nothing changed, or the server must stop.
         """
         if name is not None and name not in self.paths:
-            raise ConfigError(
-                f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
-            )
+            raise ConfigError(self._no_adapter(name))
         begin = time.perf_counter()
         try:
             await asyncio.wait_for(self._one_at_a_time.acquire(), timeout)
@@ -147,6 +145,13 @@ class Folding:
         what = f"folded {name}: it alone is answered" if name else "unfolded: all answer again"
         print(f"secura-serve: {what} (after {total:.2f} s)", flush=True)
         return {"folded": name, "changed": True, **done, "total_seconds": total}
+
+    def _no_adapter(self, name: str) -> str:
+        if name in self.names:
+            return f"{name!r} is the base: POST to /admin/unfold puts it back"
+        if name in self._known:
+            return f"{name!r} is a plain LoRA: it is chosen per request, and not folded"
+        return f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
 
     def _look(self, name: str) -> str:
         try:

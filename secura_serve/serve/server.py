@@ -62,6 +62,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             f"{len(catalog.refused)} not",
             flush=True,
         )
+    if known.fold in {lora.name for lora in catalog.plain_loras}:
+        raise ConfigError(
+            f"--fold {known.fold}: a plain LoRA is chosen per request, and not folded; leave it out"
+        )
     if known.fold is not None and known.fold not in {a.name for a in catalog.foldable}:
         raise ConfigError(
             f"--fold {known.fold}: no such adapter; there are "
