@@ -26,7 +26,7 @@ from secura_serve import adapter
 from secura_serve.config import build
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.data import IGNORE, Collator, encode
-from secura_serve.train.loss import answer_loss
+from secura_serve.train.loss import answer_logits, summed
 from secura_serve.train.main import main, parser, settings
 from secura_serve.train.records import digest, read_jsonl
 from secura_serve.train.settings import TrainConfig
@@ -114,7 +114,8 @@ def test_the_loss_is_that_of_the_answers_alone(tiny_base: TinyBase, data: Path, 
     rows = encode(records, tokenizer, 512)
     rows[0]["input_ids"], rows[0]["labels"] = rows[0]["input_ids"][5:], rows[0]["labels"][5:]
     with torch.no_grad():
-        found, _, count = answer_loss(model, Collator(tokenizer.pad_token_id)(rows))
+        logits, labels = answer_logits(model, Collator(tokenizer.pad_token_id)(rows))
+        found, count = summed(logits, labels), (labels != IGNORE).sum()
         wanted = torch.zeros(())
         for row in rows:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])

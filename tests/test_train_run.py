@@ -27,7 +27,7 @@ from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
 from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.fit import fit
-from secura_serve.train.loss import answer_logits, answer_loss, held_out
+from secura_serve.train.loss import answer_logits, held_out, summed
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import kept_tensors, prepare, restore
@@ -350,7 +350,7 @@ def test_the_activations_are_estimated(tiny_base: TinyBase, data: Path, method: 
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        loss, _, _ = answer_loss(tuned.model, Collator(0)(rows))
+        loss = summed(*answer_logits(tuned.model, Collator(0)(rows)))
     found = estimate(tuned, rows)
     assert loss.requires_grad and 0.6 < found.activations / sum(kept.values()) < 1.8
     trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)

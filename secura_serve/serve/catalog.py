@@ -32,7 +32,6 @@ class Entry:
         """Whether it can be chosen per request, beside others; if not, it must be folded."""
         return self.adapter is not None and self.adapter.config.magnorm.mode == "none"
 
-
     @property
     def status(self) -> str:
         """How it can be served, in a word or two."""

@@ -16,8 +16,9 @@ Each says how it wants U in the bank (:class:`Layout`) and prepares what all ada
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,14 @@ __all__ = ["Kernel", "choose"]
 Shared = tuple[Any, ...]
 
 
-class Kernel(Protocol):
+class Kernel(ABC):
     """One way to compute y + C·(U_slot·(y − b)[rows])."""
 
     def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
         """How the U of a linear with ``n`` slices and a basis of ``r`` lie in the bank."""
+        return Layout(n, r)
 
+    @abstractmethod
     def shared(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
     ) -> Shared:
@@ -50,6 +53,7 @@ class Kernel(Protocol):
             starts: where each slice's columns begin, and where the last ends.
         """
 
+    @abstractmethod
     def step(
         self,
         y: Tensor,
@@ -70,7 +74,7 @@ class Kernel(Protocol):
         """
 
 
-class Native:
+class Native(Kernel):
     """:mod:`secura_serve.serve.native_step`."""
 
     def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
@@ -97,11 +101,8 @@ class Native:
         return y
 
 
-class Triton:
+class Triton(Kernel):
     """:mod:`secura_serve.serve.triton_step`."""
-
-    def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
-        return Layout(n, r)
 
     def shared(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
@@ -125,11 +126,8 @@ class Triton:
         return y
 
 
-class Torch:
+class Torch(Kernel):
     """:mod:`secura_serve.serve.step`."""
-
-    def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
-        return Layout(n, r)
 
     def shared(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]

@@ -34,10 +34,3 @@ def step_(
             end = start + up.shape[2]
             y[where, start:end] += rows @ down[slot, 0].T @ up[slot, 0].T
             start = end
-
-
-@step_.register_fake
-def _(
-    y: Tensor, x: Tensor, slots: Tensor, plain: Tensor, A: list[Tensor], B: list[Tensor]
-) -> None:
-    return None

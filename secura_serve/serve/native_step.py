@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from secura_serve.compiled import FAILURES, compiled
 
@@ -62,15 +61,7 @@ def _library() -> ctypes.CDLL | None:
         why = getattr(error, "stderr", None) or error
         log.warning("adapters go through torch and take longer; no native step: %s", why)
         return None
-    torch.library.register_fake("secura::step_", _changes_y)
     return library
 
 
 _NAME = str.maketrans({".": "_", "+": "_"})
-
-
-def _changes_y(
-    y: Tensor, source: Tensor | None, slots: Tensor, rows: Tensor, bank: Tensor, ranks: Tensor,
-    C: Tensor, offset: Tensor | None, starts: Tensor,
-) -> None:  # fmt: skip
-    """What tracing needs to know: nothing is returned."""

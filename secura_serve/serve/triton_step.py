@@ -125,18 +125,3 @@ def step_(
         y, h, slots, C, where, tokens, y.stride(0), C.shape[1], n, r,
         T=_TOKENS, COLS=COLUMNS, R=R,
     )  # fmt: skip
-
-
-@step_.register_fake
-def _(
-    y: Tensor,
-    source: Tensor | None,
-    slots: Tensor,
-    rows: Tensor,
-    bank: Tensor,
-    ranks: Tensor,
-    C: Tensor,
-    offset: Tensor | None,
-    where: Tensor,
-) -> None:
-    return None

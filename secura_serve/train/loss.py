@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from secura_serve.train.data import IGNORE, Batch, Collate, Rows
 
-__all__ = ["ExtraLoss", "answer_logits", "answer_loss", "held_out"]
+__all__ = ["ExtraLoss", "answer_logits", "held_out", "summed"]
 
 ExtraLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
 """``(model, batch, logits) -> scalar``, added to the mean cross-entropy of each step.
@@ -51,17 +51,6 @@ def answer_logits(
         inputs.pop("position_ids", None)
     logits = (forward or model)(**inputs, use_cache=False).logits[:, -keep:-1].float()
     return logits, labels[:, first:]
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy on the answers of one batch from :class:`Collator`.
-
-    Returns:
-        summed loss (float32), number of right tokens, number of tokens.
-    """
-    logits, wanted = answer_logits(model, batch)
-    real = wanted != IGNORE
-    return summed(logits, wanted), ((logits.argmax(-1) == wanted) & real).sum(), real.sum()
 
 
 def summed(logits: Tensor, wanted: Tensor) -> Tensor:
