@@ -9,10 +9,11 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "config"}
+FOUNDATION = {"errors", "config", "lazy"}
 ALLOWED: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"lazy"},
     "errors": set(),
+    "lazy": set(),
     "config": {"errors"},
     "bases": FOUNDATION,
     "checkpoint": FOUNDATION,

@@ -8,8 +8,7 @@ first use, so that ``secura-eval --help`` does not wait for torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from secura_serve.lazy import lazy
 
 _HOMES = {
     "EvalConfig": "config",
@@ -32,17 +31,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module behind a public name on first use.
-
-    Raises:
-        AttributeError: ``name`` is not public.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # `retention` is a module too: importing that binds the module to the name, so bind it anew.
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOMES)

@@ -6,8 +6,7 @@ The names load on first use, so that ``secura-merge --help`` does not wait for t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from secura_serve.lazy import lazy
 
 _HOMES = {
     "Change": "weight",
@@ -30,14 +29,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the module behind a public name on first use.
-
-    Raises:
-        AttributeError: ``name`` is not public.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy(__name__, _HOMES)
