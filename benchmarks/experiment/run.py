@@ -104,13 +104,15 @@ def continual() -> list[Job]:
 
 
 def waiting(only: list[str] | None) -> Iterator[Job]:
-    """What can run now: the first seed of everything before the second of anything."""
+    """What can run now: the first seed of everything first, the dial's other seeds last."""
     names = [name for name in specs() if not only or name in only]
-    jobs = [job for name in names for job in tuning(name)]
     ready = [job for name in names for job in tests(name)]
-    jobs += sorted(ready, key=lambda job: PLAN["seeds"].index(job.seed))
+    ready.sort(key=lambda job: PLAN["seeds"].index(job.seed))
+    later = [job for job in ready if job.variant in PLAN["single"]["dial"] and job.seed]
+    jobs = [job for name in names for job in tuning(name)]
+    jobs += [job for job in ready if job not in later]
     jobs += [job for job in continual() if not only or job.variant in only]
-    return (job for job in jobs if job.found is None)
+    return (job for job in [*jobs, *later] if job.found is None)
 
 
 def one(job: Job, work: Path) -> str:
