@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
 from engines import random_adapter
@@ -18,6 +19,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
 from secura_serve.method import MagNorm
 from secura_serve.serve import basis as bases
+from secura_serve.serve import memory
 from secura_serve.serve.catalog import scan
 from secura_serve.serve.server import main
 
@@ -198,3 +200,23 @@ def test_a_quantised_base_is_refused_with_the_reason(folder, base, tmp_path_fact
     (packed / "config.json").write_text(json.dumps(config))
     (refused,) = scan(folder, Checkpoint(packed)).refused
     assert "compressed-tensors" in str(refused.error) and "dense" in str(refused.error)
+
+
+def test_a_catalog_keeps_no_weights_and_one_basis_for_all(folder, base):
+    random_adapter(base, folder / "other", r=4, seed=1)
+    random_adapter(base, folder / "wider", r=6, seed=1)
+    good, other, wider = scan(folder, Checkpoint(base)).served
+    assert all(cur.U.is_meta for a in (good, other, wider) for cur in a.modules.values())
+    assert good.modules is other.modules and good.modules is not wider.modules
+    full = adapters.load(folder / "wider")
+    shared = bases.SharedBasis.of([good, other, wider]).modules
+    for name, cur in full.modules.items():
+        assert torch.equal(shared[name].rows, cur.basis.rows)
+    assert bases.base_id(wider) == bases.base_id(full)
+
+
+@pytest.mark.parametrize("fits, slots", [(3, 8), (200, 200), (10**6, 1000)])
+def test_slots_take_at_most_a_twentieth_of_the_memory(fits, slots, monkeypatch):
+    free = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert memory.default_cached(1000, free.available // 20 // fits) == slots

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -84,6 +84,18 @@ class Adapter:
     def file_size(self) -> int:
         """Bytes of the weights file."""
         return (self.path / WEIGHTS_NAME).stat().st_size
+
+    def outline(self, like: Adapter | None = None) -> Adapter:
+        """What a catalog of thousands keeps: U has only shape and dtype (device ``meta``), and
+        basis and fingerprint are those of ``like``, an outline that is known to have equal ones."""
+        if like is None:
+            bare = {
+                name: replace(cur, U=cur.U.to("meta"), rho_max=None)
+                for name, cur in self.modules.items()
+            }
+            return replace(self, modules=bare)
+        config = replace(self.config, base_fingerprint=like.config.base_fingerprint)
+        return Adapter(self.path, config, like.modules)
 
 
 def check_name(name: str) -> str:

@@ -89,7 +89,8 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     """Load every adapter in ``folder`` and compare it with ``base``.
 
     Every sub-folder counts as an adapter, except hidden ones; files are ignored. Adapters that
-    share base and basis are compared with the checkpoint once.
+    share base and basis are compared with the checkpoint once. Their U are read and checked, but
+    not kept: a folder may hold thousands.
 
     Args:
         taken: names that adapters may not have (those of the base).
@@ -111,7 +112,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
             f"--adapters {folder}: this is one adapter; give the folder that holds it "
             f"({root.absolute().parent})"
         )
-    entries, verdicts = [], dict[str, list[str]]()
+    entries, seen = [], dict[str, tuple[Adapter, list[str]]]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
@@ -119,7 +120,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
             if is_plain_lora(path):
                 entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
             else:
-                entries.append(Entry(path.name, _servable(path, base, verdicts)))
+                entries.append(Entry(path.name, _servable(path, base, seen)))
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
     return Catalog(tuple(entries))
@@ -152,7 +153,9 @@ def _refuse_quantised(name: str, base: Checkpoint) -> None:
         )
 
 
-def _servable(path: Path, base: Checkpoint, verdicts: dict[str, list[str]]) -> Adapter:
+def _servable(
+    path: Path, base: Checkpoint, seen: dict[str, tuple[Adapter, list[str]]]
+) -> Adapter:
     found = adapters.load(path)
     if not found.config.magnorm.foldable:
         raise UnservableError(
@@ -160,7 +163,8 @@ def _servable(path: Path, base: Checkpoint, verdicts: dict[str, list[str]]) -> A
             "weights to serve; it is for reproduction only. Train it with 'bounded'"
         )
     identity = base_id(found)
-    if identity not in verdicts:
-        verdicts[identity] = adapters.mismatches(found, base)
-    adapters.refuse_mismatches(found, verdicts[identity])
-    return found
+    if identity not in seen:
+        seen[identity] = found.outline(), adapters.mismatches(found, base)
+    like, verdict = seen[identity]
+    adapters.refuse_mismatches(found, verdict)
+    return found.outline(like)

@@ -11,7 +11,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.plain_lora import PlainLoRA
 
-__all__ = ["Memory", "estimate", "kv_cache_gib"]
+__all__ = ["Memory", "default_cached", "default_slots", "estimate", "kv_cache_gib"]
 
 _WIDTHS = {"float32": 4, "float": 4}
 _FEWEST, _SHARE = 8, 20
@@ -89,7 +89,7 @@ def _weights(base: Checkpoint) -> int:
 
 
 def default_slots(adapters: int, slot: int) -> int:
-    """Slots for all adapters, as far as a twentieth of the memory that is there holds them.
+    """Slots for all adapters, as far as a twentieth of the device's memory holds them.
 
     Args:
         slot: bytes of one.
@@ -97,12 +97,20 @@ def default_slots(adapters: int, slot: int) -> int:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        import psutil
+        return default_cached(adapters, slot)
+    return _fitting(adapters, slot, current_platform.get_device_total_memory())
 
-        free = psutil.virtual_memory().available
-    else:
-        free = current_platform.get_device_total_memory()
-    return max(_FEWEST, min(adapters, int(free) // _SHARE // max(1, slot)))
+
+def default_cached(adapters: int, slot: int) -> int:
+    """How many adapters a worker keeps ready for a slot, as far as a twentieth of the machine's
+    free memory holds them; any other is read from its folder again."""
+    import psutil
+
+    return _fitting(adapters, slot, psutil.virtual_memory().available)
+
+
+def _fitting(adapters: int, slot: int, memory: int) -> int:
+    return max(_FEWEST, min(adapters, int(memory) // _SHARE // max(1, slot)))
 
 
 def kv_cache_gib(memory: Memory) -> int:

@@ -14,7 +14,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
 from secura_serve.errors import ConfigError
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.memory import Memory, default_slots
+from secura_serve.serve.memory import Memory, default_cached, default_slots
 from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
 
@@ -186,10 +186,11 @@ def vllm_arguments(
             "process; leave it out"
         )
     if served:
+        slot = memory(dtype=args.dtype).slot
         if args.max_loras == _UNSET:
-            args.max_loras = default_slots(len(served), memory(dtype=args.dtype).slot)
+            args.max_loras = default_slots(len(served), slot)
         if args.max_cpu_loras is None:
-            args.max_cpu_loras = max(len(served), args.max_loras)
+            args.max_cpu_loras = max(args.max_loras, default_cached(len(served), slot))
         plain = any(isinstance(a, PlainLoRA) for a in served)
         ours = {"basis": str(basis.save(cache)), "base": str(path), "plain_lora": plain}
         args.additional_config = {**(args.additional_config or {}), "secura": ours}
