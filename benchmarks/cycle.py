@@ -4,7 +4,8 @@
 
 Fewer slots than adapters, so that most requests first load one. One pass over all adapters, then
 passes at random, 16 requests at a time; memory after each. At the end, one request at a time: time
-to first token of an adapter that must be loaded into a slot, and of one that is there.
+to first token of an adapter that must be loaded into a slot, and of one that is there. Before all
+that the same number of requests goes to the base alone, in a server of its own: vLLM's own growth.
 """
 
 from __future__ import annotations
@@ -72,19 +73,32 @@ async def load_times(client: Any, names: list[str], slots: int, count: int) -> d
     return {kind: round(statistics.median(found), 2) for kind, found in times.items()}
 
 
-async def measure(url: str, pid: int, names: list[str], given: argparse.Namespace) -> Any:
+def connect(url: str) -> Any:
     import openai
 
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
-    generator, passes = random.Random(0), []
-    for number in range(given.passes):
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+async def passes(client: Any, pid: int, names: list[str], count: int) -> list[dict[str, Any]]:
+    """Memory and requests a second of each of ``count`` passes."""
+    generator, rows = random.Random(0), []
+    for number in range(count):
         order = names if not number else generator.choices(names, k=len(names))
         rate = await ask_all(client, order)
         row = {"pass": number, "requests_s": round(rate, 2), "rss_mb": resident_mb(pid)}
         print(json.dumps(row), flush=True)
-        passes.append(row)
-    ttft = await load_times(client, names, given.slots, given.samples)
-    return passes, ttft
+        rows.append(row)
+    return rows
+
+
+async def alone(url: str, pid: int, given: argparse.Namespace) -> Any:
+    return await passes(connect(url), pid, ["base"] * given.adapters, given.passes)
+
+
+async def measure(url: str, pid: int, names: list[str], given: argparse.Namespace) -> Any:
+    client = connect(url)
+    found = await passes(client, pid, names, given.passes)
+    return found, await load_times(client, names, given.slots, given.samples)
 
 
 def main() -> None:
@@ -112,6 +126,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         names = [f.name for f in make_adapters(base, work / "adapters", given.adapters, RANK)]
+        with serving(base, rest, work / "log") as (url, pid):
+            report["base_alone"] = asyncio.run(alone(url, pid, given))
         flags = ["--adapters", str(work / "adapters"), "--max-loras", str(given.slots), *rest]
         start = time.perf_counter()
         with serving(base, flags, work / "log") as (url, pid):
