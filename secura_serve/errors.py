@@ -4,6 +4,7 @@
     ├── ConfigError               a flag, key or value that is not allowed
     ├── BaseModelError            the base model cannot be found, read or served
     ├── DataError                 training data that cannot be used (file, line, field)
+    ├── TrainingError             a training that cannot go on
     ├── AdapterError              something about one adapter folder
     │   ├── AdapterFormatError    not a well-formed adapter (truncated, NaN, unknown format, pickle)
     │   ├── BaseMismatchError     well-formed, but trained on another base
@@ -33,6 +34,7 @@ __all__ = [
     "IncompatibleVLLMError",
     "MergeError",
     "SecuraError",
+    "TrainingError",
     "UnservableError",
 ]
 
@@ -62,6 +64,10 @@ class BaseModelError(SecuraError):
 
 class DataError(SecuraError, ValueError):
     """Training data that cannot be used; the message names file, line and field."""
+
+
+class TrainingError(SecuraError):
+    """A training that cannot go on; earlier checkpoints are kept."""
 
 
 class AdapterError(SecuraError):

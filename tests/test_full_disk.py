@@ -1,4 +1,5 @@
-"""Proves that a disk that fills up while secura-merge writes to it costs an error and nothing else.
+"""Proves that a disk that fills up while secura-merge or secura-train writes to it costs an error and
+nothing else.
 
 No simulation: the output goes to a small tmpfs, and a neighbour takes all the space that is left
 at one step of the merge, so that it is the kernel who refuses. Needs a user or a container that
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from merging import at_step, make_adapter, reshard
+from training import PAIRS, command, flags, write
 
 # In a namespace of its own: the disk is seen by these processes only, and goes when they end.
 MOUNTED = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && exec "$@"'
@@ -39,6 +41,17 @@ def disk(tmp_path: Path) -> Path:
     if tried.returncode:
         pytest.skip(f"nothing can be mounted here: {tried.stderr.strip()}")
     return tmp_path / "disk"
+
+
+def test_a_checkpoint_that_finds_no_room(
+    tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path
+) -> None:
+    data = write(tmp_path / "d.jsonl", PAIRS)
+    argv = flags(tiny_base("llama"), data, tmp_path / "out", "--save-steps", "2")
+    done = on_small_disk(disk, "40k", *command(*argv, "--run-dir", str(disk / "run")))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "the checkpoint of step 2 could not be written" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_disk_that_fills_up(tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path) -> None:

@@ -141,9 +141,9 @@ def test_labels_are_the_answer_and_its_end(tiny_base: TinyBase, tmp_path: Path) 
 
 
 BAD = [
-    ("{not json", "bad.jsonl:2: Expecting property name"),
+    ("{not json", "bad.jsonl:2: not valid JSON: Expecting property name"),
     ("[1]", "bad.jsonl:2: must be a JSON object"),
-    ('{"prompt": "x"}', "bad.jsonl:2: field 'completion' must be a non-empty string"),
+    ('{"prompt": "x"}', "bad.jsonl:2: no field 'completion'; there are 'prompt'"),
     ('{"prompt": 3, "completion": "y"}', "bad.jsonl:2: field 'prompt'"),
     ('{"messages": []}', "bad.jsonl:2: field 'messages'"),
     ('{"messages": [{"role": "user", "content": "x"}]}', "at least two messages"),

@@ -79,8 +79,17 @@ def test_faults_are_named_by_row_and_field(tmp_path: Path) -> None:
     assert "bad.csv:6: field 'prompt'" in caught.value.problems[1]
     with pytest.raises(DataError, match="bad.parquet row 3: field 'completion'"):
         read(str(write_parquet(tmp_path / "bad.parquet", rows)))
-    with pytest.raises(DataError, match="field 'question' must be a non-empty string, got None"):
+    with pytest.raises(DataError, match="no field 'question' and no field 'answer'; there are 'pr"):
         read(str(write_csv(tmp_path / "names.csv", PAIRS)), columns=COLUMNS)
+    for text, said in (
+        ("prompt,completion\nSay, please: hi,hi\n", "ragged.csv:2: 3 values for 2 columns; quote"),
+        ("prompt,completion\na,b\nc\n", "ragged.csv:3: field 'completion' must be a non-empty"),
+        ("prompt,prompt,completion\na,b,c\n", "ragged.csv:1: a column name stands there twice"),
+        ("prompt;completion\na;b\n", "there are 'prompt;completion'"),
+    ):
+        (tmp_path / "ragged.csv").write_text(text)
+        with pytest.raises(DataError, match=said):
+            read(str(tmp_path / "ragged.csv"))
     (tmp_path / "latin.csv").write_bytes(b"prompt,completion\nx,y\n\xe9,z\n")
     with pytest.raises(DataError, match="latin.csv:3: not UTF-8"):
         read(str(tmp_path / "latin.csv"))
@@ -88,8 +97,11 @@ def test_faults_are_named_by_row_and_field(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="quote.csv:2: unexpected end"):
         read(str(tmp_path / "quote.csv"))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="torn.parquet: cannot be loaded"):
+    with pytest.raises(DataError, match="torn.parquet: not a whole parquet file"):
         read(str(tmp_path / "torn.parquet"))
+    datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(DataError, match="e.parquet: no examples"):
+        read(str(tmp_path / "e.parquet"))
     for missing in ("none.csv", "none.parquet", "none.jsonl"):
         with pytest.raises(DataError, match="cannot be read"):
             read(str(tmp_path / missing))
@@ -106,6 +118,24 @@ def test_what_is_on_no_hub_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", PAIRS)
     with pytest.raises(DataError, match='cannot be loaded as a data set: Unknown split "dev"'):
         read(f"{tmp_path}:dev")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prompt": "a", "completion": ', "not valid JSON: Expecting value at column 31"),
+        ('{"prompt": "a", "completion": "b", "completion": "c"}', "'completion' stands there twice"),
+        ('{"prompt": "a"}', "no field 'completion'; there are 'prompt'"),
+        ('{"prompt": "a", "messages": []}', "holds field 'messages' and 'prompt' or 'completion'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant",'
+         ' "content": "b"}]}', "must hold a user's message before the answer"),
+    ],
+)  # fmt: skip
+def test_what_a_json_line_cannot_say(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "d.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match="d.jsonl:1: ") as caught:
+        read_jsonl(tmp_path / "d.jsonl")
+    assert said in str(caught.value)
 
 
 def test_a_completion_outside_the_labels_is_named(tmp_path: Path, tiny_base: TinyBase) -> None:

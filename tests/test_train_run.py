@@ -84,6 +84,52 @@ def test_full_training_in_bfloat16_writes_bfloat16(
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_overwrite_replaces_an_adapter_and_nothing_else(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "work").touch()
+    (tmp_path / "file").touch()
+    for out in ("project", "file", "file/x"):
+        assert main(flags(tiny_base("llama"), data, tmp_path / out, "--overwrite")) == 2
+        assert "is not replaced" in (err := capfd.readouterr().err) or "cannot be written" in err
+    assert (tmp_path / "project" / "work").exists()
+    assert main(flags(tiny_base("llama"), data, tmp_path / "a", "--run-dir", "/proc/r")) == 2
+    assert "--run-dir" in capfd.readouterr().err
+
+
+def test_a_training_that_diverges_stops_before_its_next_checkpoint(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(tiny_base("llama"), data, tmp_path / "d", "--lr", "1e30", "--save-steps", "2")
+    assert main([*argv, "--warmup", "0"]) == 2
+    err = capfd.readouterr().err
+    assert "the loss of step 2 is" in err and "Lower --lr (now 1e+30)" in err
+    assert not list(tmp_path.glob(".d.run/checkpoint-*")) and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ("--layers 3-1 --targets q_proj", "a range must go upwards"),
+        ("--seed -1", "seed: got -1, must be in [0, 2**32)"),
+        ("--init svd", "init: needs core ab"),
+        ("--accumulation m2", "accumulation: needs --fusion-step"),
+        ("--tau 0.1", "tau: needs magnorm bounded, got none"),
+        ("--method secura --tau 0", "tau: got 0.0, must be > 0"),
+        ("--eval-split 0.01", "0.01 of 16 examples leaves nothing to evaluate on"),
+        ("--targets q_proj,nosuch", "nosuch names no module"),
+        ("--magnorn none", "did you mean --magnorm?"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(
+    wrong: str, said: str, tiny_base: TinyBase, data: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(flags(tiny_base("llama"), data, tmp_path / "o", *wrong.split())) == 2
+    assert said in capfd.readouterr().err
+
+
 def test_secura_is_core_ab_with_bounded(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     more = ["--method", "secura", "--inner-rank", "12", "--targets", r".*layers\.1\..*[qv]_proj"]

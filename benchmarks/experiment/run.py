@@ -58,9 +58,9 @@ def _job(variant: str, spec: dict[str, Any], kind: str, lr: float, seed: int) ->
 
 
 def specs() -> dict[str, dict[str, Any]]:
-    """Variant -> its settings, of all three groups."""
+    """Variant -> its settings, of all groups."""
     single = PLAN["single"]
-    return single["variants"] | single["dial"] | single["once"]
+    return single["variants"] | single["dial"] | single["once"] | single["slower"]
 
 
 def tuning(variant: str) -> list[Job]:
@@ -85,7 +85,8 @@ def tests(variant: str) -> list[Job]:
     lr, single = chosen_lr(variant), PLAN["single"]
     if lr is None:
         return []
-    seeds = PLAN["seeds"][:1] if variant in single["once"] else PLAN["seeds"]
+    alone = variant in single["once"] | single["slower"]
+    seeds = PLAN["seeds"][:1] if alone else PLAN["seeds"]
     return [_job(variant, specs()[variant], "test", lr, seed) for seed in seeds]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
-from secura_serve.adapter.place import put_in_place, replacing
+from secura_serve.adapter.place import check_target, put_in_place, replacing
 from secura_serve.adapter.store import (
     Adapter,
     check_name,
@@ -22,6 +22,7 @@ __all__ = [
     "AdapterConfig",
     "CURModule",
     "check_name",
+    "check_target",
     "fingerprint",
     "fingerprint_of",
     "load",

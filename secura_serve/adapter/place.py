@@ -10,7 +10,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["put_in_place", "replacing"]
+from secura_serve.errors import ConfigError
+
+__all__ = ["check_target", "put_in_place", "replacing"]
+
+
+def check_target(target: Path, overwrite: bool, *marks: str) -> None:
+    """Refuse a folder before the work for it begins, not after.
+
+    Args:
+        marks: files of which a folder of this kind holds one.
+
+    Raises:
+        ConfigError: it exists and ``overwrite`` is off; it holds something else than a folder of
+            this kind does; nothing can be written there.
+    """
+    target = target.absolute()
+    if os.path.lexists(target):
+        if not overwrite:
+            raise ConfigError(f"{target} exists; choose another --out or give --overwrite")
+        ours = target.is_dir() and any((target / mark).is_file() for mark in marks)
+        if not ours and not (target.is_dir() and not any(target.iterdir())):
+            raise ConfigError(
+                f"{target} holds none of {', '.join(marks)}, so it is not replaced: choose another "
+                "--out, or remove it yourself"
+            )
+    above = next(parent for parent in target.parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{target} cannot be written ({above}: {error.strerror}); choose another --out"
+        ) from error
 
 
 @contextmanager

@@ -35,7 +35,9 @@ class EvalConfig:
         "folder of <split>.jsonl (.json, .parquet, .csv)",
         (),
     )
-    shots: int | None = option("examples before each question of a harness task; its own", None)
+    shots: int | None = option(
+        "examples before each question of a harness task (default: the task's own number)", None
+    )
     retention: bool = option("measure what each model keeps of the base", True)
     kl_texts: int = option(
         "with --endpoint: neutral texts, of up to 64 tokens, to measure KL on; two requests and "

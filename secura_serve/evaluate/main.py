@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import add_flags, build
+from secura_serve.config import add_flags, brief_errors, build
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.evaluate.config import EvalConfig
 
@@ -52,10 +52,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--write-data",
         metavar="DIR",
-        help="write train, validation and test rows of the offline --tasks as JSONL and exit",
+        help="write train, validation and test rows of the offline tasks (all, or --tasks) as "
+        "JSONL and exit",
     )
     add_flags(made, EvalConfig)
-    return made
+    return brief_errors(made)
 
 
 def _listing() -> str:
@@ -95,10 +96,9 @@ def _run(argv: Sequence[str]) -> str:
     if listing:
         return _listing()
     if folder:
-        from secura_serve.evaluate.tasks import write_data
+        from secura_serve.evaluate.tasks import TASKS, write_data
 
-        if not (names := given.get("tasks")):
-            raise ConfigError("--write-data wants --tasks")
+        names = given.get("tasks") or [name for name, task in TASKS.items() if not task.missing()]
         return "\n".join(str(file) for file in write_data(names, Path(folder)))
     config = _settings(given)
     from secura_serve.evaluate.report import write_report

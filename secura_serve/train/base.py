@@ -9,15 +9,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.bases import resolve_base
 
-__all__ = ["load_base"]
+__all__ = ["load_base", "load_tokenizer"]
+
+
+def load_tokenizer(name: str) -> Any:
+    """The base's tokenizer; it pads with the end-of-sequence token if it has none to pad with."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(name).path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, str]:
     """The base model, its tokenizer and the id that an adapter records."""
     base = resolve_base(name)
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name)
     capped = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
     model = AutoModelForCausalLM.from_pretrained(
         base.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from types import FrameType
@@ -9,7 +10,9 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-__all__ = ["Interrupt", "Progress", "SamplerEpoch"]
+from secura_serve.errors import TrainingError
+
+__all__ = ["Divergence", "Interrupt", "Progress", "SamplerEpoch"]
 
 
 class Progress(ProgressCallback):
@@ -17,18 +20,24 @@ class Progress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.loss = ""
-        self.began, self.tokens_before = time.monotonic(), state.num_input_tokens_seen
+        self.loss, self.spent = "", 0.0
+        self.tokens_before = state.num_input_tokens_seen
         if self.training_bar is not None:
             # A resumed run counts on, and its rate is that of its own steps.
             self.training_bar.initial = self.training_bar.n = state.global_step
             self.training_bar.unit = "step"
         self.current_step = state.global_step
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        self.began = time.monotonic()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
+            # Evaluations and checkpoints lie between the steps.
+            self.spent += time.monotonic() - self.began
             seen = state.num_input_tokens_seen - self.tokens_before
-            rate = seen / max(time.monotonic() - self.began, 1e-9)
+            rate = seen / max(self.spent, 1e-9)
             self.training_bar.set_postfix_str(f"{rate:,.0f} tokens/s{self.loss}", refresh=False)
         super().on_step_end(args, state, control, **kwargs)
 
@@ -42,6 +51,23 @@ class Progress(ProgressCallback):
             self.training_bar.write(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4g}, "
                 f"token accuracy {logs['eval_token_accuracy']:.4g}"
+            )
+
+
+class Divergence(TrainerCallback):
+    """Ends a run at the first loss that is no number, before that becomes a checkpoint.
+
+    Raises:
+        TrainingError: naming the step.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise TrainingError(
+                f"the loss of step {state.global_step} is {logs['loss']}: the training has "  # type: ignore[index]
+                f"diverged. Lower --lr (now {args.learning_rate:g}) or lengthen --warmup"
             )
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import fingerprint, replacing, save
-from secura_serve.errors import ConfigError
+from secura_serve.adapter import check_target, fingerprint, replacing, save
 from secura_serve.train import curves
 from secura_serve.train.model import adapter_layers
 from secura_serve.train.records import digest
@@ -129,9 +128,8 @@ def write(
         written["curves.png"] = picture
     if run.tuned.is_cur:
         _save_cur(out, config, run, written)
-    elif out.exists() and not config.overwrite:
-        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
     else:
+        check_target(out, config.overwrite, "train.json", "adapter_config.json")
         with replacing(out) as new:
             _save_plain(new, config, run)
             for name, content in written.items():

@@ -62,8 +62,14 @@ class RunFolder:
                 shutil.rmtree(self.path)
         # Another process may be comparing the file with its own settings just now.
         if is_main_process() and (start is None or start.parent != self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; "
+                    "name another place with --run-dir"
+                ) from error
         return start
 
     def _unfinished(self) -> bool:

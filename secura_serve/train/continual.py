@@ -14,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
 from secura_serve.errors import ConfigError, DataError
+from secura_serve.train.base import load_tokenizer
 from secura_serve.train.card import recipe, write
 from secura_serve.train.course import Course, Scores
 from secura_serve.train.data import Collator, Rows, encode, split
@@ -88,8 +89,9 @@ def train_sequence(
     start = folder.open({name: digest(path) for name, path in config.sources().items()})
     set_seed(config.seed)
     hf_logging.set_verbosity_error()
+    tokenizer = load_tokenizer(config.base)
+    tasks = [_encoded(name, parts, tokenizer, config) for name, parts in records.items()]
     tuned = prepare(config)
-    tasks = [_encoded(name, parts, tuned, config) for name, parts in records.items()]
     chosen = strategy(config, tuned)
     course = Course(tuple(records), config.score)
     if start is not None:
@@ -121,6 +123,7 @@ def train_sequence(
         with _as_written(tuned, chosen):
             replayed = len(rows) - len(task.train)
             course.add(task.name, len(task.train), replayed, found, scores())
+            say(f"{config.score} after {task.name}: {course.latest()}")
             if config.keep_stages:
                 out = _stage_folders(config)[number - 1]
                 kept = replace(config, out=str(out), overwrite=True)
@@ -187,8 +190,8 @@ def _records(config: SequenceConfig) -> dict[str, tuple[list[Record], list[Recor
 
 
 def _encoded(
-    name: str, parts: Sequence[list[Record]], tuned: Tuned, config: SequenceConfig
+    name: str, parts: Sequence[list[Record]], tokenizer: Any, config: SequenceConfig
 ) -> _Task:
     options: dict[str, Any] = {"max_length": config.max_length, "over_long": config.over_long}
-    train, held, test = (encode(part, tuned.tokenizer, **options) for part in parts)
+    train, held, test = (encode(part, tokenizer, **options) for part in parts)
     return _Task(name, train, held, test, len(parts[0]))

@@ -103,6 +103,11 @@ class Course:
         text += row("no training", self.untrained)
         return text + "".join(row(stage.task, stage.scores) for stage in self.stages)
 
+    def latest(self) -> str:
+        """The scores after the last stage, in a line."""
+        scores = self.stages[-1].scores
+        return ", ".join(f"{task} {scores[task][self.score]:.3f}" for task in self.tasks)
+
     def to_json(self) -> dict[str, Any]:
         """All of it, for :meth:`from_json`."""
         return asdict(self)

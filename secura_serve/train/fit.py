@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from secura_serve.train.callbacks import Interrupt, Progress
+from secura_serve.train.callbacks import Divergence, Interrupt, Progress
 from secura_serve.train.data import Collate, Collator, Rows
 from secura_serve.train.loss import ExtraLoss
 from secura_serve.train.methods import Tuned
@@ -90,11 +90,12 @@ def fit(
     Raises:
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint where there is a ``run_dir``.
         ConfigError: ``resume`` belongs to another method or base, or the model cannot be packed.
+        TrainingError: the loss is no number any more, or a checkpoint cannot be written.
     """
     config, held = config or tuned.config, held or []
     padded = Collator(tuned.tokenizer.pad_token_id)
     collate: Collate = packer(tuned.model, rows, padded) if config.packing else padded
-    watch = [*callbacks, Progress(), *_fusion(config)]
+    watch = [*callbacks, Progress(), Divergence(), *_fusion(config)]
     if config.patience:
         watch.append(EarlyStoppingCallback(config.patience))
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1

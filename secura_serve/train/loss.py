@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data import IGNORE, Batch, Collate, Rows
 
 __all__ = ["ExtraLoss", "answer_logits", "held_out", "summed"]
@@ -91,7 +93,9 @@ def held_out(
     device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
     total = torch.zeros(5, dtype=torch.float64)
-    for start in range(0, len(ordered), batch_size):
+    starts = range(0, len(ordered), batch_size)
+    quiet = not is_main_process()
+    for start in tqdm(starts, "scoring", leave=False, unit="batch", delay=2, disable=quiet):
         batch = collate(ordered[start : start + batch_size])
         logits, wanted = answer_logits(model, {k: v.to(device) for k, v in batch.items()})
         real, right = wanted != IGNORE, logits.argmax(-1) == wanted

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import add_flags, build
+from secura_serve.config import add_flags, brief_errors, build
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.sequence import SequenceConfig
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "several tasks, one after another", "only with --tasks, in place of --data and --eval-data"
     )
     add_flags(group, SequenceConfig, skip=_PLAIN)
-    return made
+    return brief_errors(made)
 
 
 def settings(argv: Sequence[str] | None) -> TrainConfig:
@@ -73,8 +73,9 @@ def _recipe(file: str) -> dict[str, Any]:
     import yaml
 
     try:
-        # Every JSON file is a YAML file.
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        # Every JSON file is a YAML file. An open file has its name in YAML's messages.
+        with Path(file).open(encoding="utf-8") as text:
+            values = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -128,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     except SecuraError as error:
         _say(f"secura-train: {error}")
+        return 2
+    except OSError as error:
+        _say(f"secura-train: {error}; {config.out} was not written")
         return 2
     except KeyboardInterrupt:
         _say("\nsecura-train: interrupted; nothing was written")

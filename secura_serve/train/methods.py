@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from secura_serve.bases import EMBEDDED
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.train import SecuraConfig
 from secura_serve.train.base import load_base
@@ -45,17 +46,35 @@ def prepare(config: TrainConfig) -> Tuned:
     # Full training keeps float32 weights: bfloat16 swallows steps under 1/256 of a weight.
     dtype = "float32" if config.method == "full" else config.dtype
     model, tokenizer, model_id = load_base(config.base, dtype, config.device)
-    # PEFT records what the model says, which is the local folder.
-    model.name_or_path = model_id
+    # PEFT records what the model says, which is the local folder. Plain PEFT must find the base
+    # without us, and only we know the embedded one by its name.
+    if config.method in CUR_METHODS or model_id != EMBEDDED:
+        model.name_or_path = model_id
     if config.method == "full":
         return Tuned(model.requires_grad_(True), tokenizer, model_id, config)
     try:
-        tuned = get_peft_model(model, _peft_config(config, model_id))
+        tuned = get_peft_model(model, _peft_config(config, model.name_or_path))
     except ValueError as error:
         if isinstance(error, SecuraError):
             raise
         raise ConfigError(f"--targets: {error}".partition("\n")[0]) from error
+    _refuse_idle_names(config.target_modules(), tuned.base_model.targeted_module_names)
     return Tuned(tuned, tokenizer, model_id, config)
+
+
+def _refuse_idle_names(wanted: str | list[str], adapted: list[str]) -> None:
+    """PEFT passes over a name that fits nothing as long as another one fits."""
+    idle = [
+        name
+        for name in (wanted if isinstance(wanted, list) else [])
+        if not any(module == name or module.endswith(f".{name}") for module in adapted)
+    ]
+    if idle:
+        leaves = sorted({module.rpartition(".")[2] for module in adapted})
+        raise ConfigError(
+            f"--targets: {', '.join(idle)} names no module that would be adapted; the others "
+            f"adapt {', '.join(leaves)}"
+        )
 
 
 def _peft_config(config: TrainConfig, model_id: str) -> PeftConfig:

@@ -61,7 +61,7 @@ def read(
     if file.suffix in _DELIMITERS:
         rows = _csv_rows(file, _DELIMITERS[file.suffix])
     elif file.suffix == ".parquet":
-        rows = _dataset_rows("parquet", file.name, data_files=str(_present(file)), split="train")
+        rows = _parquet_rows(_present(file))
     elif file.is_file() or file.suffix in (".jsonl", ".json"):
         rows = _json_rows(file)
     else:
@@ -127,22 +127,60 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
+        raw: Any
         try:
-            raw = json.loads(line)
+            raw = json.loads(line, object_pairs_hook=_once)
+        except json.JSONDecodeError as error:
+            raw = ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             raw = error
         yield f"{file.name}:{number}", raw
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the later of two equal keys would silently win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} stands there twice")
+    return found
 
 
 def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
     line = 2
     try:
+        head = reader.fieldnames or []
+        if len(set(head)) < len(head):
+            yield f"{file.name}:1", ValueError(f"a column name stands there twice: {head}")
+            return
         for row in reader:
+            # Where csv puts what lies beyond the last column.
+            if None in row:
+                row = ValueError(
+                    f"{len(head) + len(row[None])} values for {len(head)} columns; quote a value "
+                    f"that holds {delimiter!r}"
+                )
             yield f"{file.name}:{line}", row
             line = reader.line_num + 1
     except csv.Error as error:
         yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {error}")
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file.name} row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"{file}: not a whole parquet file: {reason}") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -150,32 +188,35 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     if len(rest) > 2:
         raise DataError(f"{source}: must be id[:config][:split]")
     split = rest[-1] if rest else "train"
-    return _dataset_rows(name, source, name=rest[0] if len(rest) == 2 else None, split=split)
-
-
-def _dataset_rows(path: str, shown: str, **options: Any) -> Iterator[tuple[str, Any]]:
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, **options)
+        found = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{shown}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
+            f"{source}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
             "JSONL, CSV or parquet file, or a hub id[:config][:split]"
         ) from error
     finally:
         if not bars:
             datasets.enable_progress_bars()
     for number, row in enumerate(found, 1):
-        yield f"{shown} row {number}", row
+        yield f"{source} row {number}", row
 
 
 def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
     if not isinstance(raw, dict):
         raise DataError(f"{where}: must be a JSON object, got {type(raw).__name__}")
-    if columns.get("messages", "messages") not in raw:
+    pair = [columns.get(field, field) for field in ("prompt", "completion")]
+    if (chat := columns.get("messages", "messages")) not in raw:
+        if absent := [name for name in pair if name not in raw]:
+            raise DataError(
+                f"{where}: no field {' and no field '.join(map(repr, absent))}; there are "
+                f"{', '.join(map(repr, raw)) or 'none'} (--data-columns prompt=NAME,"
+                "completion=NAME says what they are called)"
+            )
         texts = {}
         for field in ("prompt", "completion"):
             value = raw.get(columns.get(field, field))
@@ -184,7 +225,9 @@ def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
                 raise DataError(f"{where}: {named} must be a non-empty string, got {value!r:.60}")
             texts[field] = value
         return Record(({"role": "user", "content": texts["prompt"]},), texts["completion"], where)
-    messages, name = raw[columns.get("messages", "messages")], _named("messages", columns)
+    messages, name = raw[chat], _named("messages", columns)
+    if any(raw.get(field) is not None for field in pair):
+        raise DataError(f"{where}: holds {name} and {' or '.join(map(repr, pair))}; leave one out")
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(f"{where}: {name} must be a list of at least two messages")
     for i, message in enumerate(messages):
@@ -195,5 +238,7 @@ def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
             raise DataError(f"{where}: {inner}.content' must be a non-empty string")
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: {name} must end with the assistant's answer")
+    if not any(message["role"] == "user" for message in messages):
+        raise DataError(f"{where}: {name} must hold a user's message before the answer")
     turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
     return Record(turns[:-1], turns[-1]["content"], where)

@@ -12,9 +12,10 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
-from secura_serve.adapter import check_name
+from secura_serve.adapter import check_name, check_target
 from secura_serve.errors import ConfigError
 from secura_serve.train import memory
+from secura_serve.train.base import load_tokenizer
 from secura_serve.train.checkpoints import RunFolder, is_main_process
 from secura_serve.train.data import Rows, encode, split
 from secura_serve.train.fit import fit
@@ -62,9 +63,11 @@ def train(config: TrainConfig, *, log: Sequence[TrainerCallback] = ()) -> Run:
         say(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
     set_seed(config.seed)
     hf_logging.set_verbosity_error()
+    # An example that cannot be used is told before the weights are loaded.
+    tokenizer = load_tokenizer(config.base)
+    rows, kept = (_rows(part, tokenizer, config) for part in (records, held))
     before = memory.resident()
     tuned = prepare(config)
-    rows, kept = (_rows(part, tuned, config) for part in (records, held))
     announce(tuned, rows, kept, len(records), start)
     found = fit(tuned, rows, held=kept, callbacks=log, run_dir=folder.path, resume=start)
     expected = memory.estimate(tuned, rows).total / memory.GIB
@@ -85,25 +88,27 @@ def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
     records, kept = split(records, config.eval_split)
     if not records:
         raise ConfigError(f"eval_split {config.eval_split} leaves no training data")
-    if config.eval_steps and not kept:
-        raise ConfigError(f"eval_split {config.eval_split} leaves nothing to evaluate on")
+    if config.eval_split and not kept:
+        raise ConfigError(
+            f"eval_split {config.eval_split} of {len(records)} examples leaves nothing to evaluate "
+            f"on; give at least {1 / len(records):.2g}"
+        )
     return records, kept
 
 
-def _rows(records: list[Record], tuned: Tuned, config: TrainConfig) -> Rows:
-    return encode(records, tuned.tokenizer, config.max_length, config.over_long)
+def _rows(records: list[Record], tokenizer: Any, config: TrainConfig) -> Rows:
+    return encode(records, tokenizer, config.max_length, config.over_long)
 
 
 def check_out(config: TrainConfig) -> None:
     """Refuse ``--out`` before the training, not after it.
 
     Raises:
-        ConfigError: its name cannot be an adapter's, or it exists and ``overwrite`` is off.
+        ConfigError: its name cannot be an adapter's, or see :func:`check_target`.
     """
-    out = Path(config.out)
-    check_name(out.absolute().name)
-    if out.exists() and not config.overwrite:
-        raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
+    out = Path(config.out).absolute()
+    check_name(out.name)
+    check_target(out, config.overwrite, "train.json", "adapter_config.json")
 
 
 def announce(tuned: Tuned, rows: Rows, kept: Rows, read: int, start: Path | None) -> None:

@@ -59,7 +59,9 @@ class TrainConfig:
         "all-linear",
     )
     exclude: str | None = option("modules to leave alone: names or a regular expression", None)
-    layers: str | None = option("layers to adapt, such as 0,2,8-11 (default: all)", None)
+    layers: str | None = option(
+        "layers to adapt, such as 0,2,8-11 (default: all); wants --targets by name", None
+    )
     layers_pattern: str | None = option("name of the layer list, for --layers", None)
     rank: int = option("curlora, secura: rows and columns of the basis; lora, dora: the rank", 32)
     core: str | None = option(
@@ -120,7 +122,8 @@ class TrainConfig:
     device: str = option("where to train", "auto", ("auto", "cpu"))
     seed: int = option("seed of data order and initialisation", 0)
     save_steps: int = option(
-        "checkpoint every so many steps; 0: only on Ctrl-C. With --patience: at every evaluation",
+        "checkpoint every so many steps; 0: only on Ctrl-C. With --patience: at every evaluation; "
+        "with --tasks: after each task",
         100,
     )
     run_dir: str | None = option(
@@ -157,6 +160,8 @@ class TrainConfig:
             ("batch_size", self.batch_size >= 1, ">= 1"),
             ("accumulate", self.accumulate >= 1, ">= 1"),
             ("max_length", self.max_length >= 8, ">= 8"),
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
+            ("tau", self.tau > 0, "> 0"),
             ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
             (
                 "warmup",
@@ -185,6 +190,8 @@ class TrainConfig:
                 problems.append(f"{name}: not a regular expression: {error}")
         if self.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
             problems.append(f"layers: got {self.layers!r}, must be like 0,2,8-11")
+        elif self.layers and any(first > last for first, last in _ranges(self.layers)):
+            problems.append(f"layers: got {self.layers!r}, a range must go upwards, like 1-3")
         columns = self.data_columns
         if columns and not re.fullmatch(
             r"(prompt|completion|messages)=[^,=]+(,\w+=[^,=]+)*", columns
@@ -197,11 +204,21 @@ class TrainConfig:
     def _at_odds(self) -> list[str]:
         """Settings that are fine alone and not together; ``core`` and ``magnorm`` are known."""
         held_out = bool(self.eval_data or self.eval_split)
+        changed = {i.name for i in fields(self) if getattr(self, i.name) != i.default}
         return [
             problem
             for wrong, problem in (
                 (self.fusion_step and self.core != "ab", "fusion_step: needs core ab"),
                 (self.inner_rank and self.core == "u", "inner_rank: needs core ab"),
+                ("init" in changed and self.core == "u", "init: needs core ab"),
+                (
+                    "accumulation" in changed and not self.fusion_step,
+                    "accumulation: needs --fusion-step",
+                ),
+                (
+                    "tau" in changed and self.magnorm != "bounded",
+                    f"tau: needs magnorm bounded, got {self.magnorm}",
+                ),
                 (
                     self.dropout and self.magnorm not in (None, "none"),
                     f"dropout: needs magnorm none, got {self.magnorm}",
@@ -248,8 +265,12 @@ class TrainConfig:
         """``layers`` spelled out."""
         if not self.layers:
             return None
-        ends = [part.split("-") for part in self.layers.split(",")]
-        return sorted({n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)})
+        return sorted({n for a, b in _ranges(self.layers) for n in range(a, b + 1)})
+
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return [(end[0], end[-1]) for end in ends]
 
 
 def _names(text: str) -> str | list[str]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from secura_serve.errors import TrainingError
 from secura_serve.train.callbacks import SamplerEpoch
 from secura_serve.train.data import Collate, Rows
 from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
@@ -100,6 +102,17 @@ class AnswerTrainer(Trainer):
 
     # A checkpoint holds what is trained, not what an adapter's file makes of it: the file has U
     # multiplied out, and a run goes on with A, B and the running core.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        # What safetensors, json and torch.save make of a full disk.
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise TrainingError(
+                f"the checkpoint of step {self.state.global_step} could not be written to "
+                f"{self.args.output_dir}: {str(error).partition(chr(10))[0]}. Make room there or "
+                "name another place with --run-dir; --resume auto goes on from the last whole one"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
