@@ -1,5 +1,4 @@
-"""Proves that a disk that fills up while secura-merge or secura-train writes to it costs an error and
-nothing else.
+"""Proves that a disk that fills up under secura-merge or secura-train costs an error and no more.
 
 No simulation: the output goes to a small tmpfs, and a neighbour takes all the space that is left
 at one step of the merge, so that it is the kernel who refuses. Needs a user or a container that

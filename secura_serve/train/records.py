@@ -157,12 +157,10 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             return
         for row in reader:
             # Where csv puts what lies beyond the last column.
-            if None in row:
-                row = ValueError(
-                    f"{len(head) + len(row[None])} values for {len(head)} columns; quote a value "
-                    f"that holds {delimiter!r}"
-                )
-            yield f"{file.name}:{line}", row
+            more = row.pop(None, ())  # type: ignore[call-overload]
+            problem = f"{len(head) + len(more)} values for {len(head)} columns; quote a value that "
+            problem += f"holds {delimiter!r}"
+            yield f"{file.name}:{line}", ValueError(problem) if more else row
             line = reader.line_num + 1
     except csv.Error as error:
         yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {error}")
