@@ -157,7 +157,7 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             return
         for row in reader:
             # Where csv puts what lies beyond the last column.
-            more = row.pop(None, ())  # type: ignore[call-overload]
+            more = row.pop(None, ())
             problem = f"{len(head) + len(more)} values for {len(head)} columns; quote a value that "
             problem += f"holds {delimiter!r}"
             yield f"{file.name}:{line}", ValueError(problem) if more else row
