@@ -57,7 +57,6 @@ def single() -> dict[str, Any]:
             "lr": chosen_lr(variant),
             "validation_score_by_lr": tried,
             "trained_parameters": runs[0]["trained_parameters"],
-            "train_seconds": round(statistics.mean(r["train_seconds"] for r in runs), 1),
             **{name: mean([of(r) for r in runs]) for name, of in MEASURES.items()},
         }
     return found
