@@ -37,6 +37,7 @@ from secura_serve.train.settings import TrainConfig
 
 BASE = "smollm2-135m"
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 ITEMS = 200
 BASE_ROOM = 48
 
@@ -242,6 +243,20 @@ def _spread(found: dict[str, Any], key: str) -> str:
     return f"{mean:.3f} ± {sd:.3f}"
 
 
+def _questions(task: str) -> str:
+    """Rows of what ``secura-eval`` found for the shipped adapter on general-knowledge questions."""
+    kept = json.loads((RESULTS / "kept.json").read_text())["retention"]
+    found = kept["models"].get(task)
+    if found is None:
+        return ""
+    same, right = found["answers_unchanged"], found["still_right"]
+    return (
+        f"| {same['n']} questions (capitals, currencies) answered as the base does | "
+        f"{same['accuracy']:.3f} | – |\n| the {right['n']} of them that the base gets right, "
+        f"still right | {right['accuracy']:.3f} | – |\n"
+    )
+
+
 def _card(task: str, facts: dict[str, Any]) -> str:
     recipe, found, settings = RECIPES[task], facts["evaluation"], facts["config"]
     shipped, base = found["seeds"]["0"], found["base"]
@@ -291,7 +306,7 @@ tags: [secura, cur, peft]
 | KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {_spread(found, "kl")} |
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
 {_spread(found, "perplexity_ratio")} |
-
+{_questions(task)}
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
 lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.scoring`), greedy decoding of at most
