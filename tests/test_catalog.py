@@ -177,16 +177,26 @@ LORA_FAULTS = {
     "the base has no such linear": lambda t: t.update(
         {k.replace("layers.0", "layers.99"): t.pop(k) for k in list(t)}
     ),
-    "missing, truncated or damaged": None,
+    "truncated or damaged": lambda t: None,
+    "is missing; pickles": None,
+    "rank 2, but adapter_config.json says 4": lambda t: None,
+    "must be whole numbers": lambda t: None,
 }
 
 
 @pytest.mark.parametrize("reason", LORA_FAULTS)
 def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
-    path, tensors = _lora(folder, base, **({"use_dora": True} if "dora" in reason else {}))
+    config = {
+        "plain LoRA with use_dora is not served": {"use_dora": True},
+        "rank 2, but adapter_config.json says 4": {"rank_pattern": {"q_proj": 4}},
+        "must be whole numbers": {"r": 0},
+    }
+    path, tensors = _lora(folder, base, **config.get(reason, {}))
     if (damage := LORA_FAULTS[reason]) is not None:
         damage(tensors)
-        save_file(tensors, path / "adapter_model.safetensors")
+        save_file(tensors, file := path / "adapter_model.safetensors")
+        if reason == "truncated or damaged":
+            file.write_bytes(file.read_bytes()[:-3])
     catalog = scan(folder, Checkpoint(base))
     (refused,) = catalog.refused
     assert refused.name == "lora" and reason in str(refused.error)
@@ -198,8 +208,9 @@ def test_a_quantised_base_is_refused_with_the_reason(folder, base, tmp_path_fact
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "compressed-tensors"}
     (packed / "config.json").write_text(json.dumps(config))
-    (refused,) = scan(folder, Checkpoint(packed)).refused
-    assert "compressed-tensors" in str(refused.error) and "dense" in str(refused.error)
+    with pytest.raises(UnservableError, match="compressed-tensors.*dense checkpoint"):
+        scan(folder, Checkpoint(packed))
+    assert main(["--base", str(packed), "--adapters", str(folder), "--check"]) == 1
 
 
 def test_a_catalog_keeps_no_weights_and_one_basis_for_all(folder, base):
@@ -213,6 +224,22 @@ def test_a_catalog_keeps_no_weights_and_one_basis_for_all(folder, base):
     for name, cur in full.modules.items():
         assert torch.equal(shared[name].rows, cur.basis.rows)
     assert bases.base_id(wider) == bases.base_id(full)
+
+
+def test_a_lora_of_many_ranks_asks_for_room_for_the_largest_named(folder, base):
+    path, tensors = _lora(folder, base, r=16, rank_pattern={"q_proj": 2})
+    save_file(tensors, path / "adapter_model.safetensors")
+    # vLLM refuses to start with less than what the config names.
+    assert scan(folder, Checkpoint(base)).plain_loras[0].r == 16
+
+
+def test_what_widens_the_basis_is_named(folder, base):
+    random_adapter(base, folder / "other", r=4, seed=2)
+    random_adapter(base, folder / "wider", r=6, seed=1)
+    served = scan(folder, Checkpoint(base)).served
+    shared = bases.SharedBasis.of(served)
+    assert shared.outsiders(served) == ["other"] and shared.width > 6
+    assert bases.SharedBasis.of(served[:1]).outsiders(served[:1]) == []
 
 
 @pytest.mark.parametrize("fits, slots", [(3, 8), (200, 200), (10**6, 1000)])

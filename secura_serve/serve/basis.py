@@ -71,6 +71,26 @@ class SharedBasis:
         """The largest number of rows or columns over all modules."""
         return max((max(len(b.rows), len(b.cols)) for b in self.modules.values()), default=0)
 
+    def outsiders(self, adapters: Iterable[Adapter]) -> list[str]:
+        """Names of the adapters that do not use the first rows and columns, as those of one seed
+        do: they widen the basis."""
+        known: dict[int, bool] = {}
+
+        def outside(modules: Mapping[str, CURModule]) -> bool:
+            return any(
+                not torch.equal(cur.rows, self.modules[name].rows[: len(cur.rows)])
+                or not torch.equal(cur.cols, self.modules[name].cols[: len(cur.cols)])
+                for name, cur in modules.items()
+            )
+
+        names = []
+        for adapter in adapters:
+            # A catalog shares the modules of adapters with one basis.
+            key = id(adapter.modules)
+            known[key] = known[key] if key in known else outside(adapter.modules)
+            names += [adapter.name] if known[key] else []
+        return names
+
     def embed(self, module: str, cur: CURModule) -> Tensor:
         """U placed at the adapter's positions in the basis, ``(k, m)`` float32: no larger than the
         highest position in use; U itself where the adapter is on the basis.

@@ -97,6 +97,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
 
     Raises:
         ConfigError: ``folder`` is not a folder.
+        UnservableError: the base is quantised.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -112,11 +113,12 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
             f"--adapters {folder}: this is one adapter; give the folder that holds it "
             f"({root.absolute().parent})"
         )
+    if found:
+        _refuse_quantised(base)
     entries, seen = [], dict[str, tuple[Adapter, list[str]]]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
-            _refuse_quantised(path.name, base)
             if is_plain_lora(path):
                 entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
             else:
@@ -142,14 +144,14 @@ def _check_name(path: Path, taken: set[str]) -> None:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
 
 
-def _refuse_quantised(name: str, base: Checkpoint) -> None:
+def _refuse_quantised(base: Checkpoint) -> None:
     settings = base.config.get("quantization_config")
     if settings:
         raise UnservableError(
-            f"{name}: {base.path.name} is quantised ({settings.get('quant_method', 'unknown')}), "
+            f"{base.path.name} is quantised ({settings.get('quant_method', 'unknown')}), "
             "and C and R are columns and rows of the dense weights, with which an adapter is "
             "compared before it is served. Serve the dense checkpoint; vLLM can quantise it while "
-            "loading (--quantization)"
+            "loading (--quantization). Without --adapters the base alone is served"
         )
 
 

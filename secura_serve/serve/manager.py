@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -24,6 +25,9 @@ from secura_serve.serve.basis import SharedBasis, base_id
 from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
 from secura_serve.serve.plain_lora import is_plain_lora
+
+# A child of vLLM's logger, which alone has a handler in a worker.
+logger = init_logger("vllm.secura_serve")
 
 __all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
 
@@ -67,6 +71,9 @@ class CURModelManager(LRUCacheLoRAModelManager):
                     layers.append(layer)
                     places.append((names, layout))
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
+        if layers:
+            kernel = type(layers[0].kernel).__name__.lower()
+            logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
         if wanted:

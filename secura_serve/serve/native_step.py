@@ -59,7 +59,10 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(file))
     except FAILURES as error:
         why = getattr(error, "stderr", None) or error
-        log.warning("adapters go through torch and take longer; no native step: %s", why)
+        log.warning(
+            "no native adapter step, because no C++ compiler made it; adapters run in torch, which "
+            "is slower: %s", why,
+        )  # fmt: skip
         return None
     return library
 

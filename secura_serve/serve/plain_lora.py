@@ -44,7 +44,7 @@ class PlainLoRA:
 
     path: Path
     r: int
-    """The largest rank of a module."""
+    """The largest rank that its config names."""
     modules: Mapping[str, int]
     """Module name -> rank."""
 
@@ -73,10 +73,15 @@ class PlainLoRA:
             raise UnservableError(
                 f"{path.name}: a plain LoRA with {', '.join(odd)} is not served; merge it with PEFT"
             )
+        weights = path / WEIGHTS_NAME
+        if not weights.is_file():
+            raise AdapterFormatError(
+                f"{path.name}: {WEIGHTS_NAME} is missing; pickles (adapter_model.bin) are not read"
+            )
         found: dict[str, dict[str, tuple[int, int]]] = {}
-        problems = []
+        said, problems = _Ranks.read(raw), list[str]()
         try:
-            with safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+            with safe_open(weights, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     match, tensor = _KEY.fullmatch(key), file.get_tensor(key)
                     if match is None or tensor.ndim != 2:
@@ -87,16 +92,44 @@ class PlainLoRA:
                     found.setdefault(match["module"], {})[match["side"]] = tuple(tensor.shape)
         except (OSError, SafetensorError) as error:
             raise AdapterFormatError(
-                f"{path.name}: {WEIGHTS_NAME} is missing, truncated or damaged: {error}"
+                f"{path.name}: {WEIGHTS_NAME} is truncated or damaged: {error}"
             ) from error
         for module, sides in found.items():
-            problems += _misfits(module, sides, base)
+            problems += _misfits(module, sides, base) or said.misfits(module, sides["A"][0])
         if problems or not found:
             raise AdapterFormatError(
                 f"{path.name} does not fit {base.path.name}:", problems or ["no tensors"]
             )
         ranks = {module: sides["A"][0] for module, sides in found.items()}
-        return cls(path, max(ranks.values()), ranks)
+        return cls(path, said.largest, ranks)
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """What ``adapter_config.json`` says of the ranks; vLLM sizes and scales by it."""
+
+    r: int
+    pattern: Mapping[str, int]
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> _Ranks:
+        found = cls(raw.get("r", 0), raw.get("rank_pattern") or {})
+        numbers = [found.r, *found.pattern.values()]
+        if not all(isinstance(n, int) and n >= 1 for n in numbers):
+            raise AdapterFormatError(
+                f"{CONFIG_NAME}: r and the values of rank_pattern must be whole numbers >= 1"
+            )
+        return found
+
+    @property
+    def largest(self) -> int:
+        return max(self.r, *self.pattern.values(), 1)
+
+    def misfits(self, module: str, rank: int) -> list[str]:
+        # As PEFT reads it: the first key that is the end of the name.
+        keys = (key for key in self.pattern if re.match(rf"(.*\.)?({key})$", module))
+        said = self.pattern.get(next(keys, ""), self.r)
+        return [] if said == rank else [f"{module}: rank {rank}, but {CONFIG_NAME} says {said}"]
 
 
 def _misfits(module: str, sides: dict[str, tuple[int, int]], base: Checkpoint) -> list[str]:

@@ -81,7 +81,9 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             print(_nothing(known.adapters))
         return 1 if catalog.refused else 0
     served = _prepare_vllm(checkpoint, catalog, rest)
-    basis = SharedBasis.of(a for a in served if isinstance(a, Adapter))
+    ours = [a for a in served if isinstance(a, Adapter)]
+    basis = SharedBasis.of(ours)
+    _warn_of_width(basis, ours)
     loras = [a for a in served if isinstance(a, PlainLoRA)]
     args = vllm_arguments(
         rest,
@@ -115,6 +117,17 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
 def _name(base: ResolvedBase) -> str:
     """A folder answers under its last part; an alias and a hub id under what was typed."""
     return base.path.name if base.model_id == str(base.path) else base.name
+
+
+def _warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
+    if outside := basis.outsiders(adapters):
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        print(
+            f"\nwarning: {', '.join(outside[:5])}{more} do not share the basis of the others, so "
+            f"that every token of every adapter pays for up to {basis.width} rows and columns a "
+            f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
+            "--selection-seed of the others they would cost nothing"
+        )
 
 
 def _announce_fold(base: str, args: Any) -> None:
