@@ -52,7 +52,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     base = resolve_base(known.base)
     checkpoint = Checkpoint(base.path)
     names = known.served_model_name or [_name(base)]
-    catalog = scan(known.adapters, checkpoint, taken=names) if known.adapters else Catalog(())
+    catalog = Catalog(())
+    if known.adapters:
+        # One of its own: what it has compared stays mapped as long as it is open.
+        catalog = scan(known.adapters, Checkpoint(base.path), taken=names)
     if catalog.entries:
         print(catalog.table(), flush=True)
         only = len(catalog.foldable) - len(catalog.served)
