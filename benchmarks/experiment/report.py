@@ -96,10 +96,10 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    head = ["variant", "lr", "trained", "score", "KL", "perplexity ×", "unchanged", "still right"]
+    head = ["variant", "lr", "trained", "seeds", "score", "KL", "perplexity ×", "unchanged", "still right"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in found.items():
-        cells = [name, f"{row['lr']:g}", f"{row['trained_parameters']:,}"]
+        cells = [name, f"{row['lr']:g}", f"{row['trained_parameters']:,}", str(row["score"]["n"])]
         cells += [cell(row[measure]) for measure in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -149,7 +149,10 @@ def main() -> None:
     )
     pareto(found, RESULTS / "pareto.png")
     pareto(found, RESULTS / "dial.png", only="bounded")
+    waiting = sum(job.found is None for name in specs() for job in tests(name))
     text = f"# Results\n\n{table(found)}\n"
+    if waiting:
+        text = text.replace("Results", f"Results so far, {waiting} single-task runs missing", 1)
     for name, facts in judged.items():
         text += f"- {name}: {'holds' if facts['holds'] else 'does not hold'} {facts}\n"
     if rows := sequences():
