@@ -96,7 +96,8 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    head = ["variant", "lr", "trained", "seeds", "score", "KL", "perplexity ×", "unchanged", "still right"]
+    head = ["variant", "lr", "trained", "seeds"]
+    head += ["score", "KL", "perplexity ×", "unchanged", "still right"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, row in found.items():
         cells = [name, f"{row['lr']:g}", f"{row['trained_parameters']:,}", str(row["score"]["n"])]
