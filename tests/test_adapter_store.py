@@ -306,7 +306,6 @@ save(Path(sys.argv[1]), *here.make(here.Base()), overwrite=True)
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX")
 @pytest.mark.parametrize("step", ["save_file", "fsync", "put_in_place"])
 def test_a_killed_save_leaves_no_half_adapter(folder: Path, tmp_path: Path, step: str) -> None:
     before = load(folder)

@@ -180,7 +180,9 @@ LORA_FAULTS = {
     "truncated or damaged": lambda t: None,
     "is missing; pickles": None,
     "rank 2, but adapter_config.json says 4": lambda t: None,
-    "must be whole numbers": lambda t: None,
+    "r must be, and rank_pattern map": lambda t: None,
+    "module names to, whole numbers": lambda t: None,
+    "whole numbers >= 1": lambda t: None,
 }
 
 
@@ -189,7 +191,9 @@ def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
     config = {
         "plain LoRA with use_dora is not served": {"use_dora": True},
         "rank 2, but adapter_config.json says 4": {"rank_pattern": {"q_proj": 4}},
-        "must be whole numbers": {"r": 0},
+        "r must be, and rank_pattern map": {"r": 0},
+        "module names to, whole numbers": {"rank_pattern": {"(": 2}},
+        "whole numbers >= 1": {"rank_pattern": [2]},
     }
     path, tensors = _lora(folder, base, **config.get(reason, {}))
     if (damage := LORA_FAULTS[reason]) is not None:

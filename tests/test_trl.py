@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve import adapter
 from secura_serve.train import SecuraConfig, adapter_layers
-
-trl = pytest.importorskip("trl", reason="trl is not installed: pip install --no-deps trl")
-datasets = pytest.importorskip("datasets", reason="trl wants datasets")
 
 ROWS = [
     {

@@ -151,9 +151,8 @@ def main() -> None:
     pareto(found, RESULTS / "pareto.png")
     pareto(found, RESULTS / "dial.png", only="bounded")
     waiting = sum(job.found is None for name in specs() for job in tests(name))
-    text = f"# Results\n\n{table(found)}\n"
-    if waiting:
-        text = text.replace("Results", f"Results so far, {waiting} single-task runs missing", 1)
+    so_far = f" so far, {waiting} single-task runs missing" if waiting else ""
+    text = f"# Results{so_far}\n\n{table(found)}\n"
     for name, facts in judged.items():
         text += f"- {name}: {'holds' if facts['holds'] else 'does not hold'} {facts}\n"
     if rows := sequences():

@@ -113,17 +113,24 @@ class _Ranks:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> _Ranks:
-        found = cls(raw.get("r", 0), raw.get("rank_pattern") or {})
-        numbers = [found.r, *found.pattern.values()]
-        if not all(isinstance(n, int) and n >= 1 for n in numbers):
+        r: Any = raw.get("r")
+        pattern = raw.get("rank_pattern") or {}
+        try:
+            fine = all(isinstance(n, int) and n >= 1 for n in [r, *pattern.values()])
+            for key in pattern:
+                re.compile(key)
+        except (AttributeError, re.error):
+            fine = False
+        if not fine:
             raise AdapterFormatError(
-                f"{CONFIG_NAME}: r and the values of rank_pattern must be whole numbers >= 1"
+                f"{CONFIG_NAME}: r must be, and rank_pattern map module names to, whole numbers "
+                ">= 1"
             )
-        return found
+        return cls(r, pattern)
 
     @property
     def largest(self) -> int:
-        return max(self.r, *self.pattern.values(), 1)
+        return max([self.r, *self.pattern.values()])
 
     def misfits(self, module: str, rank: int) -> list[str]:
         # As PEFT reads it: the first key that is the end of the name.

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import check_target, fingerprint, replacing, save
+from secura_serve.adapter import fingerprint, replacing, save
 from secura_serve.train import curves
 from secura_serve.train.model import adapter_layers
 from secura_serve.train.records import digest
-from secura_serve.train.run import Run
+from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
 __all__ = ["REPRODUCTION_NOTE", "card", "recipe", "write"]
@@ -129,7 +129,7 @@ def write(
     if run.tuned.is_cur:
         _save_cur(out, config, run, written)
     else:
-        check_target(out, config.overwrite, "train.json", "adapter_config.json")
+        check_out(config)
         with replacing(out) as new:
             _save_plain(new, config, run)
             for name, content in written.items():

@@ -157,10 +157,13 @@ def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
             return
         for row in reader:
             # Where csv puts what lies beyond the last column.
-            more = row.pop(None, ())
-            problem = f"{len(head) + len(more)} values for {len(head)} columns; quote a value that "
-            problem += f"holds {delimiter!r}"
-            yield f"{file.name}:{line}", ValueError(problem) if more else row
+            found: Any = row
+            if more := row.pop(None, ()):
+                found = ValueError(
+                    f"{len(head) + len(more)} values for {len(head)} columns; quote a value that "
+                    f"holds {delimiter!r}"
+                )
+            yield f"{file.name}:{line}", found
             line = reader.line_num + 1
     except csv.Error as error:
         yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {error}")
