@@ -1,11 +1,15 @@
 """Serving many adapters: base engine, stock vLLM LoRA and ours, through HTTP, in one run.
 
     python benchmarks/serve.py [--base smollm2-135m] [--engines base ours stock_lora]
-        [--adapters 0 1 4 16 64 256] [--repeat 3] [--out results/serve.json] [flags for vLLM]
+        [--adapters 0 1 4 16 64 256] [--repeat 3] [--restarts 2] [--out results/serve.json]
+        [flags for vLLM]
 
 Three servers with the same settings stand side by side; vLLM's own load generator
 (``vllm.benchmarks.serve``) asks each in turn, so that a slow minute of the machine meets all of
-them. ``decode``: 64 tokens in, 64 out; ``prefill``: 512 in, 4 out; 16 requests at a time, each for
+them. Where a process's memory lies decides a few percent for as long as it lives, so ``--restarts``
+repeats everything with new servers, started in the other order.
+
+``decode``: 64 tokens in, 64 out; ``prefill``: 512 in, 4 out; 16 requests at a time, each for
 another adapter as far as there are so many. Adapters are random, rank 16, on all linears; stock
 vLLM gets the same ones, exported to LoRA (16 different ones under all the names), and, slow as it
 is on CPUs, one round of 32 requests.
@@ -119,45 +123,65 @@ def measure(given: argparse.Namespace, base: Path, work: Path, rest: list[str]) 
         flags["stock_lora"] = ["--enable-lora", "--max-lora-rank", str(RANK)]
         flags["stock_lora"] += ["--max-loras", str(AT_ONCE), "--max-cpu-loras", str(len(folders))]
         flags["stock_lora"] += ["--lora-modules", *pairs]
+    found: dict[tuple[str, int], dict[str, list[Any]]] = {
+        (scenario, count): {} for scenario in given.scenarios for count in counts
+    }
+    memory: dict[tuple[str, int, str], int] = {}
+    for start in range(given.restarts):
+        order = given.engines[:: -1 if start % 2 else 1]
+        with ExitStack() as stack:
+            servers = {
+                engine: stack.enter_context(
+                    serving(base, [*flags[engine], *rest], work / f"{engine}.log")
+                )
+                for engine in order
+            }
+            for url, _ in servers.values():
+                load(url, base, [], "decode", AT_ONCE)
+            for (scenario, count), rounds in found.items():
+                for engine, one in in_turns(given, base, servers, folders[:count], scenario):
+                    rounds.setdefault(engine, []).append(one)
+                for engine, (_, pid) in servers.items():
+                    memory[scenario, count, engine] = resident_mb(pid)
+                print(json.dumps({"start": start, **totals(rounds)}), flush=True)
     rows = []
-    with ExitStack() as stack:
-        servers = {
-            engine: stack.enter_context(
-                serving(base, [*flags[engine], *rest], work / f"{engine}.log")
-            )
-            for engine in given.engines
-        }
-        for url, _ in servers.values():
-            load(url, base, [], "decode", AT_ONCE)
-        for scenario in given.scenarios:
-            for count in counts:
-                rounds: dict[str, list[Any]] = {}
-                names = [f.name for f in folders[:count]]
-                for engine in [e for e in servers if e != "stock_lora" or count] * given.repeat:
-                    slow = engine == "stock_lora"
-                    if slow and len(rounds.get(engine, ())):
-                        continue
-                    url, _ = servers[engine]
-                    chosen = [] if engine == "base" else names
-                    wanted = 2 * AT_ONCE if slow else max(given.requests, count)
-                    # Each adapter once before the clock runs, as a server would find them.
-                    if chosen and engine not in rounds:
-                        load(url, base, chosen, "warm", min(count, wanted))
-                    rounds.setdefault(engine, []).append(
-                        load(url, base, chosen, scenario, wanted)
-                    )
-                for engine, found in rounds.items():
-                    row = summary(engine, count, scenario, found)
-                    row["rss_mb"] = resident_mb(servers[engine][1])
-                    if engine != "base":
-                        paired = [
-                            ours["total_token_throughput"] / plain["total_token_throughput"]
-                            for ours, plain in zip(found, rounds["base"], strict=False)
-                        ]
-                        row["of_base"] = round(statistics.median(paired), 3)
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
+    for (scenario, count), rounds in found.items():
+        for engine, runs in rounds.items():
+            row = summary(engine, count, scenario, runs)
+            row["rss_mb"] = memory[scenario, count, engine]
+            if engine != "base" and "base" in rounds:
+                both = zip(totals(rounds)[engine], totals(rounds)["base"], strict=False)
+                row["of_base"] = round(statistics.median(a / b for a, b in both), 3)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     return rows
+
+
+def in_turns(
+    given: argparse.Namespace,
+    base: Path,
+    servers: dict[str, tuple[str, int]],
+    folders: list[Path],
+    scenario: str,
+) -> Iterator[tuple[str, Any]]:
+    """Rounds of one row, engine after engine; stock vLLM has one, and none without adapters."""
+    seen, wanted = set[str](), max(given.requests, len(folders))
+    for engine in list(servers) * given.repeat:
+        if engine == "stock_lora" and (not folders or engine in seen):
+            continue
+        url, _ = servers[engine]
+        chosen = [] if engine == "base" else [f.name for f in folders]
+        requests = 2 * AT_ONCE if engine == "stock_lora" else wanted
+        # Each adapter once before the clock runs, as a server would find them.
+        if chosen and engine not in seen:
+            load(url, base, chosen, "warm", min(len(chosen), requests))
+        seen.add(engine)
+        yield engine, load(url, base, chosen, scenario, requests)
+
+
+def totals(rounds: dict[str, list[Any]]) -> dict[str, list[float]]:
+    """Tokens per second, in and out, of every round."""
+    return {e: [round(r["total_token_throughput"], 1) for r in runs] for e, runs in rounds.items()}
 
 
 def summary(engine: str, count: int, scenario: str, rounds: list[Any]) -> dict[str, Any]:
@@ -186,7 +210,8 @@ def main() -> None:
     parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS))
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 4, 16, 64, 256])
     parser.add_argument("--requests", type=int, default=64, help="a round (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="rounds a start (%(default)s)")
+    parser.add_argument("--restarts", type=int, default=1, help="sets of servers (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON to write")
     given, rest = parser.parse_known_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
