@@ -6,19 +6,19 @@ Needs peft and transformers; tiny random models in memory.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from test_tuner import TOKENS, R, base, logits, tuned
+from test_tuner import TOKENS, R, base, logits, shake, tuned
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from secura_serve.errors import ConfigError
 from secura_serve.train import SecuraConfig, adapter_layers
 from secura_serve.train.fusion import Fusion
+from secura_serve.train.methods import kept_tensors, restore
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -61,9 +61,9 @@ def train(model: Any, folder: Path, callbacks: list[TrainerCallback], steps: int
 
 def test_the_running_core_is_the_sum_over_windows(tmp_path: Path) -> None:
     model, watch = cabr(), Watch(2)
-    before = model.training_state("default")
+    before = _kept(model)
     train(model, tmp_path, [watch, Fusion(2)], steps=5)
-    after = model.training_state("default")
+    after = _kept(model)
     for name, layer in adapter_layers(model, "default").items():
         want = watch.sums[name]
         assert want.abs().max() > 1e-4
@@ -73,7 +73,7 @@ def test_the_running_core_is_the_sum_over_windows(tmp_path: Path) -> None:
         last = layer.secura_A["default"].double() @ layer.secura_B["default"].double()
         core = layer.secura_alpha["default"] * (want + last)
         torch.testing.assert_close(layer.core("default").double(), core, rtol=1e-5, atol=1e-7)
-        assert not torch.equal(after[f"{name}.A"], before[f"{name}.A"])
+        assert not torch.equal(_A(after, name), _A(before, name))
         assert last.abs().max() > 0
     # Adam's moments outlive a fusion: the second is a decaying sum that never starts again.
     assert min(watch.moments[2:]) > 0
@@ -81,10 +81,10 @@ def test_the_running_core_is_the_sum_over_windows(tmp_path: Path) -> None:
 
 def test_at_fusion_step_1_A_never_trains(tmp_path: Path) -> None:
     model = cabr()
-    before = copy.deepcopy(model.training_state("default"))
+    before = _kept(model)
     train(model, tmp_path, [Fusion(1)], steps=4)
     for name, layer in adapter_layers(model, "default").items():
-        assert torch.equal(layer.secura_A["default"], before[f"{name}.A"])
+        assert torch.equal(layer.secura_A["default"], _A(before, name))
         assert layer.secura_running["default"].abs().max() > 0
         assert not layer.secura_B["default"].any()
 
@@ -103,7 +103,7 @@ def test_a_fusion_changes_no_answer(norm: dict[str, Any] | None, tmp_path: Path)
 
 
 @pytest.mark.parametrize("core", ["u", "ab"])
-def test_a_training_state_is_exact(core: str) -> None:
+def test_what_a_checkpoint_keeps_is_exact(core: str) -> None:
     settings = {"core": core, "inner_rank": 6 if core == "ab" else None, "target_modules": TARGETS}
     model = tuned(base(), **settings)
     layers = adapter_layers(model, "default")
@@ -111,25 +111,31 @@ def test_a_training_state_is_exact(core: str) -> None:
         for layer in layers.values():
             layer.fuse("default")
             layer.secura_B["default"].data.normal_()
-    state = model.training_state("default")
+    state = _kept(model)
     found = logits(model)
 
-    other = tuned(base(), **settings, selection={"rule": "inverse_sampled", "seed": 3})
+    other = shake(tuned(base(), **settings), seed=2)
     parameters = [p for p in other.parameters() if p.requires_grad]
-    other.load_training_state("default", state)
+    assert not torch.equal(logits(other), found)
+    restore(other, state)
     assert torch.equal(logits(other), found)
     assert all(a is b for a, b in zip(parameters, [*_trained(other)], strict=True))
-    assert all(torch.equal(v, state[k]) for k, v in other.training_state("default").items())
+    assert all(torch.equal(v, state[k]) for k, v in _kept(other).items())
 
     # A state from before the first fusion takes the running core away.
-    other.load_training_state("default", {k: v for k, v in state.items() if "running" not in k})
-    assert not any("running" in key for key in other.training_state("default"))
-    for wrong, message in (
-        ({k: v for k, v in state.items() if not k.endswith("alpha")}, "does not fit"),
-        (state | {"lm_head.U": torch.zeros(1)}, "lm_head"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            other.load_training_state("default", wrong)
+    restore(other, {k: v for k, v in state.items() if "running" not in k})
+    assert not any("running" in key for key in _kept(other))
+    with pytest.raises(ConfigError, match="lm_head"):
+        restore(other, state | {"lm_head.secura_U.default": torch.zeros(1)})
+
+
+def _kept(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in kept_tensors(model).items()}
+
+
+def _A(kept: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    (found,) = (v for k, v in kept.items() if k.endswith(f"{module}.secura_A.default"))
+    return found
 
 
 def _trained(model: Any) -> Any:

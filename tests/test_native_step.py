@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
     not native_step.fits(CPU, torch.float32), reason="no C++ compiler, or torch before 2.10"
 )
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(

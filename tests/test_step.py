@@ -57,7 +57,5 @@ def test_step_equals_folded_weights(biased):
 def test_tokens_without_adapter_are_untouched():
     bank, _, _ = _case(5, 1, 4, 2)
     y = torch.randn(5, 12)
-    got = step.adapter_step(
-        y, y[:, :4], torch.full((5,), -1), bank=bank, C_t=torch.randn(4, 12)
-    )
+    got = step.adapter_step(y, y[:, :4], torch.full((5,), -1), bank=bank, C_t=torch.randn(4, 12))
     assert torch.equal(got, y)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -169,30 +169,6 @@ class SecuraModel(BaseTuner):
         if unknown := [name for name in names if name not in self.peft_config]:
             known = ", ".join(self.peft_config) or "none"
             raise ConfigError(f"no adapter {', '.join(unknown)}; loaded are: {known}")
-
-    def training_state(self, adapter_name: str) -> dict[str, Tensor]:
-        """All layers' :meth:`SecuraLayer.training_state`, keyed ``<module>.<what>``."""
-        return {
-            f"{module}.{what}": value
-            for module, layer in adapter_layers(self.model, adapter_name).items()
-            for what, value in layer.training_state(adapter_name).items()
-        }
-
-    def load_training_state(self, adapter_name: str, state: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`training_state` gave, into the same parameters, bit for bit.
-
-        Raises:
-            ConfigError: the state is of other modules, or of another core or rank.
-        """
-        layers = adapter_layers(self.model, adapter_name)
-        parts: dict[str, dict[str, Tensor]] = {module: {} for module in layers}
-        for key, value in state.items():
-            module, _, what = key.rpartition(".")
-            if module not in parts:
-                raise ConfigError(f"{module}: the state is of a module without {adapter_name!r}")
-            parts[module][what] = value
-        for module, layer in layers.items():
-            layer.load_training_state(adapter_name, parts[module])
 
     def add_weighted_adapter(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -145,46 +143,6 @@ class AdapterState(BaseTunerLayer):
             step += self.secura_running[name]
         self.secura_running[name] = step
         self.secura_B[name].zero_()
-
-    def training_state(self, name: str) -> dict[str, Tensor]:
-        """Copies of all that training can change or has chosen, on the CPU, exact.
-
-        ``U``, or ``A``, ``B`` and, once fused, ``running``: float32. ``rows``, ``cols``: int64.
-        ``alpha``: s, a float64 scalar.
-        """
-        names = ("U", "A", "B", "running", "rows", "cols")
-        held = {key: getattr(self, f"secura_{key}") for key in names}
-        state = {
-            key: values[name].detach().cpu().clone()
-            for key, values in held.items()
-            if name in values
-        }
-        return state | {"alpha": torch.tensor(self.secura_alpha[name], dtype=torch.float64)}
-
-    @torch.no_grad()
-    def load_training_state(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`training_state` gave; parameters keep their identity.
-
-        Raises:
-            ConfigError: the state is that of another core, rank or inner rank.
-        """
-        mine = self.training_state(name)
-        shapes = {key: tuple(value.shape) for key, value in mine.items() if key != "running"}
-        given = {key: tuple(value.shape) for key, value in state.items() if key != "running"}
-        if shapes != given:
-            raise ConfigError(
-                f"{self.module}: the state does not fit adapter {name!r}: got {given}, expected "
-                f"{shapes}. Resume with the settings that it was written with"
-            )
-        basis = Basis(state["rows"], state["cols"])
-        self._place(name, basis, float(state["alpha"]), self.secura_norm[name])
-        for key in ("U", "A", "B"):
-            if key in state:
-                getattr(self, f"secura_{key}")[name].copy_(state[key])
-        if "running" in state:
-            self.secura_running[name] = state["running"].to(self.pristine.device, copy=True)
-        elif name in self.secura_running:
-            del self.secura_running[name]
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
