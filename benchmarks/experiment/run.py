@@ -85,8 +85,9 @@ def tests(variant: str) -> list[Job]:
     lr, single = chosen_lr(variant), PLAN["single"]
     if lr is None:
         return []
-    alone = variant in single["once"] | single["slower"]
-    seeds = PLAN["seeds"][:1] if alone else PLAN["seeds"]
+    alone, more = variant in single["once"] | single["slower"], single["more_seeds"]
+    seeds = PLAN["seeds"][:1] if alone else [*PLAN["seeds"]]
+    seeds += more["seeds"] if variant in more["variants"] else []
     return [_job(variant, specs()[variant], "test", lr, seed) for seed in seeds]
 
 
@@ -108,7 +109,7 @@ def waiting(only: list[str] | None) -> Iterator[Job]:
     """What can run now: the first seed of everything first, the dial's other seeds last."""
     names = [name for name in specs() if not only or name in only]
     ready = [job for name in names for job in tests(name)]
-    ready.sort(key=lambda job: PLAN["seeds"].index(job.seed))
+    ready.sort(key=lambda job: job.seed)
     later = [job for job in ready if job.variant in PLAN["single"]["dial"] and job.seed]
     jobs = [job for name in names for job in tuning(name)]
     jobs += [job for job in ready if job not in later]
