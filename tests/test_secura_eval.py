@@ -6,6 +6,7 @@ Needs the session's real server, the embedded base, matplotlib and lm_eval.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,8 @@ import pytest
 import torch
 from engines import Served, free_port, random_adapter
 from oracle import ROOT, adapted
-from transformers import AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.evaluate import load_task
 from secura_serve.evaluate.config import EvalConfig
@@ -173,6 +175,38 @@ def test_retention_of_a_whole_run(
     assert found["nothing"]["answers_unchanged"]["accuracy"] == 1
     assert found["normed"]["kl"] > 0.01
     assert found["normed"]["answers_unchanged"]["accuracy"] < 1
+
+
+def test_plain_lora_in_this_process(
+    tiny_base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, folders = tiny_base("llama"), [tmp_path / "a.1", tmp_path / "b"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        settings = LoraConfig(r=4, use_dora=bool(seed), init_lora_weights=False)
+        get_peft_model(copy.deepcopy(model), settings).save_pretrained(folder)
+    config = EvalConfig(
+        tasks=("x",), out="-", base=str(base), adapter=tuple(map(str, folders)), dtype="float32"
+    )
+    local = Local(config)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        for name in (str(base), "b", "a.1", str(base)):
+            local._become(name)
+            alone = copy.deepcopy(model)
+            if name != str(base):
+                alone = PeftModel.from_pretrained(alone, tmp_path / name)
+            torch.testing.assert_close(local._model(ids).logits, alone.eval()(ids).logits)
+    assert local.moved("b", TEXTS).kl > 0
+    argv = ["--base", str(base), "--tasks", "iso-date", "--out", str(tmp_path / "o")]
+    for other, said in (
+        (ROOT / "adapters" / "extract", "another base"),
+        (base, "give it as --base"),
+        (random_adapter(base, tmp_path / "cur", r=4, seed=1), "models of their own"),
+    ):
+        assert main([*argv, "--adapter", f"{folders[1]},{other}"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_harness_on_local_data(

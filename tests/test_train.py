@@ -143,6 +143,10 @@ def test_labels_are_the_answer_and_its_end(tiny_base: TinyBase, tmp_path: Path) 
 BAD = [
     ("{not json", "bad.jsonl:2: not valid JSON: Expecting property name"),
     ("[1]", "bad.jsonl:2: must be a JSON object"),
+    (
+        '{"prompt": "a\\ud800", "completion": "c"}',
+        r"bad.jsonl:2: field 'prompt' holds '\\ud800', half of a surrogate pair",
+    ),
     ('{"prompt": "x"}', "bad.jsonl:2: no field 'completion'; there are 'prompt'"),
     ('{"prompt": 3, "completion": "y"}', "bad.jsonl:2: field 'prompt'"),
     ('{"messages": []}', "bad.jsonl:2: field 'messages'"),
@@ -274,6 +278,9 @@ def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
         settings([*argv, "--set", "seed"])
     recipe.write_text("[1, 2")
     with pytest.raises(ConfigError, match="cannot be read"):
+        settings(["--config", str(recipe)])
+    recipe.write_text("lr: 1\nlr: 2")
+    with pytest.raises(ConfigError, match=r"lr stands there twice(.|\n)*recipe.yaml"):
         settings(["--config", str(recipe)])
     recipe.write_text("text")
     with pytest.raises(ConfigError, match="must hold a mapping"):

@@ -8,6 +8,7 @@ Needs peft, transformers, accelerate and the tiny bases of conftest.py; processe
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from secura_serve import adapter
 from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
+from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.fit import fit
 from secura_serve.train.loss import answer_logits, held_out, summed
@@ -119,6 +121,10 @@ def test_a_training_that_diverges_stops_before_its_next_checkpoint(
         ("--method secura --tau 0", "tau: got 0.0, must be > 0"),
         ("--eval-split 0.01", "0.01 of 16 examples leaves nothing to evaluate on"),
         ("--targets q_proj,nosuch", "nosuch names no module"),
+        ("--targets q_proj --layers 0,7", "--layers: the base has layers 0-1, got [7]"),
+        ("--alpha nan", "alpha: got 'nan', must be"),
+        ("--lr inf", "lr: got inf, must be > 0 and finite"),
+        ("--max-steps 0", "max_steps: got 0, must be -1 or >= 1"),
         ("--magnorn none", "did you mean --magnorm?"),
     ],
 )
@@ -222,17 +228,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [p["step"] for p in curves[0]["held_out"]] == [5, 10, 15]
 
 
-def test_a_torn_checkpoint_is_passed_over(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ["trainer_state.json", "trained.safetensors", "optimizer.pt"])
+def test_a_torn_checkpoint_is_passed_over(
+    torn: str, tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     more = ["--run-dir", str(run), "--save-steps", "2"]
     argv = flags(tiny_base("llama"), data, tmp_path / "a", *more)
     assert main(argv) == 0
     first = tensors(tmp_path / "a")
-    state = run / "checkpoint-6" / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
+    os.truncate(run / "checkpoint-6" / torn, 100)
     assert main([*argv, "--resume", "auto", "--overwrite"]) == 0
+    told = capfd.readouterr().err
+    assert "left aside, damaged: checkpoint-6" in told and "goes on from" in told
     assert all(torch.equal(first[k], v) for k, v in tensors(tmp_path / "a").items())
     assert main([*argv, "--resume", str(run / "checkpoint-5"), "--overwrite"]) == 2
+
+
+def test_a_folder_is_one_runs_at_a_time(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(tiny_base("llama"), data, tmp_path / "a")
+    with RunFolder(settings(argv)).locked():
+        for more in ([], ["--overwrite"], ["--resume", "auto"]):
+            assert main([*argv, *more]) == 2
+            assert "another run is at work in" in capfd.readouterr().err
+    assert main(argv) == 0
+    assert not (tmp_path / ".a.run").exists()
 
 
 def prepared(base: Path, data: Path, *more: str) -> tuple[Any, Rows]:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
 import trl
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from secura_serve import adapter
+from secura_serve.errors import TrainingError
 from secura_serve.train import SecuraConfig, adapter_layers
+from secura_serve.train.methods import kept_tensors
+from secura_serve.train.resume import ExactResume
 
 ROWS = [
     {
@@ -78,3 +82,41 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert adapter.load(tmp_path / "run" / "checkpoint-4").config == saved.config
+
+
+@pytest.mark.parametrize("core", ["u", "ab"])
+def test_exact_resume(core: str, tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
+    def trainer(folder: str, steps: int, *callbacks: TrainerCallback) -> Any:
+        torch.manual_seed(0)
+        return trl.SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(tiny_base("llama")),
+            processing_class=AutoTokenizer.from_pretrained(tiny_base("llama")),
+            args=trl.SFTConfig(
+                str(tmp_path / folder),
+                max_steps=steps,
+                save_steps=2,
+                learning_rate=0.01,
+                lr_scheduler_type="constant",
+                per_device_train_batch_size=2,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+            peft_config=SecuraConfig(r=4, core=core, task_type="CAUSAL_LM"),
+            callbacks=list(callbacks),
+        )
+
+    whole = trainer("whole", 4)
+    whole.train()
+    trainer("parts", 2, ExactResume()).train()
+    resumed = trainer("parts", 4, ExactResume())
+    resumed.train(resume_from_checkpoint=True)
+    wanted, found = (kept_tensors(t.model) for t in (whole, resumed))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+    trainer("without", 2).train()
+    with pytest.raises(TrainingError, match="written without ExactResume"):
+        trainer("without", 4, ExactResume()).train(resume_from_checkpoint=True)

@@ -8,6 +8,7 @@ from secura_serve.adapter.place import check_target, put_in_place, replacing
 from secura_serve.adapter.store import (
     Adapter,
     check_name,
+    is_plain_lora,
     load,
     mismatches,
     refuse_mismatches,
@@ -25,6 +26,7 @@ __all__ = [
     "check_target",
     "fingerprint",
     "fingerprint_of",
+    "is_plain_lora",
     "load",
     "mismatch",
     "mismatches",

@@ -41,6 +41,7 @@ __all__ = [
     "Adapter",
     "WeightSource",
     "check_name",
+    "is_plain_lora",
     "load",
     "mismatches",
     "refuse_mismatches",
@@ -149,6 +150,16 @@ def save(
         # safetensors makes its files private; an adapter is as readable as its config.
         shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)
     return target
+
+
+def is_plain_lora(path: Path) -> bool:
+    """Whether the folder says that it holds a LoRA of PEFT's, or a DoRA; False where it cannot be
+    read."""
+    try:
+        raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and raw.get("peft_type") == "LORA"
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:

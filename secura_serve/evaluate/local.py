@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as hf_logging
 
-from secura_serve.adapter import Adapter, load, verify
+from secura_serve.adapter import Adapter, is_plain_lora, load, verify
+from secura_serve.adapter.format import CONFIG_NAME
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, EvaluationError
@@ -18,8 +20,45 @@ from secura_serve.evaluate.models import NEUTRAL_TOKENS, Moved
 from secura_serve.evaluate.retention import retention
 from secura_serve.train import SecuraConfig, SecuraLayer, SecuraModel, adapter_layers
 from secura_serve.train.base import load_base
+from secura_serve.train.plain import LoRAs
 
 __all__ = ["Local"]
+
+
+class _CUR:
+    """CUR adapters on a model, one of them active at a time."""
+
+    def __init__(self, model: Any, adapters: Sequence[Adapter]) -> None:
+        self._norms = {a.name: a.config.magnorm.mode for a in adapters}
+        tuner = None
+        for adapter in adapters:
+            settings = SecuraConfig(
+                r=adapter.config.r,
+                target_modules=list(adapter.config.target_modules),
+                selection=dict(adapter.config.selection),
+                magnorm=adapter.config.magnorm.to_json(),
+                inference_mode=True,
+            )
+            if tuner is None:
+                tuner = SecuraModel(model, {adapter.name: settings}, adapter.name)
+            else:
+                tuner.peft_config[adapter.name] = settings
+                tuner.inject_adapter(model, adapter.name)
+            for module, layer in adapter_layers(model, adapter.name).items():
+                layer.load_core(adapter.name, adapter.modules[module], settings)
+        self._layers = [m for m in model.modules() if isinstance(m, SecuraLayer)]
+
+    def switch(self, name: str | None, fold: bool) -> None:
+        """Answer as ``name``, or as the base; a norm is folded into the weights if asked, so that
+        W' is made once and not at every token."""
+        for layer in self._layers:
+            if layer.merged:
+                layer.unmerge()
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter([name], inference_mode=True)
+                if fold and self._norms[name] != "none":
+                    layer.merge(adapter_names=[name])
 
 
 class Local:
@@ -36,40 +75,14 @@ class Local:
         hf_logging.disable_progress_bar()
         self.where = "this process"
         self.base: str | None = config.base
-        adapters = _checked(config.base, config.adapter)
-        self.names: tuple[str, ...] = (config.base, *(a.name for a in adapters))
+        adapters, loras = _checked(config.base, config.adapter)
+        self.names: tuple[str, ...] = (config.base, *(a.name for a in adapters), *loras)
         self._model, self._tokenizer, _ = load_base(config.base, config.dtype, config.device)
-        self._norms = {a.name: a.config.magnorm.mode for a in adapters}
-        tuner = None
-        for adapter in adapters:
-            settings = SecuraConfig(
-                r=adapter.config.r,
-                target_modules=list(adapter.config.target_modules),
-                selection=dict(adapter.config.selection),
-                magnorm=adapter.config.magnorm.to_json(),
-                inference_mode=True,
-            )
-            if tuner is None:
-                tuner = SecuraModel(self._model, {adapter.name: settings}, adapter.name)
-            else:
-                tuner.peft_config[adapter.name] = settings
-                tuner.inject_adapter(self._model, adapter.name)
-            for module, layer in adapter_layers(self._model, adapter.name).items():
-                layer.load_core(adapter.name, adapter.modules[module], settings)
-        self._layers = [m for m in self._model.modules() if isinstance(m, SecuraLayer)]
+        self._adapters = LoRAs(self._model, loras) if loras else _CUR(self._model, adapters)
+        self._model.eval()
 
     def _become(self, name: str, fold: bool = True) -> None:
-        """Switch the model to base or adapter ``name``; a norm is folded into the weights, so that
-        W' is made once and not at every token."""
-        adapter = self._norms.get(name)
-        for layer in self._layers:
-            if layer.merged:
-                layer.unmerge()
-            layer.enable_adapters(adapter is not None)
-            if adapter is not None:
-                layer.set_adapter([name], inference_mode=True)
-                if fold and adapter != "none":
-                    layer.merge(adapter_names=[name])
+        self._adapters.switch(None if name == self.base else name, fold)
 
     def answers(self, model: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """One greedy answer per prompt, through the chat template where there is one."""
@@ -81,11 +94,9 @@ class Local:
 
         @contextmanager
         def without() -> Iterator[None]:
-            for layer in self._layers:
-                layer.enable_adapters(False)
+            self._adapters.switch(None, False)
             yield
-            for layer in self._layers:
-                layer.enable_adapters(True)
+            self._become(model, fold=False)
 
         self._become(model, fold=False)
         found = retention(
@@ -108,20 +119,32 @@ class Local:
         return HFLM(pretrained=self._model, tokenizer=self._tokenizer)
 
 
-def _checked(base: str, folders: Sequence[str]) -> list[Adapter]:
-    """The adapters, each compared with the whole base."""
+def _checked(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str, Path]]:
+    """The CUR adapters, each compared with the whole base; and the folders of plain LoRAs."""
     checkpoint = Checkpoint(resolve_base(base).path)
-    adapters, problems = [], []
+    adapters, loras, problems = [], dict[str, Path](), []
     for folder in folders:
+        path = Path(folder).absolute()
         try:
+            if is_plain_lora(path):
+                loras[path.name] = path
+                continue
+            if (path / "config.json").is_file() and not (path / CONFIG_NAME).exists():
+                problems.append(f"{path.name} is a whole checkpoint; give it as --base")
+                continue
             adapter = load(folder)
             verify(adapter, checkpoint)
             adapters.append(adapter)
         except AdapterError as error:
             problems.append(str(error))
-    names = [a.name for a in adapters]
-    if len({*names, base}) <= len(names):
-        problems.append(f"two models of one name: {', '.join([base, *names])}")
+    names = [*(a.name for a in adapters), *loras]
+    if len({*names, base}) <= len(names) or len(names) + len(problems) < len(folders):
+        problems.append(f"two models of one name: {', '.join([base, *folders])}")
+    if adapters and loras:
+        problems.append(
+            f"{', '.join(loras)}: PEFT puts LoRA and CUR adapters on models of their own; use one "
+            "run for each, with one --base"
+        )
     if problems:
         raise EvaluationError("adapters that cannot be used:", problems)
-    return adapters
+    return adapters, loras

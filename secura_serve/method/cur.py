@@ -102,6 +102,9 @@ def select(
     chosen = {}
     for axis in ("row", "col"):
         p = importance(W, axis)
+        # All-zero weights give NaN here, too.
+        if np.isnan(p).any() and not torch.isfinite(W).all():
+            raise ConfigError(f"{module}: W holds NaN or Inf, so the checkpoint is damaged")
         usable = int(np.count_nonzero(p > 0))
         if not 1 <= r <= usable:
             raise ConfigError(

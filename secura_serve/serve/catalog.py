@@ -13,7 +13,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, UnservableError
 from secura_serve.serve.basis import base_id
-from secura_serve.serve.plain_lora import PlainLoRA, is_plain_lora
+from secura_serve.serve.plain_lora import PlainLoRA
 
 __all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
 
@@ -119,7 +119,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
-            if is_plain_lora(path):
+            if adapters.is_plain_lora(path):
                 entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
             else:
                 entries.append(Entry(path.name, _servable(path, base, seen)))

@@ -24,7 +24,6 @@ from secura_serve.serve.bank import Bank
 from secura_serve.serve.basis import SharedBasis, base_id
 from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
-from secura_serve.serve.plain_lora import is_plain_lora
 
 # A child of vLLM's logger, which alone has a handler in a worker.
 logger = init_logger("vllm.secura_serve")
@@ -122,7 +121,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         """Folder -> a row of the bank; a plain LoRA as vLLM reads it. Raises AdapterError."""
         manager = self._adapter_manager
         path = Path(get_adapter_absolute_path(lora_request.lora_path))
-        if is_plain_lora(path):
+        if adapters.is_plain_lora(path):
             if manager.lora is None:
                 raise UnservableError(
                     f"{path.name} is a plain LoRA, and this server has no room for one: restart "

@@ -16,7 +16,7 @@ from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, BaseModelError, UnservableError
 
-__all__ = ["PlainLoRA", "is_plain_lora"]
+__all__ = ["PlainLoRA"]
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # What PEFT can add to a LoRA and vLLM does not serve, each with the value that leaves it out.
@@ -27,15 +27,6 @@ _EXTRAS: Mapping[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "layer_replication": (None, []),
 }
-
-
-def is_plain_lora(path: Path) -> bool:
-    """Whether the folder says that it holds a LoRA; False where it cannot be read."""
-    try:
-        raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(raw, dict) and raw.get("peft_type") == "LORA"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.bases import resolve_base
+from secura_serve.errors import BaseModelError
 
 __all__ = ["load_base", "load_tokenizer"]
 
@@ -21,16 +23,24 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, str]:
-    """The base model, its tokenizer and the id that an adapter records."""
+    """The base model, its tokenizer and the id that an adapter records.
+
+    Raises:
+        BaseModelError: no such base, or its weights are damaged.
+    """
     base = resolve_base(name)
     tokenizer = load_tokenizer(name)
     capped = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.path,
-        dtype=getattr(torch, dtype),
-        # Gemma 2: transformers' faster attention leaves the soft-capping out.
-        attn_implementation="eager" if capped else None,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=getattr(torch, dtype),
+            # Gemma 2: transformers' faster attention leaves the soft-capping out.
+            attn_implementation="eager" if capped else None,
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelError(f"the weights in {base.path} cannot be read: {reason}") from error
     if device == "auto" and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer, base.model_id

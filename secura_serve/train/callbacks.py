@@ -28,6 +28,11 @@ class Progress(ProgressCallback):
             self.training_bar.unit = "step"
         self.current_step = state.global_step
 
+    def close(self) -> None:
+        """End the bar's line where an error ends the training."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_begin(args, state, control, **kwargs)
         self.began = time.monotonic()

@@ -14,6 +14,7 @@ import torch
 
 from secura_serve.adapter import fingerprint, replacing, save
 from secura_serve.train import curves
+from secura_serve.train.checkpoints import processes
 from secura_serve.train.model import adapter_layers
 from secura_serve.train.records import digest
 from secura_serve.train.run import Run, check_out
@@ -39,7 +40,7 @@ def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "device": str(next(run.model.parameters()).device.type),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
         "seconds": round(run.seconds, 1),
         "scores": run.scores,
     }

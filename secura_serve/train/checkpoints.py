@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
 from secura_serve.errors import ConfigError
 from secura_serve.train.settings import TrainConfig
 
-__all__ = ["RunFolder", "is_main_process"]
+__all__ = ["TENSORS", "RunFolder", "is_main_process", "processes"]
 
-_RUN = "run.json"
+TENSORS = "trained.safetensors"
+"""What is trained, in a checkpoint."""
+_RUN, _LOCK = "run.json", "lock"
 # What may change between the parts of a run without changing its outcome.
 _FREE: tuple[str, ...] = ("out", "overwrite", "run_dir", "resume", "save_steps", "device")
 # What the digests of the data stand for.
@@ -25,6 +32,11 @@ _FREE += ("data", "eval_data", "tasks", "tasks_dir")
 def is_main_process() -> bool:
     """Whether this is the one process of a launch that writes and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class RunFolder:
@@ -38,9 +50,40 @@ class RunFolder:
         out = Path(os.path.abspath(config.out))
         self.config = config
         self.path = Path(os.path.abspath(config.run_dir or out.parent / f".{out.name}.run"))
+        self.damaged: list[str] = []
+        """Newer checkpoints than the one that :meth:`open` found, with what is wrong with them."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other run out of the folder, which is made.
+
+        Raises:
+            ConfigError: another run is in it, or it cannot be written.
+        """
+        if not is_main_process():
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / _LOCK, timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"another run is at work in {self.path}; wait for it, or choose another --out or "
+                "--run-dir"
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; "
+                "name another place with --run-dir"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def open(self, digests: Mapping[str, str | None], world_size: int = 1) -> Path | None:
-        """Make the folder and return the checkpoint to go on from, if any.
+        """Return the checkpoint to go on from, if any; call it :meth:`locked`.
 
         Raises:
             ConfigError: it holds another run, or an unfinished one that nobody asked to resume.
@@ -59,18 +102,19 @@ class RunFolder:
                     "on with it, --overwrite forgets it"
                 )
             if is_main_process():
-                shutil.rmtree(self.path)
+                self._clear()
         # Another process may be comparing the file with its own settings just now.
         if is_main_process() and (start is None or start.parent != self.path):
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; "
-                    "name another place with --run-dir"
-                ) from error
+            (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return start
+
+    def _clear(self) -> None:
+        """Forget another run; the lock stays, because we hold it."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
 
     def _unfinished(self) -> bool:
         return any(self.path.glob("checkpoint-*"))
@@ -80,13 +124,17 @@ class RunFolder:
             return None
         if self.config.resume != "auto":
             given = Path(os.path.abspath(self.config.resume))
-            if not _whole(given, world_size):
+            if lack := _lack(given, world_size):
                 raise ConfigError(
-                    f"--resume {given}: not a whole checkpoint of {world_size} processes"
+                    f"--resume {given}: not a whole checkpoint of {world_size} processes: {lack}"
                 )
             return given
-        found = [p for p in self.path.glob("checkpoint-*") if _whole(p, world_size)]
-        return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        for checkpoint in reversed(found):
+            if not (lack := _lack(checkpoint, world_size)):
+                return checkpoint
+            self.damaged.append(f"{checkpoint.name}: {lack}")
+        return None
 
     def _same_run(self, file: Path, facts: dict[str, Any]) -> None:
         try:
@@ -107,15 +155,19 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _whole(folder: Path, world_size: int) -> bool:
-    """Whether a checkpoint was written to its end: the trainer's state comes last."""
+def _lack(folder: Path, world_size: int) -> str:
+    """What a checkpoint lacks, or nothing: a kill or a power cut may leave any file of it short."""
+    ranks = (
+        ["rng_state.pth"] if world_size == 1 else [f"rng_state_{n}.pth" for n in range(world_size)]
+    )
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    states = (
-        ["rng_state.pth"]
-        if world_size == 1
-        else [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    )
-    return all((folder / name).is_file() for name in [*states, "optimizer.pt", "scheduler.pt"])
+        with safe_open(folder / TENSORS, "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        return str(error)
+    # What torch saves is a zip file, whose table of contents stands at its end.
+    short = [
+        n for n in [*ranks, "optimizer.pt", "scheduler.pt"] if not zipfile.is_zipfile(folder / n)
+    ]
+    return f"{', '.join(short)} missing or not whole" if short else ""

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from peft import PeftConfig
@@ -60,8 +61,9 @@ class SecuraConfig(PeftConfig):
     core: str = field(default="u", metadata=_help("u: U is trained; ab: U = A·B (CABR)"))
     inner_rank: int | None = field(default=None, metadata=_help("m of core ab; r by default"))
     init: str = field(default="block", metadata=_help("start of A: block or svd"))
-    magnorm: Mapping[str, Any] | None = field(
-        default=None, metadata=_help("S-MagNorm setting; null is none")
+    magnorm: Mapping[str, Any] | str | None = field(
+        default=None,
+        metadata=_help('S-MagNorm mode, or with its setting: {"mode": "bounded", "tau": 0.02}'),
     )
     dropout: float = field(
         default=0.0,
@@ -77,6 +79,8 @@ class SecuraConfig(PeftConfig):
         self.peft_type = extend_peft_type("SECURA")
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.magnorm, str):
+            self.magnorm = None if self.magnorm == "none" else {"mode": self.magnorm}
         problems = []
         if not isinstance(self.r, int) or self.r < 1:
             problems.append(f"r: got {self.r!r}, must be an integer >= 1")
@@ -88,8 +92,9 @@ class SecuraConfig(PeftConfig):
             self.inner_rank = self.r if self.inner_rank is None else self.inner_rank
             if self.inner_rank < self.r:
                 problems.append(f"inner_rank: got {self.inner_rank}, must be >= r = {self.r}")
-        if self.alpha != "auto" and not isinstance(self.alpha, (int, float)):
-            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number')
+        number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < inf
+        if self.alpha != "auto" and not number:
+            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
         if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in RULES:
             problems.append(f"selection: got {dict(self.selection)}, needs rule {RULES} and seed")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
@@ -115,7 +120,8 @@ class SecuraConfig(PeftConfig):
     @property
     def norm(self) -> MagNorm:
         """``magnorm`` parsed."""
-        return MagNorm.from_json(self.magnorm)
+        # A mode's name is spelled out from the start.
+        return MagNorm.from_json(self.magnorm)  # type: ignore[arg-type]
 
     def to_adapter_config(self) -> AdapterConfig:
         """The same settings as they stand in ``adapter_config.json``."""

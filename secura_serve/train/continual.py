@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.base import load_tokenizer
 from secura_serve.train.card import recipe, write
+from secura_serve.train.checkpoints import processes
 from secura_serve.train.course import Course, Scores
 from secura_serve.train.data import Collator, Rows, encode, split
 from secura_serve.train.ewc import EWC
@@ -79,13 +80,24 @@ def train_sequence(
         ConfigError, DataError, BaseModelError: before the training starts.
         Interrupted: on Ctrl-C; finished tasks are kept.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         raise ConfigError("--tasks runs in one process; leave accelerate launch out")
     check_out(config)
     for out in _stage_folders(config):
         check_out(replace(config, out=str(out), overwrite=bool(config.overwrite or config.resume)))
     records = _records(config)
     folder = StageFolder(config)
+    with folder.locked():
+        return _train_sequence(config, folder, records, scorer, log)
+
+
+def _train_sequence(
+    config: SequenceConfig,
+    folder: StageFolder,
+    records: Mapping[str, tuple[list[Record], list[Record], list[Record]]],
+    scorer: Scorer,
+    log: Sequence[TrainerCallback],
+) -> tuple[Run, Course]:
     start = folder.open({name: digest(path) for name, path in config.sources().items()})
     set_seed(config.seed)
     hf_logging.set_verbosity_error()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from secura_serve.train.callbacks import Divergence, Interrupt, Progress
+from secura_serve.train.checkpoints import processes
 from secura_serve.train.data import Collate, Collator, Rows
 from secura_serve.train.loss import ExtraLoss
 from secura_serve.train.methods import Tuned
@@ -95,10 +95,11 @@ def fit(
     config, held = config or tuned.config, held or []
     padded = Collator(tuned.tokenizer.pad_token_id)
     collate: Collate = packer(tuned.model, rows, padded) if config.packing else padded
-    watch = [*callbacks, Progress(), Divergence(), *_fusion(config)]
+    bar = Progress()
+    watch = [*callbacks, bar, Divergence(), *_fusion(config)]
     if config.patience:
         watch.append(EarlyStoppingCallback(config.patience))
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = processes() == 1
     interrupt = Interrupt()
     with (
         nullcontext(str(run_dir)) if run_dir else tempfile.TemporaryDirectory() as folder,
@@ -116,7 +117,11 @@ def fit(
             extra_loss=extra_loss,
         )
         trainer.remove_callback(PrinterCallback)
-        result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            result = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except BaseException:
+            bar.close()
+            raise
         state = trainer.state
         if interrupt.received and state.global_step < state.max_steps:
             at = run_dir / f"checkpoint-{state.global_step}" if run_dir else None

@@ -72,10 +72,20 @@ def settings(argv: Sequence[str] | None) -> TrainConfig:
 def _recipe(file: str) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """PyYAML keeps the last of equal keys and says nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key) for key, _ in node.value]
+            if twice := [str(key) for key in keys if keys.count(key) > 1]:
+                raise yaml.YAMLError(f"{twice[0]} stands there twice{node.start_mark}")
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
     try:
         # Every JSON file is a YAML file. An open file has its name in YAML's messages.
         with Path(file).open(encoding="utf-8") as text:
-            values = yaml.safe_load(text)
+            values = yaml.load(text, Loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file} cannot be read: {error}") from error
     if not isinstance(values, dict):

@@ -50,6 +50,9 @@ def prepare(config: TrainConfig) -> Tuned:
     # without us, and only we know the embedded one by its name.
     if config.method in CUR_METHODS or model_id != EMBEDDED:
         model.name_or_path = model_id
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    if beyond := [n for n in config.layer_numbers() or () if n >= layers]:
+        raise ConfigError(f"--layers: the base has layers 0-{layers - 1}, got {beyond}")
     if config.method == "full":
         return Tuned(model.requires_grad_(True), tokenizer, model_id, config)
     try:

@@ -221,10 +221,7 @@ def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
         texts = {}
         for field in ("prompt", "completion"):
             value = raw.get(columns.get(field, field))
-            if not isinstance(value, str) or not value.strip():
-                named = _named(field, columns)
-                raise DataError(f"{where}: {named} must be a non-empty string, got {value!r:.60}")
-            texts[field] = value
+            texts[field] = _words(value, _named(field, columns), where)
         return Record(({"role": "user", "content": texts["prompt"]},), texts["completion"], where)
     messages, name = raw[chat], _named("messages", columns)
     if any(raw.get(field) is not None for field in pair):
@@ -235,11 +232,24 @@ def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
         inner = f"{name[:-1]}[{i}]"
         if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise DataError(f"{where}: {inner}.role' must be one of {', '.join(_ROLES)}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise DataError(f"{where}: {inner}.content' must be a non-empty string")
+        _words(message.get("content"), f"{inner}.content'", where)
     if messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: {name} must end with the assistant's answer")
     if not any(message["role"] == "user" for message in messages):
         raise DataError(f"{where}: {name} must hold a user's message before the answer")
     turns = tuple({"role": m["role"], "content": m["content"]} for m in messages)
     return Record(turns[:-1], turns[-1]["content"], where)
+
+
+def _words(value: Any, named: str, where: str) -> str:
+    """``value``, if a tokenizer can read it."""
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: {named} must be a non-empty string, got {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise DataError(
+            f"{where}: {named} holds {half!r}, half of a surrogate pair and no character"
+        ) from error
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from secura_serve.adapter import check_name, check_target
 from secura_serve.errors import ConfigError
 from secura_serve.train import memory
 from secura_serve.train.base import load_tokenizer
-from secura_serve.train.checkpoints import RunFolder, is_main_process
+from secura_serve.train.checkpoints import RunFolder, is_main_process, processes
 from secura_serve.train.data import Rows, encode, split
 from secura_serve.train.fit import fit
 from secura_serve.train.methods import Tuned, prepare
@@ -49,16 +48,28 @@ def train(config: TrainConfig, *, log: Sequence[TrainerCallback] = ()) -> Run:
     interrupted and resumed or not. ``log`` takes transformers ``TrainerCallback`` objects.
 
     Raises:
-        ConfigError, DataError, BaseModelError: before the training starts.
+        ConfigError, DataError, BaseModelError: before the training starts; another run at work in
+            the same folder is a ConfigError.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     check_out(config)
     records, held = _records(config)
     folder = RunFolder(config)
-    start = folder.open(
-        {name: digest(path) for name, path in config.sources().items()},
-        int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    with folder.locked():
+        return _train(config, folder, records, held, log)
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    records: list[Record],
+    held: list[Record],
+    log: Sequence[TrainerCallback],
+) -> Run:
+    digests = {name: digest(path) for name, path in config.sources().items()}
+    start = folder.open(digests, processes())
+    for damage in folder.damaged:
+        say(f"left aside, damaged: {damage}")
     if config.resume and start is None:
         say(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
     set_seed(config.seed)
@@ -117,7 +128,9 @@ def announce(tuned: Tuned, rows: Rows, kept: Rows, read: int, start: Path | None
     skipped = f", {read - len(rows)} over-long ones left out" if len(rows) < read else ""
     say(
         f"{tuned.config.method}: {trained:,} trained numbers, {len(rows)} examples{skipped}, "
-        f"{len(kept)} held out" + (f"; goes on from {start}" if start else "")
+        f"{len(kept)} held out"
+        + (f", {processes()} processes" if processes() > 1 else "")
+        + (f"; goes on from {start}" if start else "")
     )
     expected = memory.estimate(tuned, rows)
     say(f"memory: about {expected} per process")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,16 @@ class TrainConfig:
     def _out_of_bounds(self) -> list[str]:
         bounds = [
             ("rank", self.rank >= 1, ">= 1"),
-            ("epochs", self.epochs > 0, "> 0"),
-            ("lr", self.lr is None or self.lr > 0, "> 0"),
+            ("epochs", 0 < self.epochs < inf, "> 0 and finite"),
+            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or >= 1"),
+            ("lr", self.lr is None or 0 < self.lr < inf, "> 0 and finite"),
             ("batch_size", self.batch_size >= 1, ">= 1"),
             ("accumulate", self.accumulate >= 1, ">= 1"),
             ("max_length", self.max_length >= 8, ">= 8"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-            ("tau", self.tau > 0, "> 0"),
+            ("tau", 0 < self.tau < inf, "> 0 and finite"),
+            ("weight_decay", 0 <= self.weight_decay < inf, ">= 0 and finite"),
+            ("lora_alpha", 0 < (self.lora_alpha or 1) < inf, "> 0 and finite"),
             ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
             (
                 "warmup",
@@ -178,11 +182,12 @@ class TrainConfig:
             for name, fine, bound in bounds
             if not fine
         ]
-        if self.alpha != "auto":
-            try:
-                float(self.alpha)
-            except ValueError:
-                problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number')
+        try:
+            fine = self.alpha == "auto" or 0 < float(self.alpha) < inf
+        except ValueError:
+            fine = False
+        if not fine:
+            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
         for name in ("targets", "exclude"):
             try:
                 re.compile(getattr(self, name) or "")

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secura_serve.adapter.place import replacing
+from secura_serve.errors import ConfigError
 from secura_serve.train.checkpoints import RunFolder
 
 __all__ = ["StageFolder"]
@@ -44,6 +46,15 @@ class StageFolder(RunFolder):
             (new / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-        """What :meth:`write` was given."""
-        facts = json.loads((self.stage / _FACTS).read_text(encoding="utf-8"))
-        return facts, {f.stem: load_file(f) for f in self.stage.glob("*.safetensors")}
+        """What :meth:`write` was given.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            facts = json.loads((self.stage / _FACTS).read_text(encoding="utf-8"))
+            return facts, {f.stem: load_file(f) for f in self.stage.glob("*.safetensors")}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigError(
+                f"--resume: {self.stage} is damaged ({error}); --overwrite starts again"
+            ) from error

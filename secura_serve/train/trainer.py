@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from secura_serve.errors import TrainingError
 from secura_serve.train.callbacks import SamplerEpoch
+from secura_serve.train.checkpoints import TENSORS
 from secura_serve.train.data import Collate, Rows
 from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
 from secura_serve.train.methods import kept_tensors, restore
 
 __all__ = ["AnswerTrainer"]
-
-_TENSORS = "trained.safetensors"
 
 
 class _Order(Sampler[int]):
@@ -108,9 +108,11 @@ class AnswerTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         # What safetensors, json and torch.save make of a full disk.
         except (OSError, SafetensorError, RuntimeError) as error:
+            full = shutil.disk_usage(self.args.output_dir).free < 2**20
+            reason = "no space left" if full else str(error).partition("\n")[0]
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} could not be written to "
-                f"{self.args.output_dir}: {str(error).partition(chr(10))[0]}. Make room there or "
+                f"{self.args.output_dir}: {reason}. Make room there or "
                 "name another place with --run-dir; --resume auto goes on from the last whole one"
             ) from error
 
@@ -118,10 +120,10 @@ class AnswerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous() for k, v in kept_tensors(self.model).items()}
-        save_file(tensors, folder / _TENSORS)
+        save_file(tensors, folder / TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(model or self.model, load_file(Path(resume_from_checkpoint) / _TENSORS))
+        restore(model or self.model, load_file(Path(resume_from_checkpoint) / TENSORS))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
