@@ -166,8 +166,8 @@ def main() -> None:
     draft = job.file.with_suffix(".partial")
     draft.write_text(json.dumps(facts, indent=1) + "\n")
     draft.rename(job.file)
-    shown = ("score", "kl", "train_seconds")
-    print(json.dumps({key: round(facts[key], 4) for key in shown if key in facts}))
+    shown = ("score", "average_accuracy", "kl", "train_seconds")
+    print(json.dumps({key: facts[key] for key in shown if isinstance(facts.get(key), float)}))
 
 
 if __name__ == "__main__":
