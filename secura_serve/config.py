@@ -83,10 +83,11 @@ def brief_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _unknown(key: str, fields: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), fields, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(fields))}"
-    return f"{key}: unknown; {hint}"
+def _unknown(keys: list[str], fields: Mapping[str, Any]) -> list[str]:
+    close = {k: difflib.get_close_matches(k.replace("-", "_"), fields, n=1) for k in keys}
+    told = [f"{k}: unknown" + (f"; did you mean {c[0]!r}?" if c else "") for k, c in close.items()]
+    # Once, however many there are: the list is long.
+    return told + ([] if all(close.values()) else [f"allowed: {', '.join(sorted(fields))}"])
 
 
 def _as_written(value: Any, kind: type) -> Any:
@@ -114,7 +115,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     hints = typing.get_type_hints(cls)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    problems = [_unknown(str(key), fields) for key in values if key not in fields]
+    problems = _unknown([str(key) for key in values if key not in fields], fields)
     good: dict[str, Any] = {}
     for name, item in fields.items():
         if name not in values:
@@ -135,5 +136,5 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
             problems.append(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
         good[name] = value
     if problems:
-        raise ConfigError(f"{cls.__name__} is not valid:", problems)
+        raise ConfigError("the settings are not valid:", problems)
     return cls(**good)

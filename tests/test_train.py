@@ -222,7 +222,7 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
     [
         ({"rnak": 3, "epoch": 1}, "rnak: unknown; did you mean 'rank'"),
         ({"rnak": 3, "epoch": 1}, "epoch: unknown; did you mean 'epochs'"),
-        ({"qqqq": 3}, "qqqq: unknown; allowed: accumulate, "),
+        ({"qqqq": 3, "zzzz": 4}, "allowed: accumulate, "),
         ({"lora_alpha": 8}, "lora_alpha: means nothing to method curlora"),
         ({"method": "lora", "magnorm": "bounded"}, "magnorm: means nothing to method lora"),
         ({"method": "dora", "fusion_step": 2}, "fusion_step: means nothing to method dora"),

@@ -121,6 +121,7 @@ def test_a_training_that_diverges_stops_before_its_next_checkpoint(
         ("--method secura --tau 0", "tau: got 0.0, must be > 0"),
         ("--eval-split 0.01", "0.01 of 16 examples leaves nothing to evaluate on"),
         ("--targets q_proj,nosuch", "nosuch names no module"),
+        ("--exclude q_proj,nosuch", "--exclude: the base has no module nosuch"),
         ("--targets q_proj --layers 0,7", "--layers: the base has layers 0-1, got [7]"),
         ("--alpha nan", "alpha: got 'nan', must be"),
         ("--lr inf", "lr: got inf, must be > 0 and finite"),
@@ -353,7 +354,9 @@ def test_replay_draws_a_share_of_earlier_rows() -> None:
     assert mix(rows, [], 0.5, seed=0) == rows
 
 
-def test_early_stopping_keeps_the_best(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "early"
     # So large a rate that it only gets worse after some steps.
     more = ["--max-steps", "60", "--eval-steps", "2", "--patience", "2", "--lr", "0.3"]
@@ -362,6 +365,7 @@ def test_early_stopping_keeps_the_best(tiny_base: TinyBase, data: Path, tmp_path
     held = json.loads((out / "curves.json").read_text())["held_out"]
     scores = json.loads((out / "train.json").read_text())["scores"]
     best = min(held, key=lambda p: p["loss"])
+    assert f"step {best['step']}, the best, is kept" in capfd.readouterr().err
     assert scores["steps"] == best["step"] + 4 == held[-1]["step"] < 60
     assert scores["held_out_loss"] == best["loss"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

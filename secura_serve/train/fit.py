@@ -37,6 +37,8 @@ class Fit:
     train_loss: float
     """Mean over the steps of the mean cross-entropy per answer token, and of any extra loss."""
     held_out: dict[str, float]
+    best: int | None
+    """The step that was kept, with ``patience``."""
     seconds: float
     tokens: int
     history: list[dict[str, Any]]
@@ -128,7 +130,9 @@ def fit(
             raise Interrupted(state.global_step, state.max_steps, at)
         scores = trainer.held_out_scores() if held else {}
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    best = state.best_model_checkpoint if config.patience else None
     return Fit(
+        best=int(best.rpartition("-")[2]) if best else None,
         steps=state.global_step,
         train_loss=sum(losses) / len(losses),
         held_out=scores,

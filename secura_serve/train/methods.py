@@ -55,29 +55,30 @@ def prepare(config: TrainConfig) -> Tuned:
         raise ConfigError(f"--layers: the base has layers 0-{layers - 1}, got {beyond}")
     if config.method == "full":
         return Tuned(model.requires_grad_(True), tokenizer, model_id, config)
+    modules = [name for name, _ in model.named_modules()]
     try:
         tuned = get_peft_model(model, _peft_config(config, model.name_or_path))
     except ValueError as error:
         if isinstance(error, SecuraError):
             raise
         raise ConfigError(f"--targets: {error}".partition("\n")[0]) from error
-    _refuse_idle_names(config.target_modules(), tuned.base_model.targeted_module_names)
+    adapted = tuned.base_model.targeted_module_names
+    leaves = sorted({module.rpartition(".")[2] for module in adapted})
+    said = f"names no module that would be adapted; the others adapt {', '.join(leaves)}"
+    _refuse_idle_names(config.target_modules(), adapted, f"--targets: {{}} {said}")
+    _refuse_idle_names(config.exclude_modules(), modules, "--exclude: the base has no module {}")
     return Tuned(tuned, tokenizer, model_id, config)
 
 
-def _refuse_idle_names(wanted: str | list[str], adapted: list[str]) -> None:
+def _refuse_idle_names(wanted: str | list[str] | None, modules: list[str], said: str) -> None:
     """PEFT passes over a name that fits nothing as long as another one fits."""
     idle = [
         name
         for name in (wanted if isinstance(wanted, list) else [])
-        if not any(module == name or module.endswith(f".{name}") for module in adapted)
+        if not any(module == name or module.endswith(f".{name}") for module in modules)
     ]
     if idle:
-        leaves = sorted({module.rpartition(".")[2] for module in adapted})
-        raise ConfigError(
-            f"--targets: {', '.join(idle)} names no module that would be adapted; the others "
-            f"adapt {', '.join(leaves)}"
-        )
+        raise ConfigError(said.format(", ".join(idle)))
 
 
 def _peft_config(config: TrainConfig, model_id: str) -> PeftConfig:

@@ -81,6 +81,8 @@ def _train(
     tuned = prepare(config)
     announce(tuned, rows, kept, len(records), start)
     found = fit(tuned, rows, held=kept, callbacks=log, run_dir=folder.path, resume=start)
+    if found.best is not None:
+        say(f"ended at step {found.steps}; step {found.best}, the best, is kept")
     expected = memory.estimate(tuned, rows).total / memory.GIB
     used = (memory.peak() - before) / memory.GIB
     say(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
