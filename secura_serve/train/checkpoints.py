@@ -73,10 +73,7 @@ class RunFolder:
                 "--run-dir"
             ) from error
         except OSError as error:
-            raise ConfigError(
-                f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; "
-                "name another place with --run-dir"
-            ) from error
+            raise self._unwritable(error) from error
         try:
             yield
         finally:
@@ -105,8 +102,17 @@ class RunFolder:
                 self._clear()
         # Another process may be comparing the file with its own settings just now.
         if is_main_process() and (start is None or start.parent != self.path):
-            (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            try:
+                (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise self._unwritable(error) from error
         return start
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; name another "
+            "place with --run-dir"
+        )
 
     def _clear(self) -> None:
         """Forget another run; the lock stays, because we hold it."""

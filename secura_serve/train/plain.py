@@ -41,7 +41,7 @@ class LoRAs:
         self._tuned = tuned
 
     def switch(self, name: str | None, fold: bool) -> None:
-        """Answer as ``name``, or as the base."""
+        """Answer as ``name``, or as the base; nothing is folded."""
         if name is None:
             self._tuned.base_model.disable_adapter_layers()
         else:
