@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secura_serve.bases import EMBEDDED
@@ -17,7 +19,7 @@ from secura_serve.train import SecuraConfig
 from secura_serve.train.base import load_base
 from secura_serve.train.settings import CUR_METHODS, TrainConfig
 
-__all__ = ["Tuned", "kept_tensors", "prepare", "restore"]
+__all__ = ["Tuned", "kept_tensors", "prepare", "restore", "save_kept"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
     buffers = {n: v for n, v in model.named_buffers() if prefix and prefix in n}
     return parameters | buffers
+
+
+def save_kept(model: nn.Module, file: Path) -> None:
+    """Write :func:`kept_tensors` as safetensors."""
+    save_file({k: v.detach().contiguous() for k, v in kept_tensors(model).items()}, file)
 
 
 @torch.no_grad()

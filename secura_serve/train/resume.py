@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from secura_serve.errors import TrainingError
 from secura_serve.train.checkpoints import TENSORS
-from secura_serve.train.methods import kept_tensors, restore
+from secura_serve.train.methods import restore, save_kept
 
 __all__ = ["ExactResume"]
 
@@ -30,9 +30,7 @@ class ExactResume(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            kept = kept_tensors(kwargs["model"])
-            tensors = {name: value.detach().contiguous() for name, value in kept.items()}
-            save_file(tensors, _file(args, state))
+            save_kept(kwargs["model"], _file(args, state))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.global_step:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
@@ -20,7 +20,7 @@ from secura_serve.train.callbacks import SamplerEpoch
 from secura_serve.train.checkpoints import TENSORS
 from secura_serve.train.data import Collate, Rows
 from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
-from secura_serve.train.methods import kept_tensors, restore
+from secura_serve.train.methods import restore, save_kept
 
 __all__ = ["AnswerTrainer"]
 
@@ -119,8 +119,7 @@ class AnswerTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().contiguous() for k, v in kept_tensors(self.model).items()}
-        save_file(tensors, folder / TENSORS)
+        save_kept(self.model, folder / TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(model or self.model, load_file(Path(resume_from_checkpoint) / TENSORS))
