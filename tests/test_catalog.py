@@ -64,6 +64,8 @@ def _damage(kind, folder, base, tiny_base):
         _edit(bad, magnorm={"mode": "activation", "scale": 6.0, "eps": 1e-8})
     elif kind == "bad name":
         bad.rename(folder / "b d")
+    elif kind == "two lines":
+        bad.rename(folder / "b\nd")
 
 
 KINDS = {
@@ -75,6 +77,7 @@ KINDS = {
     "wrong base": "trained on another base",
     "S-MagNorm": "acts on activations",
     "bad name": "is not allowed",
+    "two lines": "is not allowed",
     "base's name": "is the base model's name",
 }
 
@@ -85,7 +88,8 @@ def test_an_unusable_adapter_is_named_and_skipped(kind, folder, base, tiny_base,
     flags = ["--base", str(base), "--adapters", str(folder), "--served-model-name", "base"]
     assert main([*flags, "--check"]) == 1
     printed = capsys.readouterr().out
-    name = {"bad name": "b d", "base's name": "base"}.get(kind, "bad")
+    names = {"bad name": "b d", "two lines": r"'b\nd'", "base's name": "base"}
+    name = names.get(kind, "bad")
     assert f"{name} is not served: " in printed and KINDS[kind] in printed
     assert "1 servable" in printed
     assert main([*flags, "--strict"]) == 1

@@ -28,6 +28,11 @@ class Entry:
     lora: PlainLoRA | None = None
 
     @property
+    def shown(self) -> str:
+        """The name, on one line whatever a folder may be called."""
+        return self.name if self.name.isprintable() else ascii(self.name)
+
+    @property
     def per_request(self) -> bool:
         """Whether it can be chosen per request, beside others; if not, it must be folded."""
         return self.adapter is not None and self.adapter.config.magnorm.mode == "none"
@@ -72,16 +77,16 @@ class Catalog:
         for entry in self.entries:
             found = entry.adapter or entry.lora
             if found is None:
-                rows.append((entry.name, "-", "-", "-", entry.status))
+                rows.append((entry.shown, "-", "-", "-", entry.status))
                 continue
             size = f"{found.file_size / 1e6:.2f} MB"
-            rows.append((entry.name, str(found.r), str(len(found.modules)), size, entry.status))
+            rows.append((entry.shown, str(found.r), str(len(found.modules)), size, entry.status))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
         for row in rows:
             cells = zip(row, widths, strict=True)
             lines.append("  ".join(text.ljust(width) for text, width in cells).rstrip())
-        lines += [f"\n{e.name} is not served: {e.error}" for e in self.refused]
+        lines += [f"\n{e.shown} is not served: {e.error}" for e in self.refused]
         return "\n".join(lines)
 
 

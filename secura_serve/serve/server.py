@@ -77,7 +77,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     if known.strict and catalog.refused:
         raise ConfigError(
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
-            f"served: {', '.join(e.name for e in catalog.refused)}"
+            f"served: {', '.join(e.shown for e in catalog.refused)}"
         )
     if known.check:
         if not catalog.entries:

@@ -14,6 +14,7 @@ from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -128,11 +129,14 @@ def fit(
         if interrupt.received and state.global_step < state.max_steps:
             at = run_dir / f"checkpoint-{state.global_step}" if run_dir else None
             raise Interrupted(state.global_step, state.max_steps, at)
-        scores = trainer.held_out_scores() if held else {}
+        at_best = state.best_model_checkpoint if config.patience else None
+        best = int(at_best.rpartition("-")[2]) if at_best else None
+        scores = _scores_at(best or state.global_step, state) if held else {}
+        if held and not scores:
+            scores = trainer.held_out_scores()
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    best = state.best_model_checkpoint if config.patience else None
     return Fit(
-        best=int(best.rpartition("-")[2]) if best else None,
+        best=best,
         steps=state.global_step,
         train_loss=sum(losses) / len(losses),
         held_out=scores,
@@ -140,6 +144,15 @@ def fit(
         tokens=int(state.num_input_tokens_seen),
         history=state.log_history,
     )
+
+
+def _scores_at(step: int, state: TrainerState) -> dict[str, float]:
+    """What the evaluation after ``step`` found; empty if there was none."""
+    for entry in state.log_history:
+        if entry["step"] == step and "eval_loss" in entry:
+            found = ((key.partition("eval_"), value) for key, value in entry.items())
+            return {name: value for (head, mark, name), value in found if mark and not head}
+    return {}
 
 
 def _fusion(config: TrainConfig) -> list[TrainerCallback]:
