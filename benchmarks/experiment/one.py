@@ -38,10 +38,13 @@ def rows(task: str, split: str, file: Path, count: int | None = None) -> Path:
 
 
 def config(job: Job, work: Path) -> dict[str, Any]:
-    return PLAN["common"] | job.settings | {
+    found = PLAN["common"] | job.settings | {
         "base": PLAN["base"], "out": str(work / "out" / job.name), "lr": job.lr,
         "seed": job.seed, "save_steps": 0, "overwrite": True,
     }  # fmt: skip
+    if found["method"] == "full":
+        del found["targets"]
+    return found
 
 
 def accuracy(tuned: Tuned, task: str, split: str, count: int) -> dict[str, Any]:
