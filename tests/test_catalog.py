@@ -51,6 +51,12 @@ def _damage(kind, folder, base, tiny_base):
         tensors = load_file(weights)
         next(t for k, t in tensors.items() if k.endswith("secura_U"))[0, 0] = torch.nan
         save_file(tensors, weights)
+    elif kind == "overflows":
+        # Finite, and yet it poisoned the cache that all requests share.
+        tensors = load_file(weights)
+        save_file(
+            {k: t * 1e30 if t.is_floating_point() else t for k, t in tensors.items()}, weights
+        )
     elif kind == "unknown format":
         _edit(bad, format_version=99)
     elif kind == "plain LoRA":
@@ -71,6 +77,7 @@ def _damage(kind, folder, base, tiny_base):
 KINDS = {
     "truncated": "truncated or damaged",
     "nan": "NaN or Inf",
+    "overflows": "no useful adapter",
     "unknown format": "format_version is 99",
     "plain LoRA": "is not part of a LoRA of linears",
     "pickle": "pickles are refused",
@@ -129,12 +136,13 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
     wide = adapters.load(random_adapter(base, tmp_path / "wide", r=8, seed=1))
     narrow = adapters.load(random_adapter(base, tmp_path / "narrow", r=4, seed=2))
     other = adapters.load(random_adapter(base, tmp_path / "o", r=4, seed=3, rule="lowest_norm"))
-    assert bases.SharedBasis.of([narrow, wide]).width == 8
-    union = bases.SharedBasis.of([narrow, wide, other])
+    checkpoint = Checkpoint(base)
+    gains = {bases.base_id(a): adapters.gains(a, checkpoint) for a in (wide, narrow, other)}
+    assert bases.SharedBasis.of([narrow, wide], gains).width == 8
+    union = bases.SharedBasis.of([narrow, wide, other], gains)
     assert 8 < union.width <= 12
     saved = bases.SharedBasis.load(union.save(tmp_path / "cache"))
-    assert saved.verified == union.verified
-    checkpoint = Checkpoint(base)
+    assert saved.verified == union.verified == gains
     for found in (wide, narrow, other):
         for module, cur in found.modules.items():
             W, place = checkpoint.weight(module).double(), saved.modules[module]
@@ -143,7 +151,7 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
             want = W[:, cur.cols.long()] @ cur.U.double() @ W[cur.rows.long()]
             torch.testing.assert_close(got, want)
     with pytest.raises(UnservableError, match="does not keep"):
-        bases.SharedBasis.of([narrow]).embed(module, other.modules[module])
+        bases.SharedBasis.of([narrow], gains).embed(module, other.modules[module])
 
 
 def test_a_damaged_basis_file_is_refused(tmp_path):
@@ -177,6 +185,8 @@ LORA_FAULTS = {
     "plain LoRA with use_dora is not served": lambda t: None,
     "B·A is": lambda t: t.update({k: torch.ones(2, 3) for k in t if "_A" in k}),
     "NaN or Inf": lambda t: next(iter(t.values())).fill_(torch.nan),
+    "would overflow": lambda t: next(iter(t.values())).fill_(1e30),
+    "map module names to, numbers": lambda t: None,
     "lora_A and lora_B must both be there": lambda t: t.popitem(),
     "the base has no such linear": lambda t: t.update(
         {k.replace("layers.0", "layers.99"): t.pop(k) for k in list(t)}
@@ -198,6 +208,7 @@ def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
         "r must be, and rank_pattern map": {"r": 0},
         "module names to, whole numbers": {"rank_pattern": {"(": 2}},
         "whole numbers >= 1": {"rank_pattern": [2]},
+        "map module names to, numbers": {"lora_alpha": "16"},
     }
     path, tensors = _lora(folder, base, **config.get(reason, {}))
     if (damage := LORA_FAULTS[reason]) is not None:
@@ -224,11 +235,12 @@ def test_a_quantised_base_is_refused_with_the_reason(folder, base, tmp_path_fact
 def test_a_catalog_keeps_no_weights_and_one_basis_for_all(folder, base):
     random_adapter(base, folder / "other", r=4, seed=1)
     random_adapter(base, folder / "wider", r=6, seed=1)
-    good, other, wider = scan(folder, Checkpoint(base)).served
+    found = scan(folder, Checkpoint(base))
+    good, other, wider = found.served
     assert all(cur.U.is_meta for a in (good, other, wider) for cur in a.modules.values())
     assert good.modules is other.modules and good.modules is not wider.modules
     full = adapters.load(folder / "wider")
-    shared = bases.SharedBasis.of([good, other, wider]).modules
+    shared = bases.SharedBasis.of([good, other, wider], found.gains).modules
     for name, cur in full.modules.items():
         assert torch.equal(shared[name].rows, cur.basis.rows)
     assert bases.base_id(wider) == bases.base_id(full)
@@ -244,10 +256,11 @@ def test_a_lora_of_many_ranks_asks_for_room_for_the_largest_named(folder, base):
 def test_what_widens_the_basis_is_named(folder, base):
     random_adapter(base, folder / "other", r=4, seed=1, rule="lowest_norm")
     random_adapter(base, folder / "wider", r=6, seed=1)
-    served = scan(folder, Checkpoint(base)).served
-    shared = bases.SharedBasis.of(served)
+    found = scan(folder, Checkpoint(base))
+    served = found.served
+    shared = bases.SharedBasis.of(served, found.gains)
     assert shared.outsiders(served) == ["other"] and shared.width > 6
-    assert bases.SharedBasis.of(served[:1]).outsiders(served[:1]) == []
+    assert bases.SharedBasis.of(served[:1], found.gains).outsiders(served[:1]) == []
 
 
 @pytest.mark.parametrize("fits, slots", [(3, 8), (200, 200), (10**6, 1000)])

@@ -257,6 +257,29 @@ def test_a_folder_goes_into_a_living_adapter_of_the_same_basis_only(tmp_path: Pa
         get_peft_model(base(), seeded).load_adapter(tmp_path, "default", is_trainable=True)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"core": "ab", "magnorm": "bounded"},
+        {"selection": "lowest_norm", "magnorm": "published"},
+    ],
+)
+def test_transformers_own_load_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = tuned(base(), target_modules=TARGETS, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = base()
+    loaded.load_adapter(tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits(loaded), logits(base()), atol=1e-5)
+    other = base()
+    other.model.layers[1].self_attn.q_proj.weight.data *= 1.01
+    with pytest.raises(BaseMismatchError, match=r"layers\.1\.self_attn\.q_proj"):
+        other.load_adapter(tmp_path)
+    with pytest.raises(UnservableError, match="is_trainable"):
+        base().load_adapter(tmp_path, is_trainable=True)
+
+
 def test_what_lora_alone_offers_is_refused(pair: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="modules_to_save"):
         SecuraConfig(r=R, modules_to_save=["lm_head"])  # type: ignore[call-arg]

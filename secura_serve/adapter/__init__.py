@@ -5,6 +5,7 @@ from __future__ import annotations
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
 from secura_serve.adapter.place import check_target, put_in_place, replacing
+from secura_serve.adapter.size import LARGEST_RMS, gains, refuse_oversized
 from secura_serve.adapter.store import (
     Adapter,
     check_name,
@@ -18,6 +19,7 @@ from secura_serve.adapter.store import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "LARGEST_RMS",
     "PEFT_TYPE",
     "Adapter",
     "AdapterConfig",
@@ -26,12 +28,14 @@ __all__ = [
     "check_target",
     "fingerprint",
     "fingerprint_of",
+    "gains",
     "is_plain_lora",
     "load",
     "mismatch",
     "mismatches",
     "put_in_place",
     "refuse_mismatches",
+    "refuse_oversized",
     "replacing",
     "save",
     "verify",

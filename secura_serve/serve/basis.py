@@ -23,7 +23,10 @@ from secura_serve.adapter import Adapter, CURModule
 from secura_serve.errors import AdapterFormatError, UnservableError
 from secura_serve.method import Basis
 
-__all__ = ["SharedBasis", "base_id"]
+__all__ = ["Gains", "SharedBasis", "base_id"]
+
+Gains = Mapping[str, float]
+"""Module -> ‖C‖·‖R‖/√(out·in), see :func:`secura_serve.adapter.gains`."""
 
 
 def base_id(adapter: Adapter) -> str:
@@ -52,19 +55,19 @@ class SharedBasis:
     """Rows and columns per module, and the bases that were verified against the checkpoint."""
 
     modules: Mapping[str, Basis]
-    verified: frozenset[str]
+    verified: Mapping[str, Gains]
     """:func:`base_id` of every adapter whose fingerprint the server has checked."""
 
     @classmethod
-    def of(cls, adapters: Iterable[Adapter]) -> SharedBasis:
-        """The ordered union over ``adapters``, the widest first."""
+    def of(cls, adapters: Iterable[Adapter], gains: Mapping[str, Gains]) -> SharedBasis:
+        """The ordered union over ``adapters``, the widest first; all of them are in ``gains``."""
         ranked = sorted(adapters, key=lambda a: (-a.config.r, a.name))
         names = dict.fromkeys(module for a in ranked for module in a.modules)
         modules = {}
         for name in names:
             users = [a.modules[name] for a in ranked if name in a.modules]
             modules[name] = Basis(_union(u.rows for u in users), _union(u.cols for u in users))
-        return cls(modules, frozenset(base_id(a) for a in ranked))
+        return cls(modules, {key: gains[key] for key in dict.fromkeys(map(base_id, ranked))})
 
     @property
     def width(self) -> int:
@@ -127,7 +130,7 @@ class SharedBasis:
                     name: {"rows": b.rows.tolist(), "cols": b.cols.tolist()}
                     for name, b in self.modules.items()
                 },
-                "verified": sorted(self.verified),
+                "verified": {key: dict(self.verified[key]) for key in sorted(self.verified)},
             }
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +150,6 @@ class SharedBasis:
                 name: Basis(torch.tensor(b["rows"]), torch.tensor(b["cols"]))
                 for name, b in raw["modules"].items()
             }
-            return cls(modules, frozenset(raw["verified"]))
+            return cls(modules, dict(raw["verified"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterFormatError(f"the shared basis {path} cannot be read: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,7 +12,7 @@ from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, UnservableError
-from secura_serve.serve.basis import base_id
+from secura_serve.serve.basis import Gains, base_id
 from secura_serve.serve.plain_lora import PlainLoRA
 
 __all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
@@ -50,6 +50,8 @@ class Catalog:
     """Everything found in one adapters folder, by name."""
 
     entries: tuple[Entry, ...]
+    gains: Mapping[str, Gains] = field(default_factory=dict)
+    """:func:`base_id` -> :func:`secura_serve.adapter.gains`."""
 
     @property
     def served(self) -> list[Adapter]:
@@ -120,7 +122,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
         )
     if found:
         _refuse_quantised(base)
-    entries, seen = [], dict[str, tuple[Adapter, list[str]]]()
+    entries, seen = [], dict[str, _Compared]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
@@ -130,7 +132,7 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
                 entries.append(Entry(path.name, _servable(path, base, seen)))
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
-    return Catalog(tuple(entries))
+    return Catalog(tuple(entries), {key: found.gains for key, found in seen.items()})
 
 
 def refuse_full_rank(adapter: Adapter) -> None:
@@ -160,7 +162,21 @@ def _refuse_quantised(base: Checkpoint) -> None:
         )
 
 
-def _servable(path: Path, base: Checkpoint, seen: dict[str, tuple[Adapter, list[str]]]) -> Adapter:
+@dataclass(frozen=True)
+class _Compared:
+    """What holds for all adapters of one :func:`base_id`."""
+
+    outline: Adapter
+    mismatches: list[str]
+    gains: Gains
+
+    @classmethod
+    def of(cls, found: Adapter, base: Checkpoint) -> _Compared:
+        verdict = adapters.mismatches(found, base)
+        return cls(found.outline(), verdict, {} if verdict else adapters.gains(found, base))
+
+
+def _servable(path: Path, base: Checkpoint, seen: dict[str, _Compared]) -> Adapter:
     found = adapters.load(path)
     if not found.config.magnorm.foldable:
         raise UnservableError(
@@ -169,7 +185,8 @@ def _servable(path: Path, base: Checkpoint, seen: dict[str, tuple[Adapter, list[
         )
     identity = base_id(found)
     if identity not in seen:
-        seen[identity] = found.outline(), adapters.mismatches(found, base)
-    like, verdict = seen[identity]
-    adapters.refuse_mismatches(found, verdict)
-    return found.outline(like)
+        seen[identity] = _Compared.of(found, base)
+    like = seen[identity]
+    adapters.refuse_mismatches(found, like.mismatches)
+    adapters.refuse_oversized(found, like.gains)
+    return found.outline(like.outline)

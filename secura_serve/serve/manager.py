@@ -130,9 +130,12 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
             return super()._load_adapter(lora_request)
         found = adapters.load(path)
         refuse_full_rank(found)
-        if base_id(found) not in manager.shared_basis.verified:
+        gains = manager.shared_basis.verified.get(base_id(found))
+        if gains is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
-            adapters.verify(found, Checkpoint(self._base_path))
+            adapters.verify(found, base := Checkpoint(self._base_path))
+            gains = adapters.gains(found, base)
+        adapters.refuse_oversized(found, gains)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
             for module, cur in found.modules.items()

@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from secura_serve.adapter import LARGEST_RMS
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, BaseModelError, UnservableError
@@ -70,6 +72,7 @@ class PlainLoRA:
                 f"{path.name}: {WEIGHTS_NAME} is missing; pickles (adapter_model.bin) are not read"
             )
         found: dict[str, dict[str, tuple[int, int]]] = {}
+        norms: dict[str, float] = {}
         said, problems = _Ranks.read(raw), list[str]()
         try:
             with safe_open(weights, framework="pt") as file:
@@ -81,12 +84,17 @@ class PlainLoRA:
                     if not torch.isfinite(tensor).all():
                         problems.append(f"{key}: NaN or Inf")
                     found.setdefault(match["module"], {})[match["side"]] = tuple(tensor.shape)
+                    norms[key] = float(torch.linalg.vector_norm(tensor.double()))
         except (OSError, SafetensorError) as error:
             raise AdapterFormatError(
                 f"{path.name}: {WEIGHTS_NAME} is truncated or damaged: {error}"
             ) from error
         for module, sides in found.items():
-            problems += _misfits(module, sides, base) or said.misfits(module, sides["A"][0])
+            problems += (
+                _misfits(module, sides, base)
+                or said.misfits(module, sides["A"][0])
+                or _oversized(module, sides, said.alpha, norms)
+            )
         if problems or not found:
             raise AdapterFormatError(
                 f"{path.name} does not fit {base.path.name}:", problems or ["no tensors"]
@@ -101,6 +109,8 @@ class _Ranks:
 
     r: int
     pattern: Mapping[str, int]
+    alpha: float
+    """The largest that any module has."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> _Ranks:
@@ -117,7 +127,7 @@ class _Ranks:
                 f"{CONFIG_NAME}: r must be, and rank_pattern map module names to, whole numbers "
                 ">= 1"
             )
-        return cls(r, pattern)
+        return cls(r, pattern, _largest_alpha(raw))
 
     @property
     def largest(self) -> int:
@@ -128,6 +138,32 @@ class _Ranks:
         keys = (key for key in self.pattern if re.match(rf"(.*\.)?({key})$", module))
         said = self.pattern.get(next(keys, ""), self.r)
         return [] if said == rank else [f"{module}: rank {rank}, but {CONFIG_NAME} says {said}"]
+
+
+def _largest_alpha(raw: Mapping[str, Any]) -> float:
+    pattern = raw.get("alpha_pattern") or {}
+    # PEFT's own default.
+    said = [
+        raw.get("lora_alpha", 8),
+        *(pattern.values() if isinstance(pattern, Mapping) else [pattern]),
+    ]
+    if not all(isinstance(n, (int, float)) and isfinite(n) for n in said):
+        raise AdapterFormatError(
+            f"{CONFIG_NAME}: lora_alpha must be, and alpha_pattern map module names to, numbers"
+        )
+    return float(max(map(abs, said)))
+
+
+def _oversized(
+    module: str, sides: dict[str, tuple[int, int]], alpha: float, norms: Mapping[str, float]
+) -> list[str]:
+    """As for our own adapters, see :mod:`secura_serve.adapter.size`; the scale is alpha / r."""
+    A, B = (norms[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+    (r, wide), (tall, _) = sides["A"], sides["B"]
+    rms = alpha / r * A * B / (tall * wide) ** 0.5
+    if rms <= LARGEST_RMS:
+        return []
+    return [f"{module}: B·A may reach {rms:.1e} in root mean square, which would overflow"]
 
 
 def _misfits(module: str, sides: dict[str, tuple[int, int]], base: Checkpoint) -> list[str]:

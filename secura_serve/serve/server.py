@@ -35,6 +35,10 @@ from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
 
+# Seconds that a client has to take what is left of its answer once the engine has stopped; without
+# a limit one that waits for an engine that was killed would hold the server.
+_LAST_BYTES = 5
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``secura-serve``. Returns the exit status; errors go to stderr."""
@@ -85,7 +89,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         return 1 if catalog.refused else 0
     served = _prepare_vllm(checkpoint, catalog, rest)
     ours = [a for a in served if isinstance(a, Adapter)]
-    basis = SharedBasis.of(ours)
+    basis = SharedBasis.of(ours, catalog.gains)
     _warn_of_width(basis, ours)
     loras = [a for a in served if isinstance(a, PlainLoRA)]
     args = vllm_arguments(
@@ -125,9 +129,10 @@ def _name(base: ResolvedBase) -> str:
 def _warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
     if outside := basis.outsiders(adapters):
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        verb = "does" if len(outside) == 1 else "do"
         print(
-            f"\nwarning: {', '.join(outside[:5])}{more} do not share the basis of the others, so "
-            f"that every token of every adapter pays for up to {basis.width} rows and columns a "
+            f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
+            f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
             f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
             "--selection-seed of the others they would cost nothing"
         )
@@ -207,6 +212,8 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     stop_cleanly_during_start()
     with page:
         try:
-            uvloop.run(run_server_worker(address, socket, args))
+            uvloop.run(
+                run_server_worker(address, socket, args, timeout_graceful_shutdown=_LAST_BYTES)
+            )
         except ValueError as error:
             raise ConfigError(f"vLLM does not accept these settings: {error}") from error

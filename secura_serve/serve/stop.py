@@ -22,7 +22,9 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     print("\nsecura-serve: stopped while starting", file=sys.stderr, flush=True)
     for child in psutil.Process().children(recursive=True):
         try:
-            child.kill()
+            # Python's trackers of shared memory end by themselves, once they have removed it.
+            if not any("resource_tracker" in part for part in child.cmdline()):
+                child.kill()
         except psutil.NoSuchProcess:
             continue
     # Not sys.exit: an exception would pass through whatever the start is waiting for.

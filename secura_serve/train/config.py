@@ -54,9 +54,11 @@ class SecuraConfig(PeftConfig):
     alpha: float | str = field(
         default="auto", metadata=_help("step scale s; auto: 0.1·sqrt(out·in)/(‖C‖_F·‖R‖_F)")
     )
-    selection: Mapping[str, Any] = field(
+    selection: Mapping[str, Any] | str = field(
         default_factory=lambda: {"rule": "inverse_sampled", "seed": 0},
-        metadata=_help("how rows and columns are chosen; the seed belongs to the base"),
+        metadata=_help(
+            "how rows and columns are chosen: a rule, or with its seed, which belongs to the base"
+        ),
     )
     core: str = field(default="u", metadata=_help("u: U is trained; ab: U = A·B (CABR)"))
     inner_rank: int | None = field(default=None, metadata=_help("m of core ab; r by default"))
@@ -81,6 +83,8 @@ class SecuraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.magnorm, str):
             self.magnorm = None if self.magnorm == "none" else {"mode": self.magnorm}
+        if isinstance(self.selection, str):
+            self.selection = {"rule": self.selection, "seed": 0}
         problems = []
         if not isinstance(self.r, int) or self.r < 1:
             problems.append(f"r: got {self.r!r}, must be an integer >= 1")
@@ -96,7 +100,7 @@ class SecuraConfig(PeftConfig):
         if self.alpha != "auto" and not number:
             problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
         if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in RULES:
-            problems.append(f"selection: got {dict(self.selection)}, needs rule {RULES} and seed")
+            problems.append(f"selection: got {self.selection}, needs rule {RULES} and seed")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             problems.append(f"dropout: got {self.dropout!r}, must be in [0, 1)")
         norm = MagNorm()
@@ -118,6 +122,12 @@ class SecuraConfig(PeftConfig):
             )
 
     @property
+    def rule_and_seed(self) -> tuple[str, int]:
+        """``selection`` parsed."""
+        assert not isinstance(self.selection, str)
+        return self.selection["rule"], self.selection["seed"]
+
+    @property
     def norm(self) -> MagNorm:
         """``magnorm`` parsed."""
         # A mode's name is spelled out from the start.
@@ -137,7 +147,7 @@ class SecuraConfig(PeftConfig):
             target_modules=names,
             base_fingerprint=dict(self.base_fingerprint),
             alpha=self.alpha,
-            selection=dict(self.selection),
+            selection=dict(zip(("rule", "seed"), self.rule_and_seed, strict=True)),
             core=self.core,
             inner_rank=self.inner_rank,
             magnorm=self.norm,

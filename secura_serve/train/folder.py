@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from secura_serve.adapter import AdapterConfig, CURModule, mismatch
+from secura_serve.adapter import AdapterConfig, CURModule, fingerprint, mismatch
 from secura_serve.adapter.format import module_problems
-from secura_serve.errors import AdapterFormatError, BaseMismatchError
+from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
+from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
 
-__all__ = ["check_base", "modules_of"]
+__all__ = ["check_base", "modules_of", "take_stored"]
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.secura_(?P<field>U|rows|cols|rho_max)")
 
@@ -69,3 +71,28 @@ def check_base(
             f"the adapter was trained on another base ({written.base_model_name_or_path}): "
             f"{problems[0]}{more}. Load it on that base, or train it again on this one"
         )
+
+
+def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
+    """Make ``layer`` ready for a U that is copied from a folder by somebody else, with s = 1.
+
+    The indices are those that the selection gives for W. By the fingerprint, which counts them in,
+    they are those of the file; by the same comparison W is that of its base.
+
+    Raises:
+        BaseMismatchError: one of the two is not so.
+        UnservableError: the adapter is to be trained, which takes more than U.
+    """
+    if not config.inference_mode:
+        raise UnservableError(
+            "load_adapter(is_trainable=True) takes only U, not what training goes on from; use "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    if fingerprint(layer.pristine, layer.basis(name)) != config.base_fingerprint.get(layer.module):
+        raise BaseMismatchError(
+            f"{layer.module}: the adapter was trained on another base "
+            f"({config.base_model_name_or_path}), or with indices that its selection does not "
+            "give; PeftModel.from_pretrained(model, folder) reads the indices and says which"
+        )
+    none = torch.zeros(config.r, config.r)
+    layer.load_core(name, CURModule(none, *layer.basis(name)), config)

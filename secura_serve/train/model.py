@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secura_serve.adapter import CURModule, fingerprint
 from secura_serve.errors import ConfigError, UnservableError
 from secura_serve.train.config import SecuraConfig
-from secura_serve.train.folder import check_base, modules_of
+from secura_serve.train.folder import check_base, modules_of, take_stored
 from secura_serve.train.layer import SecuraLayer
 from secura_serve.train.linear import SecuraLinear
 from secura_serve.train.peft_type import extend_peft_type, register
@@ -44,6 +44,12 @@ class SecuraModel(BaseTuner):
     tree: the name seeds its basis. What PEFT saves is this project's adapter folder.
     """
 
+    def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        # PeftModel gives a dict. transformers' load_adapter gives the configuration alone, then
+        # copies U by its name, and asks for nothing else that stands in the file.
+        self._copied_by_name = isinstance(peft_config, SecuraConfig)
+        super().__init__(model, peft_config, *args, **kwargs)
+
     prefix = "secura_"
     tuner_layer_cls = SecuraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -58,14 +64,19 @@ class SecuraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        from_folder = self._copied_by_name and bool(peft_config.base_fingerprint)
         if isinstance(target, SecuraLayer):
             target.update_layer(adapter_name, peft_config)
+            if from_folder:
+                take_stored(target, adapter_name, peft_config)
             return
         if isinstance(target, BaseTunerLayer):
             raise UnservableError(
                 f"{current_key} already carries another kind of adapter; merge or unload it first"
             )
         layer = SecuraLinear(target, adapter_name, current_key, peft_config)
+        if from_folder:
+            take_stored(layer, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -63,7 +63,7 @@ class AdapterState(BaseTunerLayer):
             ConfigError: the rank does not fit W.
         """
         W = self.pristine
-        rule, seed = config.selection["rule"], config.selection["seed"]
+        rule, seed = config.rule_and_seed
         basis = select(W, config.r, module=self.module, rule=rule, seed=seed)
         self._place(name, basis, self._scale(config, basis), config.norm)
         self.secura_dropout[name] = config.dropout
