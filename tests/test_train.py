@@ -280,7 +280,7 @@ def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         settings(["--config", str(recipe)])
     recipe.write_text("lr: 1\nlr: 2")
-    with pytest.raises(ConfigError, match=r"lr stands there twice(.|\n)*recipe.yaml"):
+    with pytest.raises(ConfigError, match=r"lr stands there twice(.|\n)*recipe.yaml.*line 2"):
         settings(["--config", str(recipe)])
     recipe.write_text("text")
     with pytest.raises(ConfigError, match="must hold a mapping"):
@@ -289,9 +289,33 @@ def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("adapters/*/train.json")), ids=str)
 def test_the_shipped_recipes_are_still_recipes(recipe: Path) -> None:
-    config = settings(["--config", str(recipe)])
     before = json.loads(recipe.read_text())["config"]
+    with pytest.raises(ConfigError, match=r"train.json is not complete(.|\n)*give --data FILE"):
+        settings(["--config", str(recipe)])
+    named = {k: before[k] for k in ("data", "eval_data") if before[k]}
+    argv = [part for k, v in named.items() for part in (f"--{k.replace('_', '-')}", v)]
+    config = settings(["--config", str(recipe), *argv])
     assert before.items() <= asdict(config).items() and config.method == "curlora"
+
+
+def test_a_recipe_for_another_method_or_other_data(tmp_path: Path) -> None:
+    recipe = tmp_path / "train.json"
+
+    def keep(**given: Any) -> list[str]:
+        recipe.write_text(json.dumps({"config": asdict(build(TrainConfig, GOOD | given))}))
+        return ["--config", str(recipe)]
+
+    argv = [*keep(rank=7, seed=3, selection_seed=2, lr=0.5), "--data", "d"]
+    for method in ("secura", "lora", "dora", "full"):
+        config, plain = settings([*argv, "--method", method]), build(TrainConfig, GOOD)
+        fresh = build(TrainConfig, GOOD | {"method": method})
+        assert (config.core, config.magnorm, config.lr) == (fresh.core, fresh.magnorm, fresh.lr)
+        assert config.seed == 3 and config.rank == (7 if method != "full" else plain.rank)
+    assert settings(argv).lr == 0.5 and settings([*argv, "--method", "secura"]).selection_seed == 2
+    back = settings([*keep(method="lora", lora_alpha=3.0), "--data", "d", "--method", "curlora"])
+    assert back.core == "u" and back.lora_alpha is None
+    recipe.write_text("base: b\nout: o\ntasks: a,b\ntasks_dir: nowhere\nstrategy: er\nreplay: 9\n")
+    assert type(settings(["--config", str(recipe), "--data", "d"])) is TrainConfig
 
 
 def test_every_setting_is_a_flag_with_help() -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.config import add_flags, brief_errors, build
-from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.errors import SecuraError
 from secura_serve.train.checkpoints import is_main_process
+from secura_serve.train.recipe import SEQUENCE_ONLY, parse_changes, read_recipe
 from secura_serve.train.sequence import SequenceConfig
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
 __all__ = ["main", "parser"]
 
-_PLAIN = {item.name for item in fields(TrainConfig)}
 _EXAMPLES = """examples:
   secura-train --base smollm2-135m --data mine.jsonl --out adapters/mine --eval-split 0.1
   secura-train --config recipe.yaml --set lr=0.002 --seed 1 --out adapters/mine-1
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     group = made.add_argument_group(
         "several tasks, one after another", "only with --tasks, in place of --data and --eval-data"
     )
-    add_flags(group, SequenceConfig, skip=_PLAIN)
+    add_flags(group, SequenceConfig, skip={item.name for item in fields(TrainConfig)})
     return brief_errors(made)
 
 
@@ -64,52 +64,9 @@ def settings(argv: Sequence[str] | None) -> TrainConfig:
     """
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file, changes = given.pop("config"), given.pop("set")
-    values = (_recipe(file) if file else {}) | _changes(changes) | given
-    names = {item.name for item in fields(SequenceConfig)} - _PLAIN
-    return build(SequenceConfig if values.keys() & names else TrainConfig, values)
-
-
-def _recipe(file: str) -> dict[str, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """PyYAML keeps the last of equal keys and says nothing."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key) for key, _ in node.value]
-            if twice := [str(key) for key in keys if keys.count(key) > 1]:
-                raise yaml.YAMLError(f"{twice[0]} stands there twice{node.start_mark}")
-            found: dict[Any, Any] = super().construct_mapping(node, deep)
-            return found
-
-    try:
-        # Every JSON file is a YAML file. An open file has its name in YAML's messages.
-        with Path(file).open(encoding="utf-8") as text:
-            values = yaml.load(text, Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {file} must hold a mapping of settings")
-    # A train.json is a recipe too.
-    inner = values.get("config", values)
-    return dict(inner) if isinstance(inner, dict) else values
-
-
-def _changes(pairs: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    values, problems = {}, []
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        try:
-            values[key.strip().replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problems.append(f"{pair}: {error}")
-        if not equals:
-            problems.append(f"{pair}: must be KEY=VALUE")
-    if problems:
-        raise ConfigError("--set is not valid:", problems)
-    return values
+    over = parse_changes(changes) | given
+    values = (read_recipe(file, over) if file else {}) | over
+    return build(SequenceConfig if values.keys() & SEQUENCE_ONLY else TrainConfig, values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

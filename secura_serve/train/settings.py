@@ -11,7 +11,7 @@ from typing import Any
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
 
-__all__ = ["CUR_METHODS", "METHODS", "REPRODUCTION_ONLY", "TrainConfig"]
+__all__ = ["CUR_METHODS", "METHODS", "REPRODUCTION_ONLY", "TrainConfig", "of_another_method"]
 
 METHODS = ("curlora", "secura", "lora", "dora", "full")
 CUR_METHODS = ("curlora", "secura")
@@ -26,6 +26,19 @@ _CUR_ONLY: tuple[str, ...] = ("core", "inner_rank", "init", "magnorm", "tau", "a
 _CUR_ONLY += ("selection", "selection_seed", "fusion_step", "accumulation")
 _LORA_ONLY = ("lora_alpha",)
 _ADAPTERS_ONLY = ("rank", "targets", "exclude", "layers", "layers_pattern", "dropout")
+# What one method of CUR_METHODS sets differently from the other; also what hangs on core and norm.
+_METHODS_OWN = ("core", "inner_rank", "init", "magnorm", "tau", "fusion_step", "accumulation", "lr")
+
+
+def of_another_method(method: str) -> set[str]:
+    """Settings of a recipe for another method that ``method`` cannot take over."""
+    return {*_METHODS_OWN, *_foreign_to(method)}
+
+
+def _foreign_to(method: str) -> tuple[str, ...]:
+    foreign: tuple[str, ...] = () if method in CUR_METHODS else _CUR_ONLY
+    foreign += () if method in ("lora", "dora") else _LORA_ONLY
+    return foreign + (_ADAPTERS_ONLY if method == "full" else ())
 
 
 @dataclass(frozen=True)
@@ -144,13 +157,10 @@ class TrainConfig:
 
     def _foreign(self) -> list[str]:
         """Settings that differ from their default and mean nothing to the method."""
-        foreign: tuple[str, ...] = () if self.method in CUR_METHODS else _CUR_ONLY
-        foreign += () if self.method in ("lora", "dora") else _LORA_ONLY
-        foreign += _ADAPTERS_ONLY if self.method == "full" else ()
         return [
             f"{item.name}: means nothing to method {self.method}; leave it out"
             for item in fields(self)
-            if item.name in foreign and getattr(self, item.name) != item.default
+            if item.name in _foreign_to(self.method) and getattr(self, item.name) != item.default
         ]
 
     def _out_of_bounds(self) -> list[str]:
