@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._report import header
+from benchmarks._report import header, out_file
 from benchmarks._synthetic import make_adapters
 from benchmarks.serve import AT_ONCE, RANK, resident_mb, serving
 
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="--max-loras (%(default)s)")
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--samples", type=int, default=60, help="requests a median is taken of")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=out_file, help="JSON to write")
     given, rest = parser.parse_known_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

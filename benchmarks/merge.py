@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import _peers  # noqa: E402
-from benchmarks._report import header, versions  # noqa: E402
+from benchmarks._report import header, out_file, versions  # noqa: E402
 from benchmarks._synthetic import make_adapter, make_base, size  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder on the disk to measure")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/merge.json")
+    parser.add_argument("--out", type=out_file, default=ROOT / "benchmarks/results/merge.json")
     parser.add_argument(
         "--mergekit",
         metavar="PYTHON",
@@ -145,7 +145,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         report = measure_all(args, Path(name))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import header
+from benchmarks._report import header, out_file
 from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of make_data.py")
     parser.add_argument("--adapters", nargs="+", default=["iso-date", "iso-date-bounded"])
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=out_file, help="JSON to write")
     given = parser.parse_args()
     resolve_base(given.base)
     report = {

@@ -37,9 +37,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._report import header
+from benchmarks._report import end_on_terminate, header, out_file
 from benchmarks._synthetic import make_adapters, make_base
 
+ENGINES = ["base", "ours", "stock_lora"]
 SCENARIOS = {"decode": (64, 64), "prefill": (512, 4)}
 WARM = (16, 2)
 AT_ONCE, RANK, EXPORTS = 16, 16, 16
@@ -63,6 +64,7 @@ def exports(base: Path, folders: list[Path], target: Path) -> list[Path]:
 @contextmanager
 def serving(base: Path, flags: list[str], log: Path) -> Iterator[tuple[str, int]]:
     """A running ``secura-serve``: its URL and process id."""
+    end_on_terminate()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -206,13 +208,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="smollm2-135m", help="alias or folder (%(default)s)")
     parser.add_argument("--synthetic-gib", type=float, help="instead: a random 1B-class Llama")
-    parser.add_argument("--engines", nargs="+", default=["base", "ours", "stock_lora"])
-    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS))
-    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 4, 16, 64, 256])
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    names = list(SCENARIOS)
+    parser.add_argument("--scenarios", nargs="+", default=names, choices=names)
+    counts = [0, 1, 4, 16, 64, 256]
+    parser.add_argument("--adapters", type=int, nargs="+", default=counts, help="%(default)s")
     parser.add_argument("--requests", type=int, default=64, help="a round (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="rounds a start (%(default)s)")
     parser.add_argument("--restarts", type=int, default=1, help="sets of servers (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=out_file, help="JSON to write")
     given, rest = parser.parse_known_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

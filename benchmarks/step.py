@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks._report import header
+from benchmarks._report import header, out_file
 from secura_serve.serve import kernels
 from secura_serve.serve.bank import Bank
 
@@ -123,7 +123,7 @@ def main() -> None:
     add("--adapters", type=int, nargs="+", default=[1, 16, 256])
     add("--repeat", type=int, default=5)
     add("--threads", type=int, default=1, help="of the CPU (%(default)s)")
-    add("--out", type=Path, help="JSON to write")
+    add("--out", type=out_file, help="JSON to write")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     torch.set_num_threads(given.threads)

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._report import header  # noqa: E402
+from benchmarks._report import header, out_file  # noqa: E402
 
 TARGETS: dict[str, Any] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 KINDS = ("lora", "u", "ab", "u bounded", "ab bounded")
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--processes", type=int, default=3, help="per peak of memory")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=out_file, help="JSON to write")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
 

@@ -82,6 +82,8 @@ class EvalConfig:
             problems.append("give either --endpoint URL or --base NAME")
         if self.endpoint is None and (self.model or self.tokenizer):
             problems.append("--model and --tokenizer go with --endpoint; name --adapter folders")
+        if self.endpoint is None and self.kl_texts:
+            problems.append("--kl-texts goes with --endpoint; here KL is measured on all texts")
         if self.base is None and self.adapter:
             problems.append("--adapter goes with --base; name --model at an endpoint")
         problems += [

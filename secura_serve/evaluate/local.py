@@ -29,7 +29,9 @@ class _CUR:
     """CUR adapters on a model, one of them active at a time."""
 
     def __init__(self, model: Any, adapters: Sequence[Adapter]) -> None:
-        self._norms = {a.name: a.config.magnorm.mode for a in adapters}
+        norms = {a.name: a.config.magnorm for a in adapters}
+        # What acts on activations has no W', and answers as it was trained.
+        self._folded = {n for n, norm in norms.items() if norm.mode != "none" and norm.foldable}
         tuner = None
         for adapter in adapters:
             settings = SecuraConfig(
@@ -57,7 +59,7 @@ class _CUR:
             layer.enable_adapters(name is not None)
             if name is not None:
                 layer.set_adapter([name], inference_mode=True)
-                if fold and self._norms[name] != "none":
+                if fold and name in self._folded:
                     layer.merge(adapter_names=[name])
 
 

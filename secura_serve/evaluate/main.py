@@ -99,7 +99,8 @@ def _run(argv: Sequence[str]) -> str:
         from secura_serve.evaluate.tasks import TASKS, write_data
 
         names = given.get("tasks") or [name for name, task in TASKS.items() if not task.missing()]
-        return "\n".join(str(file) for file in write_data(names, Path(folder)))
+        written = write_data(names, Path(folder), overwrite=given.get("overwrite", False))
+        return "\n".join(map(str, written))
     config = _settings(given)
     from secura_serve.evaluate.report import write_report
     from secura_serve.evaluate.run import evaluate

@@ -54,6 +54,14 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     Raises:
         ConfigError, DataError: every task that cannot be run, and why.
     """
+    stray = [
+        f"--task-data {name}: no such harness task is asked for"
+        for name in config.local_data()
+        if name in TASKS or name not in config.tasks
+    ]
+    if stray:
+        # Before the hub is asked for the data that the misspelt one was to replace.
+        raise ConfigError("nothing was evaluated:", stray)
     ours: list[Task] = []
     theirs: dict[str, Any] = {}
     problems: list[str] = []
@@ -84,11 +92,6 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
                 ours.append(task)
 
         attempt(one)
-    problems += [
-        f"--task-data {name}: no such harness task is asked for"
-        for name in config.local_data()
-        if name in TASKS or name not in config.tasks
-    ]
     if config.retention:
         attempt(_retention_data)
     if problems:

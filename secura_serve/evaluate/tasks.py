@@ -160,21 +160,25 @@ def score(task: Task | str, answers: Sequence[str], wanted: Sequence[str]) -> fl
     return sum(right) / len(right)
 
 
-def write_data(names: Sequence[str], folder: Path) -> list[Path]:
+def write_data(names: Sequence[str], folder: Path, *, overwrite: bool = False) -> list[Path]:
     """``<task>.<split>.jsonl`` for each task, as ``secura-train`` reads it.
 
     Raises:
-        ConfigError: a name is unknown.
+        ConfigError: a name is unknown, or another file of that name would be lost.
         DataError: rows cannot be had here; nothing was written.
     """
     tasks = [load_task(name) for name in names]
     if lacking := [f"{t.name}: {reason}" for t in tasks if (reason := t.missing())]:
         raise DataError("not available here:", lacking)
+    texts = {
+        folder / f"{task.name}.{split}.jsonl": jsonl(task.rows(split)).encode()
+        for task in tasks
+        for split in SPLITS
+    }
+    lost = [str(f) for f, text in texts.items() if f.exists() and f.read_bytes() != text]
+    if lost and not overwrite:
+        raise ConfigError("there already, with other rows; --overwrite replaces them:", lost)
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for task in tasks:
-        for split in SPLITS:
-            file = folder / f"{task.name}.{split}.jsonl"
-            file.write_text(jsonl(task.rows(split)), encoding="utf-8")
-            written.append(file)
-    return written
+    for file, text in texts.items():
+        file.write_bytes(text)
+    return list(texts)

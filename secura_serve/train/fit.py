@@ -134,6 +134,9 @@ def fit(
         scores = _scores_at(best or state.global_step, state) if held else {}
         if held and not scores:
             scores = trainer.held_out_scores()
+            state.log_history.append(
+                {"step": state.global_step} | {f"eval_{k}": v for k, v in scores.items()}
+            )
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return Fit(
         best=best,
