@@ -182,7 +182,7 @@ def test_a_plain_lora_is_served_beside_ours(folder, base):
 
 
 LORA_FAULTS = {
-    "plain LoRA with use_dora is not served": lambda t: None,
+    "a LoRA with use_dora is not served": lambda t: None,
     "B·A is": lambda t: t.update({k: torch.ones(2, 3) for k in t if "_A" in k}),
     "NaN or Inf": lambda t: next(iter(t.values())).fill_(torch.nan),
     "would overflow": lambda t: next(iter(t.values())).fill_(1e30),
@@ -203,7 +203,7 @@ LORA_FAULTS = {
 @pytest.mark.parametrize("reason", LORA_FAULTS)
 def test_a_plain_lora_that_cannot_be_served_is_named(reason, folder, base):
     config = {
-        "plain LoRA with use_dora is not served": {"use_dora": True},
+        "a LoRA with use_dora is not served": {"use_dora": True},
         "rank 2, but adapter_config.json says 4": {"rank_pattern": {"q_proj": 4}},
         "r must be, and rank_pattern map": {"r": 0},
         "module names to, whole numbers": {"rank_pattern": {"(": 2}},

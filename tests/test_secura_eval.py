@@ -166,8 +166,12 @@ def test_retention_of_a_whole_run(
     normed = random_adapter(
         base, tmp_path / "normed", r=4, seed=2, size=4, magnorm=MagNorm("bounded", tau=0.5)
     )
+    acts = random_adapter(
+        base, tmp_path / "acts", r=4, seed=3, size=4, magnorm=MagNorm("reference")
+    )
+    folders = (str(nothing), str(normed), str(acts))
     config = EvalConfig(
-        tasks=("capitals",), out="-", base=str(base), adapter=(str(nothing), str(normed)),
+        tasks=("capitals",), out="-", base=str(base), adapter=folders,
         items=3, dtype="float32",
     )  # fmt: skip
     found = run.evaluate(config).retention["models"]
@@ -175,6 +179,7 @@ def test_retention_of_a_whole_run(
     assert found["nothing"]["answers_unchanged"]["accuracy"] == 1
     assert found["normed"]["kl"] > 0.01
     assert found["normed"]["answers_unchanged"]["accuracy"] < 1
+    assert found["acts"]["kl"] > 0.01
 
 
 def test_plain_lora_in_this_process(

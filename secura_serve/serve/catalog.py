@@ -158,7 +158,8 @@ def _refuse_quantised(base: Checkpoint) -> None:
             f"{base.path.name} is quantised ({settings.get('quant_method', 'unknown')}), "
             "and C and R are columns and rows of the dense weights, with which an adapter is "
             "compared before it is served. Serve the dense checkpoint; vLLM can quantise it while "
-            "loading (--quantization). Without --adapters the base alone is served"
+            "loading (--quantization, where this device has the kernels). Without --adapters the "
+            "base alone is served"
         )
 
 

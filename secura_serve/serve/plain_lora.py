@@ -64,7 +64,7 @@ class PlainLoRA:
         odd = [k for k, fine in _EXTRAS.items() if raw.get(k) not in fine]
         if odd:
             raise UnservableError(
-                f"{path.name}: a plain LoRA with {', '.join(odd)} is not served; merge it with PEFT"
+                f"{path.name}: a LoRA with {', '.join(odd)} is not served; merge it with PEFT"
             )
         weights = path / WEIGHTS_NAME
         if not weights.is_file():

@@ -18,11 +18,11 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, FoldError, SecuraError
-from secura_serve.merge import open_source
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
+from secura_serve.serve.notices import announce_fold, nothing, tell_of_slots, warn_of_width
 from secura_serve.serve.options import (
     refuse_what_hides_adapters,
     secura_parser,
@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
+    if known.adapters == "":
+        raise ConfigError("--adapters is empty; name a folder, or leave the flag out")
     base = resolve_base(known.base)
     checkpoint = Checkpoint(base.path)
     names = known.served_model_name or [_name(base)]
@@ -85,12 +87,12 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         )
     if known.check:
         if not catalog.entries:
-            print(_nothing(known.adapters))
+            print(nothing(known.adapters))
         return 1 if catalog.refused else 0
     served = _prepare_vllm(checkpoint, catalog, rest)
     ours = [a for a in served if isinstance(a, Adapter)]
     basis = SharedBasis.of(ours, catalog.gains)
-    _warn_of_width(basis, ours)
+    warn_of_width(basis, ours)
     loras = [a for a in served if isinstance(a, PlainLoRA)]
     args = vllm_arguments(
         rest,
@@ -103,10 +105,11 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         cache=cache_root() / "serve",
     )
     if args.load_format == LOAD_FORMAT:
-        _announce_fold(str(base.path), args)
+        announce_fold(str(base.path), args)
     elif not catalog.entries:
-        print(_nothing(known.adapters))
+        print(nothing(known.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
+    tell_of_slots(memory, served, loras)
     if not catalog.foldable:
         _serve(known, args, memory)
         return 0
@@ -124,35 +127,6 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
 def _name(base: ResolvedBase) -> str:
     """A folder answers under its last part; an alias and a hub id under what was typed."""
     return base.path.name if base.model_id == str(base.path) else base.name
-
-
-def _warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
-    if outside := basis.outsiders(adapters):
-        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
-        verb = "does" if len(outside) == 1 else "do"
-        print(
-            f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
-            f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
-            f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
-            "--selection-seed of the others they would cost nothing"
-        )
-
-
-def _announce_fold(base: str, args: Any) -> None:
-    """Find out now, not in the engine, what ``--load-format secura`` cannot fold."""
-    from secura_serve.serve.loader import named_adapters
-
-    specs = named_adapters(args.model_loader_extra_config or {})
-    open_source(base, specs)
-    print(
-        f"folding {' + '.join(specs)} into the weights while loading; the result answers as "
-        f"{args.served_model_name[0]} (--served-model-name gives it another name)"
-    )
-
-
-def _nothing(folder: str | None) -> str:
-    where = f"{folder} holds no adapter" if folder else "no --adapters"
-    return f"{where}: serving the base alone"
 
 
 def _prepare_vllm(

@@ -1,0 +1,59 @@
+"""What the start tells its user beside the table of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secura_serve.adapter import Adapter
+from secura_serve.merge import open_source
+from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.memory import Memory
+from secura_serve.serve.plain_lora import PlainLoRA
+
+__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width"]
+
+
+def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
+    """Name the adapters that widen the basis for all."""
+    if outside := basis.outsiders(adapters):
+        more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+        verb = "does" if len(outside) == 1 else "do"
+        print(
+            f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
+            f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
+            f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
+            "--selection-seed of the others they would cost nothing"
+        )
+
+
+def tell_of_slots(
+    memory: Memory, served: list[Adapter | PlainLoRA], loras: list[PlainLoRA]
+) -> None:
+    """Say that there are fewer slots than adapters, and what makes them large."""
+    slots = memory.slots - 1
+    if slots >= len(served):
+        return
+    widest = max(loras, key=lambda lora: lora.r, default=None)
+    print(
+        f"\n{len(served)} adapters take turns in {slots} slots of {memory.slot / 2**20:.2f} MiB "
+        "(--max-loras): a request for one that is in none waits until it is"
+        + (f". The LoRA {widest.name}, of rank {widest.r}, makes all as large" if widest else "")
+    )
+
+
+def announce_fold(base: str, args: Any) -> None:
+    """Find out now, not in the engine, what ``--load-format secura`` cannot fold."""
+    from secura_serve.serve.loader import named_adapters
+
+    specs = named_adapters(args.model_loader_extra_config or {})
+    open_source(base, specs)
+    print(
+        f"folding {' + '.join(specs)} into the weights while loading; the result answers as "
+        f"{args.served_model_name[0]} (--served-model-name gives it another name)"
+    )
+
+
+def nothing(folder: str | None) -> str:
+    """That there is no adapter, and why."""
+    where = f"{folder} holds no adapter" if folder else "no --adapters"
+    return f"{where}: serving the base alone"
