@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -46,7 +47,8 @@ def _wait_for(text, log, process):
 )
 def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-    log = tmp_path / "log"
+    log, shared = tmp_path / "log", Path("/dev/shm")
+    before = set(shared.iterdir())
     process = _start(tiny_base("llama"), log, "--port", str(free_port()))
     _wait_for(moment, log, process)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -54,6 +56,8 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
     assert process.wait(timeout=60) == status, log.read_text()[-3000:]
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    # 400 MB of it, which stays until the machine is restarted.
+    assert set(shared.iterdir()) <= before
 
 
 @pytest.mark.parametrize("flag", ["--port", "--ui-port"])
