@@ -185,7 +185,12 @@ RESUMED = [
 
 @pytest.mark.parametrize(("more", "how"), RESUMED)
 def test_a_stopped_run_goes_on_to_the_same_bits(
-    tiny_base: TinyBase, data: Path, tmp_path: Path, more: list[str], how: str
+    tiny_base: TinyBase,
+    data: Path,
+    tmp_path: Path,
+    more: list[str],
+    how: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stopped in the second of five epochs, in the middle of an epoch."""
     more = [*more, "--max-steps", "15", "--save-steps", "2", "--eval-steps", "5"]
@@ -221,6 +226,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert main(argv) == 2
     assert main([*argv, "--resume", "auto", "--lr", "0.5"]) == 2
     assert main([*argv, "--resume", "auto"]) == 0
+    before = parts.stat()
+    assert main([*argv, "--resume", "auto"]) == 0 and parts.stat() == before
+    assert "is finished, with these settings" in capsys.readouterr().err
+    assert main([*argv, "--resume", "auto", "--seed", "9"]) == 2
     assert same(whole, parts)
     left, right = (json.loads((p / "train.json").read_text())["scores"] for p in (whole, parts))
     assert left == right

@@ -20,7 +20,7 @@ from secura_serve.train.records import digest
 from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
-__all__ = ["REPRODUCTION_NOTE", "card", "recipe", "write"]
+__all__ = ["REPRODUCTION_NOTE", "card", "is_written", "recipe", "write"]
 
 REPRODUCTION_NOTE = (
     "For reproduction only: its S-MagNorm mode acts on activations, so it cannot be "
@@ -34,7 +34,7 @@ def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
     facts = {
         "config": config.portable(),
         "base": run.tuned.model_id,
-        "data_sha256": {name: digest(path) for name, path in config.sources().items()},
+        "data_sha256": _digests(config),
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
@@ -50,6 +50,20 @@ def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
             m: layer.secura_alpha["default"] for m, layer in layers.items()
         }
     return facts
+
+
+def _digests(config: TrainConfig) -> dict[str, str | None]:
+    return {name: digest(path) for name, path in config.sources().items()}
+
+
+def is_written(config: TrainConfig) -> bool:
+    """Whether ``--out`` is the outcome of these very settings and data."""
+    try:
+        facts = json.loads((Path(config.out) / "train.json").read_text(encoding="utf-8"))
+        told = facts["config"] | {"overwrite": config.overwrite}, facts["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(told == (config.portable(), _digests(config)))
 
 
 def _sentence(settings: dict[str, Any], base: str) -> str:

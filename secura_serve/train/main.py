@@ -74,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = settings(argv)
         # torch and transformers take seconds to import: --help and typing errors must not wait.
-        from secura_serve.train.card import REPRODUCTION_NOTE, write
+        from secura_serve.train.card import REPRODUCTION_NOTE, is_written, write
         from secura_serve.train.fit import Interrupted
         from secura_serve.train.run import train
 
+        if config.resume == "auto" and not config.overwrite and is_written(config):
+            # So that a job which is started again and again may always say --resume auto.
+            _say(f"secura-train: {config.out} is finished, with these settings and data")
+            return 0
         try:
             if isinstance(config, SequenceConfig):
                 from secura_serve.train.continual import train_sequence, write_sequence
