@@ -202,4 +202,6 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, held: bool) -> Trai
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
         bf16=config.method == "full" and config.dtype == "bfloat16",
         dataloader_pin_memory=False,
+        # Whatever is trained takes part in every step.
+        ddp_find_unused_parameters=False,
     )
