@@ -153,8 +153,8 @@ def _scores_at(step: int, state: TrainerState) -> dict[str, float]:
     """What the evaluation after ``step`` found; empty if there was none."""
     for entry in state.log_history:
         if entry["step"] == step and "eval_loss" in entry:
-            found = ((key.partition("eval_"), value) for key, value in entry.items())
-            return {name: value for (head, mark, name), value in found if mark and not head}
+            found = {k: v for k, v in entry.items() if k.startswith("eval_")}
+            return {key.removeprefix("eval_"): value for key, value in found.items()}
     return {}
 
 
