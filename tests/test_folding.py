@@ -67,12 +67,13 @@ def served(tiny_base, tmp_path_factory):
     random_adapter(base, folder / "all", r=8, seed=1)
     random_adapter(base, folder / "q-and-v", r=16, seed=2, only=("q_proj", "v_proj"))
     random_adapter(base, folder / "bounded", r=8, seed=3, magnorm=BOUNDED, size=20)
-    # Finite as it stands on disk, infinite once it is multiplied out, and not in the first layer.
-    wild = A.load(random_adapter(base, root / "wild", r=8, seed=4))
-    name = next(n for n in wild.modules if "layers.1.mlp" in n)
-    wild.modules[name].U.fill_(3e38)
-    A.save(folder / "wild", wild.config, wild.modules)
+    wild = A.load(random_adapter(base, folder / "wild", r=8, seed=4))
     with serving(base, folder, root / "log", *FLAGS) as server:
+        # Changed under the running server, which would have refused it: finite as it stands on
+        # disk, infinite once it is multiplied out, and not in the first layer.
+        name = next(n for n in wild.modules if "layers.1.mlp" in n)
+        wild.modules[name].U.fill_(3e38)
+        A.save(folder / "wild", wild.config, wild.modules, overwrite=True)
         yield server
 
 

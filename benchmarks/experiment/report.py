@@ -21,6 +21,7 @@ from benchmarks.experiment.run import PLAN, RESULTS, chosen_lr, continual, specs
 
 # Student's t, two-sided 95 %, by degrees of freedom (two seeds to six).
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+LOWEST_DRAWN = 0.5
 MEASURES = {
     "score": lambda r: r["score"],
     "kl": lambda r: r["kl"],
@@ -134,6 +135,14 @@ def sequences() -> str:
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
+def _family(name: str) -> tuple[str, str]:
+    """What shares a colour in the plots, and what tells a point from the others of its kind."""
+    kind, bounded, tau = name.partition("bounded-")
+    if bounded:
+        return f"{kind}bounded", f"τ {tau}"
+    return name.removesuffix("-slower"), "slower" if name.endswith("-slower") else ""
+
+
 def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
     """Task score against KL to the base; better is up and to the left."""
     import matplotlib
@@ -141,18 +150,36 @@ def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 5))
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    seen: dict[str, int] = {}
+    outside = []
     for name, row in found.items():
         if only and only not in name and name != "lora":
             continue
+        kl, score = row["kl"]["mean"], row["score"]["mean"]
+        if score < LOWEST_DRAWN:
+            outside.append(f"{name} ({score:.3f} at {kl:.1f})")
+            continue
+        family, note = _family(name)
+        first = family not in seen
+        number = seen.setdefault(family, len(seen))
         axes.errorbar(
-            row["kl"]["mean"], row["score"]["mean"], xerr=row["kl"]["sd"] or 0,
-            yerr=row["score"]["sd"] or 0, fmt="o", capsize=3, label=name,
+            kl, score, xerr=row["kl"]["sd"] or 0, yerr=row["score"]["sd"] or 0, capsize=3,
+            fmt="osD^vP*X<>h"[number], color=f"C{number}",
+            mfc="white" if note == "slower" else None, label=family if first else None,
         )  # fmt: skip
+        if note.startswith("τ"):
+            place = (3, 4 if family.startswith("cabr") else -11)
+            axes.annotate(note, (kl, score), place, textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.set_xlabel("KL(base ‖ adapted) per token on neutral English (log)")
     axes.set_ylabel(f"score on {PLAN['single']['task']}")
-    axes.legend(fontsize=7)
+    axes.set_title(
+        "mean and standard deviation over the seeds; hollow: the next smaller learning rate"
+        + (f"\nbelow the frame: {', '.join(outside)}" if outside else ""),
+        fontsize=8,
+    )
+    axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     plt.close(figure)
