@@ -238,6 +238,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [p["step"] for p in curves[0]["held_out"]] == [5, 10, 15]
 
 
+def test_a_run_that_is_all_warm_up_says_so(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for warmup, said in (("0.05", True), ("0", False)):
+        out = tmp_path / f"warmup-{warmup}"
+        argv = flags(tiny_base("llama"), data, out, "--max-steps", "1", "--warmup", warmup)
+        assert main(argv) == 0
+        assert ("nothing was learnt" in capsys.readouterr().err) is said
+        assert any(t.any() for k, t in tensors(out).items() if k.endswith("_U")) is not said
+
+
 @pytest.mark.parametrize("torn", ["trainer_state.json", "trained.safetensors", "optimizer.pt"])
 def test_a_torn_checkpoint_is_passed_over(
     torn: str, tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -81,6 +81,8 @@ def _train(
     tuned = prepare(config)
     announce(tuned, rows, kept, len(records), start)
     found = fit(tuned, rows, held=kept, callbacks=log, run_dir=folder.path, resume=start)
+    if not any(entry.get("learning_rate") for entry in found.history):
+        say("nothing was learnt: warm-up took every step, at learning rate 0; give --warmup 0")
     if found.best is not None:
         say(f"ended at step {found.steps}; step {found.best}, the best, is kept")
     expected = memory.estimate(tuned, rows).total / memory.GIB
