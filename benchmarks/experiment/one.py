@@ -1,6 +1,6 @@
 """One run of the experiment: train, measure, write its JSON. Started by run.py.
 
-python benchmarks/experiment/one.py NAME WORK
+    python benchmarks/experiment/one.py NAME WORK
 """
 
 from __future__ import annotations
