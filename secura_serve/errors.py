@@ -12,6 +12,7 @@
     ├── MergeError                a merge that cannot be planned, finished or confirmed
     ├── EvaluationError           an evaluation that cannot be started or finished
     ├── FoldError                 a fold into the running engine that did not happen
+    ├── StorageError              a disk that is full or cannot be written
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -34,6 +35,7 @@ __all__ = [
     "IncompatibleVLLMError",
     "MergeError",
     "SecuraError",
+    "StorageError",
     "TrainingError",
     "UnservableError",
 ]
@@ -96,6 +98,10 @@ class EvaluationError(SecuraError):
 
 class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
+
+
+class StorageError(SecuraError):
+    """A disk that is full or cannot be written; nothing was left behind."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

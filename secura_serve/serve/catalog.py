@@ -10,12 +10,20 @@ from tqdm import tqdm
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
+from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import ConfigError, SecuraError, UnservableError
+from secura_serve.errors import (
+    AdapterFormatError,
+    ConfigError,
+    SecuraError,
+    StorageError,
+    UnservableError,
+)
 from secura_serve.serve.basis import Gains, base_id
 from secura_serve.serve.plain_lora import PlainLoRA
+from secura_serve.serve.snapshots import Snapshot, SnapshotStore
 
-__all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
+__all__ = ["Catalog", "Comparison", "Entry", "examine", "refuse_full_rank", "scan"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Entry:
     adapter: Adapter | None
     error: SecuraError | None = None
     lora: PlainLoRA | None = None
+    snapshot: Snapshot | None = None
+    """The copy that is served; None where nothing is served, or nothing was to be copied."""
 
     @property
     def shown(self) -> str:
@@ -69,6 +79,11 @@ class Catalog:
         return [e.adapter for e in self.entries if e.adapter is not None]
 
     @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The copies that are served, by the adapter's name."""
+        return {e.name: e.snapshot for e in self.entries if e.snapshot and e.error is None}
+
+    @property
     def refused(self) -> list[Entry]:
         """The folders that cannot."""
         return [e for e in self.entries if e.error is not None]
@@ -92,7 +107,13 @@ class Catalog:
         return "\n".join(lines)
 
 
-def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> Catalog:
+def scan(
+    folder: str | Path,
+    base: Checkpoint,
+    *,
+    taken: Iterable[str] = (),
+    store: SnapshotStore | None = None,
+) -> Catalog:
     """Load every adapter in ``folder`` and compare it with ``base``.
 
     Every sub-folder counts as an adapter, except hidden ones; files are ignored. Adapters that
@@ -101,9 +122,12 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
 
     Args:
         taken: names that adapters may not have (those of the base).
+        store: where each adapter is copied before it is checked; the adapters of the catalog are
+            then those copies. None checks them where they are.
 
     Raises:
         ConfigError: ``folder`` is not a folder.
+        StorageError: the copies cannot be written.
         UnservableError: the base is quantised.
     """
     root = Path(folder).expanduser()
@@ -122,17 +146,43 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
         )
     if found:
         _refuse_quantised(base)
-    entries, seen = [], dict[str, _Compared]()
+    entries, seen = list[Entry](), dict[str, Comparison]()
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
-            if adapters.is_plain_lora(path):
-                entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
-            else:
-                entries.append(Entry(path.name, _servable(path, base, seen)))
+            entries.append(examine(path, base, seen, store))
+        except StorageError:
+            raise
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
     return Catalog(tuple(entries), {key: found.gains for key, found in seen.items()})
+
+
+def examine(
+    path: Path,
+    base: Checkpoint,
+    seen: dict[str, Comparison],
+    store: SnapshotStore | None = None,
+) -> Entry:
+    """Copy one adapter folder and check the copy; see :func:`scan` for ``store``.
+
+    Args:
+        seen: results for adapters that share base and indices; added to.
+
+    Raises:
+        SecuraError: why the adapter cannot be served.
+        StorageError: the copy cannot be written.
+    """
+    snapshot = _snapshot(path, store)
+    at = snapshot.path if snapshot else path
+    adapter, lora = None, None
+    if adapters.is_plain_lora(at):
+        lora = PlainLoRA.load(at, base)
+    else:
+        adapter = _servable(at, base, seen)
+    if store is not None and snapshot is None:
+        raise AdapterFormatError(f"{path.name} was still being written; try again")
+    return Entry(path.name, adapter, lora=lora, snapshot=snapshot)
 
 
 def refuse_full_rank(adapter: Adapter) -> None:
@@ -143,6 +193,13 @@ def refuse_full_rank(adapter: Adapter) -> None:
             f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
             "chosen per request beside others. Start with --fold, or POST to /admin/fold"
         )
+
+
+def _snapshot(path: Path, store: SnapshotStore | None) -> Snapshot | None:
+    """Copy the adapter; None without a store, and where a file is missing, which loading it
+    explains better."""
+    complete = all((path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    return store.take(path) if store is not None and complete else None
 
 
 def _check_name(path: Path, taken: set[str]) -> None:
@@ -164,7 +221,7 @@ def _refuse_quantised(base: Checkpoint) -> None:
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Comparison:
     """What holds for all adapters of one :func:`base_id`."""
 
     outline: Adapter
@@ -172,12 +229,12 @@ class _Compared:
     gains: Gains
 
     @classmethod
-    def of(cls, found: Adapter, base: Checkpoint) -> _Compared:
+    def of(cls, found: Adapter, base: Checkpoint) -> Comparison:
         verdict = adapters.mismatches(found, base)
         return cls(found.outline(), verdict, {} if verdict else adapters.gains(found, base))
 
 
-def _servable(path: Path, base: Checkpoint, seen: dict[str, _Compared]) -> Adapter:
+def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adapter:
     found = adapters.load(path)
     if not found.config.magnorm.foldable:
         raise UnservableError(
@@ -186,7 +243,7 @@ def _servable(path: Path, base: Checkpoint, seen: dict[str, _Compared]) -> Adapt
         )
     identity = base_id(found)
     if identity not in seen:
-        seen[identity] = _Compared.of(found, base)
+        seen[identity] = Comparison.of(found, base)
     like = seen[identity]
     adapters.refuse_mismatches(found, like.mismatches)
     adapters.refuse_oversized(found, like.gains)

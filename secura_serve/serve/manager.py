@@ -6,6 +6,8 @@ changes: one row of the :class:`Bank`, read from a folder and copied into a slot
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,18 @@ from vllm.logger import init_logger
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.utils import get_adapter_absolute_path, parse_fine_tuned_lora_name
+from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from secura_serve import adapter as adapters
+from secura_serve.bases import cache_root
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
 from secura_serve.serve.bank import Bank
 from secura_serve.serve.basis import SharedBasis, base_id
 from secura_serve.serve.catalog import refuse_full_rank
 from secura_serve.serve.layers import CURLinearMixin
+from secura_serve.serve.mapped import map_tensors
 
 # A child of vLLM's logger, which alone has a handler in a worker.
 logger = init_logger("vllm.secura_serve")
@@ -109,36 +113,83 @@ def _packed(lora_id: int, rank: int, row: torch.Tensor, used: int) -> LoRAModel:
 
 
 class CURWorkerManager(LRUCacheWorkerLoRAManager):
-    """Reads SECURA folders for the engine."""
+    """Reads SECURA folders for the engine.
+
+    A folder is read once, when its adapter is registered: there an error fails that call alone.
+    Whenever vLLM asks for the adapter again, in the middle of a batch, it is made from what was
+    kept of it (:mod:`secura_serve.serve.mapped`).
+    """
 
     _manager_cls = CURModelManager
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
+        # By path, which names the content: see SnapshotStore.
+        self._kept: dict[str, Callable[[int], LoRAModel]] = {}
+        self._paths: dict[int, str] = {}
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        """Folder -> a row of the bank; a plain LoRA as vLLM reads it. Raises AdapterError."""
+        """Return the adapter of a registered path, or register it. Raises AdapterError."""
+        path = lora_request.lora_path
+        if path not in self._kept:
+            plain = adapters.is_plain_lora(Path(path))
+            self._kept[path] = self._read_lora(lora_request) if plain else self._read(Path(path))
+        self._paths[lora_request.lora_int_id] = path
+        return self._kept[path](lora_request.lora_int_id)
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Free the slot, and what was kept of the adapter."""
+        path = self._paths.pop(adapter_id, None)
+        if path is not None and path not in self._paths.values():
+            self._kept.pop(path, None)
+        return bool(super().remove_adapter(adapter_id))
+
+    def _read(self, path: Path) -> Callable[[int], LoRAModel]:
+        """Folder -> a row of the bank."""
         manager = self._adapter_manager
-        path = Path(get_adapter_absolute_path(lora_request.lora_path))
-        if adapters.is_plain_lora(path):
-            if manager.lora is None:
-                raise UnservableError(
-                    f"{path.name} is a plain LoRA, and this server has no room for one: restart "
-                    "it with such an adapter in its folder"
-                )
-            return super()._load_adapter(lora_request)
-        found = adapters.load(path)
-        refuse_full_rank(found)
-        gains = manager.shared_basis.verified.get(base_id(found))
+        adapter = adapters.load(path)
+        refuse_full_rank(adapter)
+        gains = manager.shared_basis.verified.get(base_id(adapter))
         if gains is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
-            adapters.verify(found, base := Checkpoint(self._base_path))
-            gains = adapters.gains(found, base)
-        adapters.refuse_oversized(found, gains)
+            adapters.verify(adapter, base := Checkpoint(self._base_path))
+            gains = adapters.gains(adapter, base)
+        adapters.refuse_oversized(adapter, gains)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
-            for module, cur in found.modules.items()
+            for module, cur in adapter.modules.items()
         }
         row, used = manager.bank.pack(cores)
-        return _packed(lora_request.lora_int_id, found.config.r, row, used)
+        (row,) = map_tensors([row], _kept_in())
+        return partial(_packed, rank=adapter.config.r, row=row, used=used)
+
+    def _read_lora(self, lora_request: Any) -> Callable[[int], LoRAModel]:
+        """A plain LoRA as vLLM reads it, its scale multiplied in."""
+        if self._adapter_manager.lora is None:
+            raise UnservableError(
+                f"{lora_request.lora_name} is a plain LoRA, and this server has no room for one: "
+                "restart it with such an adapter in its folder"
+            )
+        model = super()._load_adapter(lora_request)
+        layers = {name: layer.optimize() for name, layer in model.loras.items()}
+        kept = map_tensors([t for v in layers.values() for t in (v.lora_a, v.lora_b)], _kept_in())
+        parts = [
+            (name, layer.rank, layer.lora_alpha, *pair)
+            for (name, layer), pair in zip(
+                layers.items(), zip(kept[::2], kept[1::2], strict=True), strict=True
+            )
+        ]
+
+        def rebuild(adapter_id: int) -> LoRAModel:
+            return LoRAModel(
+                adapter_id,
+                model.rank,
+                {part[0]: LoRALayerWeights(*part, scaling=1) for part in parts},
+            )
+
+        return rebuild
+
+
+def _kept_in() -> Path:
+    return cache_root() / "serve" / "mapped"
