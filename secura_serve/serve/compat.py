@@ -15,6 +15,8 @@ What is used, and why there is no public way:
 * ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
 * ``OpenAIServingModels``: which names a server answers to, changed while an adapter is folded.
+* ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
+  request was answered; the weights must not change under them.
 * ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
   stream are silenced.
 """
@@ -24,7 +26,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from secura_serve.errors import IncompatibleVLLMError
 __all__ = [
     "SUPPORTED",
     "ServedModels",
+    "background_tasks",
     "check",
     "install",
     "make_arg_parser",
@@ -225,24 +228,38 @@ class ServedModels:
 
     def __init__(self, models: Any) -> None:
         self._models, self._original = models, models.show_available_models
-        self._bases, self._adapters = list(models.base_model_paths), models.lora_requests
+        self._bases = list(models.base_model_paths)
+        self.adapters: Mapping[str, Any] = models.lora_requests
+        """Name -> LoRARequest of what can be chosen per request; vLLM changes it in place."""
         self._status: Callable[[str], str] = lambda name: "ready"
         self._more: list[Any] = []
+        self._roots: Mapping[str, Path] = {}
         self._before: list[Any] | None = None
         models.show_available_models = self._show
 
-    def describe(self, status: Callable[[str], str], more: Sequence[tuple[str, Path]]) -> None:
-        """Add a ``status`` to every entry, and entries of (name, folder) that vLLM has not."""
+    def describe(
+        self,
+        status: Callable[[str], str],
+        more: Sequence[tuple[str, Path]],
+        roots: Mapping[str, Path],
+    ) -> None:
+        """Add what ``/v1/models`` should say and vLLM does not know.
+
+        Args:
+            status: of every entry.
+            more: entries of (name, folder).
+            roots: folders to show in the place of those that vLLM loads from.
+        """
         from vllm.entrypoints.serve.engine.protocol import ModelCard
 
-        self._status, parent = status, self._bases[0].name
+        self._status, self._roots, parent = status, roots, self._bases[0].name
         self._more = [ModelCard(id=name, root=str(path), parent=parent) for name, path in more]
 
     async def answer_as(self, folded: tuple[str, str] | None) -> None:
         """Serve the engine's weights under this (name, folder) alone; None: as it was."""
         if folded is None:
             self._models.base_model_paths[:] = self._bases
-            self._models.lora_requests, self._before = self._adapters, None
+            self._models.lora_requests, self._before = self.adapters, None
             return
         if self._before is None:
             self._before = (await self._original()).data
@@ -253,11 +270,31 @@ class ServedModels:
     async def _show(self) -> Any:
         listed = await self._original()
         cards = listed.data if self._before is None else self._before
-        listed.data = [
-            card.model_copy(update={"status": self._status(card.id)})
-            for card in (*cards, *self._more)
-        ]
+        listed.data = [self._described(card) for card in (*cards, *self._more)]
         return listed
+
+    def _described(self, card: Any) -> Any:
+        update = {"status": self._status(card.id)}
+        if card.id in self._roots:
+            update["root"] = str(self._roots[card.id])
+        return card.model_copy(update=update)
+
+
+def background_tasks(state: Any) -> Callable[[], Iterable[Any]]:
+    """Return a view of the tasks that ``/v1/responses`` runs after it has answered.
+
+    Raises:
+        IncompatibleVLLMError: this vLLM keeps them elsewhere.
+    """
+    responses = getattr(state, "openai_serving_responses", None)
+    if responses is None:
+        return tuple
+    if not isinstance(getattr(responses, "background_tasks", None), dict):
+        raise IncompatibleVLLMError(
+            f"vLLM {vllm_version()}: OpenAIServingResponses.background_tasks is gone; supported: "
+            f">={SUPPORTED[0]},<{SUPPORTED[1]}"
+        )
+    return lambda: responses.background_tasks.values()
 
 
 def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:

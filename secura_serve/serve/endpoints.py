@@ -21,13 +21,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
-from secura_serve.serve.compat import ServedModels
-from secura_serve.serve.folding import Folding
-from secura_serve.serve.gate import GateMiddleware, Refusal
+from secura_serve.serve.admission import AdmissionMiddleware, Refusal
+from secura_serve.serve.compat import ServedModels, background_tasks
+from secura_serve.serve.folding import DEFAULT_TIMEOUT, Folding
 
 __all__ = ["AdminPlugin", "configure"]
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
+
+
+_LONGEST = 3600.0
 
 
 class _Settings:
@@ -53,11 +56,12 @@ class Fold(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: str = Field(description="the adapter, as /v1/models calls it")
-    timeout: float | None = Field(
-        None,
+    timeout: float = Field(
+        default=DEFAULT_TIMEOUT,
         gt=0,
+        le=_LONGEST,
         strict=True,
-        description="seconds to wait for running requests; without it, for ever",
+        description="seconds to wait for running requests",
     )
 
 
@@ -65,7 +69,9 @@ class Unfold(BaseModel):
     """Body of ``POST /admin/unfold``; may be left out."""
 
     model_config = ConfigDict(extra="forbid")
-    timeout: float | None = Field(None, gt=0, strict=True, description="as for /admin/fold")
+    timeout: float = Field(
+        default=DEFAULT_TIMEOUT, gt=0, le=_LONGEST, strict=True, description="as for /admin/fold"
+    )
 
 
 def _allowed(request: Request) -> None:
@@ -95,7 +101,7 @@ def _allowed(request: Request) -> None:
         )
 
 
-async def _change(name: str | None, timeout: float | None) -> JSONResponse:
+async def _change(name: str | None, timeout: float) -> JSONResponse:
     assert _Settings.folding is not None
     # A client that goes away must not leave the work half done.
     work = asyncio.ensure_future(_Settings.folding.change(name, timeout))
@@ -111,15 +117,18 @@ async def folded() -> dict[str, Any]:
 
     ``busy``: a change is under way. ``holding``: new requests wait for it; before that they are
     still judged by what is folded now. ``running_requests``: those that the change waits for.
+    ``changed_on_disk``: adapters that are served as they were at the start, while their folders
+    hold something else by now.
     """
     folding = _Settings.folding
     assert folding is not None
     return {
         "folded": folding.folded,
         "busy": folding.busy,
-        "holding": folding.gate.holding,
-        "running_requests": folding.gate.inside,
+        "holding": folding.admission.holding,
+        "running_requests": folding.admission.running,
         "foldable": list(folding.paths),
+        "changed_on_disk": await asyncio.to_thread(folding.changed_on_disk),
     }
 
 
@@ -130,7 +139,17 @@ async def fold(body: Fold) -> JSONResponse:
 
 async def unfold(body: Unfold | None = None) -> JSONResponse:
     """Put the base's weights back: base and adapters answer as before."""
-    return await _change(None, body.timeout if body else None)
+    return await _change(None, (body or Unfold()).timeout)
+
+
+async def get_model(model_id: str, request: Request) -> Any:
+    """Return one model's card, as OpenAI's API does."""
+    assert _Settings.folding is not None
+    listed = await request.app.state.openai_serving_models.show_available_models()
+    for card in listed.data:
+        if card.id == model_id:
+            return card
+    return Refusal(404, _Settings.folding.unknown(model_id)).response()
 
 
 def _routes() -> APIRouter:
@@ -152,10 +171,15 @@ class AdminPlugin:
             raise SecuraError("the plugin secura_admin belongs to secura-serve; start that")
 
     def attach_router(self, app: FastAPI) -> None:
-        """The routes, and the gate in front of all others (inside vLLM's own authentication)."""
+        """Add the routes, and admission in front of all others (inside vLLM's own key check)."""
         assert _Settings.folding is not None
         app.include_router(_routes())
-        app.add_middleware(GateMiddleware, gate=_Settings.folding.gate)
+        app.add_api_route("/v1/models/{model_id:path}", get_model, response_model=None)
+        app.add_middleware(
+            AdmissionMiddleware,
+            admission=_Settings.folding.admission,
+            background=lambda: background_tasks(app.state)(),
+        )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Take hold of the engine; fold what ``--fold`` names before the first request.
@@ -164,6 +188,7 @@ class AdminPlugin:
             FoldError: that fold failed, and the server does not start.
         """
         assert _Settings.folding is not None
+        background_tasks(state)
         _Settings.folding.bind(engine_client, ServedModels(state.openai_serving_models))
         if _Settings.at_start is not None:
             await _Settings.folding.change(_Settings.at_start)

@@ -31,6 +31,7 @@ from secura_serve.serve.options import (
 )
 from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
+from secura_serve.serve.snapshots import SnapshotStore
 from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
@@ -61,7 +62,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     catalog = Catalog(())
     if known.adapters:
         # One of its own: what it has compared stays mapped as long as it is open.
-        catalog = scan(known.adapters, Checkpoint(base.path), taken=names)
+        store = None if known.check else SnapshotStore(cache_root() / "serve" / "adapters")
+        catalog = scan(known.adapters, Checkpoint(base.path), taken=names, store=store)
+        if store is not None:
+            store.remove_unused()
     if catalog.entries:
         print(catalog.table(), flush=True)
         only = len(catalog.foldable) - len(catalog.served)
@@ -116,7 +120,9 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     from secura_serve.serve.endpoints import configure
     from secura_serve.serve.folding import Folding
 
-    folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
+    folding = Folding(
+        base.path, names, catalog.foldable, [a.name for a in served], catalog.snapshots
+    )
     configure(folding, key=known.admin_api_key, at_start=known.fold)
     _serve(known, args, memory)
     if folding.broken is not None:

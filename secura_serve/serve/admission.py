@@ -1,0 +1,198 @@
+"""Admission to the engine: which requests may run on the weights that are in place now.
+
+A request is admitted for a model name and counts as running until the last byte of its answer is
+sent. While the weights change nobody is admitted: those that run finish first, those that come wait
+and are judged by what is folded then. Knows ASGI only, nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from secura_serve.serve.model_name import (
+    InvalidModelName,
+    read_body,
+    replayed,
+    requested_model,
+)
+from secura_serve.serve.routes import WEBSOCKET, Route, find_route, routed_path
+
+__all__ = ["HOLD_SECONDS", "Admission", "AdmissionMiddleware", "Refusal"]
+
+HOLD_SECONDS = 60.0
+"""How long a request waits for a change of the weights before it gets a 503."""
+_RETRY_AFTER = 5
+
+_KINDS = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    503: "ServiceUnavailableError",
+}
+
+
+class Refusal(NamedTuple):
+    """Why a request is not answered, as HTTP status and sentence."""
+
+    status: int
+    message: str
+    param: str | None = "model"
+
+    def response(self) -> JSONResponse:
+        """Return the error in OpenAI's shape."""
+        kind = _KINDS[self.status]
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.status}
+        if self.status == 503:
+            return JSONResponse({"error": error}, 503, headers={"retry-after": str(_RETRY_AFTER)})
+        # The openai client would otherwise try a 409 again, twice.
+        return JSONResponse({"error": error}, self.status, headers={"x-should-retry": "false"})
+
+
+class Admission:
+    """Counts the requests that run, and holds new ones while the weights change.
+
+    Args:
+        judge: model name of a request (None if it names none) -> why it may not run.
+        hold_seconds: how long a request is held before it is refused.
+    """
+
+    def __init__(
+        self, judge: Callable[[str | None], Refusal | None], hold_seconds: float = HOLD_SECONDS
+    ) -> None:
+        self._judge, self._hold_seconds = judge, hold_seconds
+        self._open, self._idle = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._idle.set()
+        self._later: set[asyncio.Task[object]] = set()
+        self.running = 0
+
+    @property
+    def holding(self) -> bool:
+        """Whether whoever comes now has to wait."""
+        return not self._open.is_set()
+
+    @asynccontextmanager
+    async def closed(self, timeout: float | None) -> AsyncIterator[None]:
+        """Admit nobody, wait until nothing runs, and admit again at the end.
+
+        Raises:
+            TimeoutError: something still ran after ``timeout`` seconds; requests are admitted
+                again.
+        """
+        self._open.clear()
+        try:
+            # Until 3.12 `wait_for` with no time left gives up even where there is no wait.
+            if not self._idle.is_set():
+                await asyncio.wait_for(self._idle.wait(), timeout)
+            yield
+        finally:
+            self._open.set()
+
+    @asynccontextmanager
+    async def admitted(self, model: str | None) -> AsyncIterator[Refusal | None]:
+        """Wait to be admitted; yields the refusal, or None with the request counted as running."""
+        if not await self._opened():
+            yield Refusal(
+                503,
+                "an adapter is being folded into the weights or taken out of them, and has held "
+                f"this request for {self._hold_seconds:g} s: try again",
+                None,
+            )
+            return
+        if (refusal := self._judge(model)) is not None:
+            yield refusal
+            return
+        # No await since admission was seen open: whoever closes it will wait for this one.
+        self._begin()
+        try:
+            yield None
+        finally:
+            self._end()
+
+    async def _opened(self) -> bool:
+        """Wait until requests are admitted; False once one has been held for too long."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._hold_seconds
+        # It may be closed again before a waiter's turn comes.
+        while not self._open.is_set():
+            try:
+                await asyncio.wait_for(self._open.wait(), max(0.0, deadline - clock()))
+            except TimeoutError:
+                return False
+        return True
+
+    def count(self, tasks: Iterable[asyncio.Task[object]]) -> None:
+        """Count what goes on after its request was answered, until each task is done."""
+        for task in tasks:
+            if task not in self._later and not task.done():
+                self._later.add(task)
+                self._begin()
+                task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[object]) -> None:
+        self._later.discard(task)
+        self._end()
+
+    def _begin(self) -> None:
+        self.running += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self.running -= 1
+        if not self.running:
+            self._idle.set()
+
+
+class AdmissionMiddleware:
+    """Passes every request on a route that names a model through :class:`Admission`.
+
+    Args:
+        background: the tasks that vLLM has started for requests it answered already
+            (``/v1/responses`` with ``"background": true``).
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        admission: Admission,
+        background: Callable[[], Iterable[asyncio.Task[object]]] = tuple,
+    ) -> None:
+        self.app, self.admission, self.background = app, admission, background
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = None
+        if scope["type"] in ("http", "websocket"):
+            method = WEBSOCKET if scope["type"] == "websocket" else scope["method"]
+            route = find_route(routed_path(scope), method)
+        if route is None or route.model is None:
+            await self.app(scope, receive, send)
+        elif route.model == "websocket":
+            # Its model comes in a message, after the connection is accepted.
+            await send({"type": "websocket.close", "code": 1008, "reason": "not served here"})
+        else:
+            await self._admit(route, scope, receive, send)
+
+    async def _admit(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_body(receive)
+        if body is None:
+            return
+        again = replayed(body, receive)
+        try:
+            model = await requested_model(route, scope, body)
+        except InvalidModelName as error:
+            await Refusal(400, str(error)).response()(scope, again, send)
+            return
+        async with self.admission.admitted(model) as refusal:
+            if refusal is not None:
+                await refusal.response()(scope, again, send)
+                return
+            try:
+                await self.app(scope, again, send)
+            finally:
+                self.admission.count(self.background())
