@@ -4,48 +4,50 @@
     curl -X POST localhost:8000/admin/unfold
     curl localhost:8000/admin/fold
 
-An ``vllm.endpoint_plugins`` entry point. They have a key of their own (``--admin-api-key``);
-without one they answer on loopback only, and never to a web page or through a proxy.
+A ``vllm.endpoint_plugins`` entry point, always loaded. Who may ask these routes is decided in
+``guard.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from argparse import Namespace
-from ipaddress import ip_address
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.serve.access import Keys
 from secura_serve.serve.compat import ServedModels
 from secura_serve.serve.folding import Folding
 from secura_serve.serve.gate import GateMiddleware, Refusal
+from secura_serve.serve.guard import say_attached, use_keys
 
 __all__ = ["AdminPlugin", "configure"]
-
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class _Settings:
     """Handed over in this process: vLLM would print what stands in its arguments."""
 
+    configured = False
     folding: Folding | None = None
-    key: str | None = None
+    keys = Keys()
     at_start: str | None = None
 
 
-def configure(folding: Folding, *, key: str | None, at_start: str | None) -> None:
+def configure(folding: Folding | None, *, keys: Keys, at_start: str | None = None) -> None:
     """Say what :class:`AdminPlugin` will serve.
 
     Args:
-        key: bearer token of the admin routes; None leaves them to loopback.
+        folding: None where there is no adapter to fold.
+        keys: what the guard asks for.
         at_start: adapter to fold before the first request.
     """
-    _Settings.folding, _Settings.key, _Settings.at_start = folding, key, at_start
+    _Settings.configured = True
+    _Settings.folding, _Settings.keys, _Settings.at_start = folding, keys, at_start
+    use_keys(keys)
 
 
 class Fold(BaseModel):
@@ -66,33 +68,6 @@ class Unfold(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     timeout: float | None = Field(None, gt=0, strict=True, description="as for /admin/fold")
-
-
-def _allowed(request: Request) -> None:
-    """Raise HTTPException unless the operator asks."""
-    if _Settings.key is not None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {_Settings.key}".encode()):
-            raise HTTPException(401, "the admin routes need the key given with --admin-api-key")
-        return
-    client = request.client.host if request.client else ""
-    try:
-        local = ip_address(client).is_loopback
-    except ValueError:
-        local = False
-    # Browsers send one of the two with every request, so that no web page can use the operator's
-    # loopback.
-    strange = [h for h in (*_FORWARDED, "origin", "sec-fetch-site") if h in request.headers]
-    if not local or strange:
-        raise HTTPException(
-            403,
-            "without --admin-api-key the admin routes answer direct requests on loopback only; "
-            + (
-                f"this one has the header {', '.join(strange)}"
-                if strange
-                else f"this came from {client}"
-            ),
-        )
 
 
 async def _change(name: str | None, timeout: float | None) -> JSONResponse:
@@ -134,7 +109,7 @@ async def unfold(body: Unfold | None = None) -> JSONResponse:
 
 
 def _routes() -> APIRouter:
-    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_allowed)])
+    router = APIRouter(prefix="/admin", tags=["admin"])
     router.add_api_route("/fold", folded, methods=["GET"])
     router.add_api_route("/fold", fold, methods=["POST"], response_model=None)
     router.add_api_route("/unfold", unfold, methods=["POST"], response_model=None)
@@ -148,14 +123,19 @@ class AdminPlugin:
     required_tasks = None
 
     def __init__(self) -> None:
-        if _Settings.folding is None:
+        if not _Settings.configured:
             raise SecuraError("the plugin secura_admin belongs to secura-serve; start that")
 
     def attach_router(self, app: FastAPI) -> None:
         """The routes, and the gate in front of all others (inside vLLM's own authentication)."""
-        assert _Settings.folding is not None
-        app.include_router(_routes())
-        app.add_middleware(GateMiddleware, gate=_Settings.folding.gate)
+        keys, args = _Settings.keys, app.state.args
+        if keys.user and keys.admin:
+            # vLLM's own check runs inside ours, and would refuse the admin key below /v1.
+            args.api_key = [*keys.user, keys.admin]
+        if _Settings.folding is not None:
+            app.include_router(_routes())
+            app.add_middleware(GateMiddleware, gate=_Settings.folding.gate)
+        say_attached()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Take hold of the engine; fold what ``--fold`` names before the first request.
@@ -163,7 +143,9 @@ class AdminPlugin:
         Raises:
             FoldError: that fold failed, and the server does not start.
         """
-        assert _Settings.folding is not None
-        _Settings.folding.bind(engine_client, ServedModels(state.openai_serving_models))
+        folding = _Settings.folding
+        if folding is None:
+            return
+        folding.bind(engine_client, ServedModels(state.openai_serving_models))
         if _Settings.at_start is not None:
-            await _Settings.folding.change(_Settings.at_start)
+            await folding.change(_Settings.at_start)

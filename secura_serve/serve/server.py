@@ -26,6 +26,7 @@ from secura_serve.serve.notices import announce_fold, nothing, tell_of_slots, wa
 from secura_serve.serve.options import (
     refuse_what_hides_adapters,
     secura_parser,
+    server_keys,
     vllm_arguments,
     vllm_help,
 )
@@ -110,16 +111,16 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         print(nothing(known.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
     tell_of_slots(memory, served, loras)
-    if not catalog.foldable:
-        _serve(known, args, memory)
-        return 0
     from secura_serve.serve.endpoints import configure
     from secura_serve.serve.folding import Folding
 
-    folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
-    configure(folding, key=known.admin_api_key, at_start=known.fold)
+    folding = None
+    if catalog.foldable:
+        folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
+    keys = server_keys(args, admin=known.admin_api_key)
+    configure(folding, keys=keys, at_start=known.fold)
     _serve(known, args, memory)
-    if folding.broken is not None:
+    if folding is not None and folding.broken is not None:
         raise FoldError(folding.broken)
     return 0
 
@@ -138,7 +139,7 @@ def _prepare_vllm(
     from secura_serve.serve import compat, plugin
 
     compat.check()
-    plugin.choose_plugins(admin=bool(catalog.foldable))
+    plugin.choose_plugins()
     served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
     if catalog.foldable or served:
         refuse_what_hides_adapters(rest)
