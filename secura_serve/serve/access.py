@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from secura_serve.errors import ConfigError
+
 __all__ = ["Keys", "check_key", "is_loopback", "is_loopback_host"]
 
 

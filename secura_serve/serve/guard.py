@@ -66,7 +66,9 @@ def has_key(headers: Headers, keys: Iterable[str]) -> bool:
 
 def not_direct(headers: Headers, client: str) -> str | None:
     """Return why a request cannot be trusted to come from this machine's user, or None."""
-    if strange := [n for n in headers if n in _WEB_PAGE or _FORWARDED.fullmatch(n)]:
+    if strange := [
+        n for n in headers if n in _WEB_PAGE or _FORWARDED.fullmatch(n.replace("_", "-"))
+    ]:
         return f"this one has the header {', '.join(dict.fromkeys(strange))}"
     if not is_loopback(client):
         return f"this came from {client or 'elsewhere'}"
