@@ -80,12 +80,29 @@ def secura_parser() -> argparse.ArgumentParser:
         "--admin-api-key",
         metavar="KEY",
         default=os.environ.get("SECURA_ADMIN_API_KEY"),
-        help="key of the admin routes (fold, unfold); without it they answer on loopback only "
+        help="key of the admin routes (fold, unfold); without it they answer direct requests on "
+        "loopback only "
         "(default: $SECURA_ADMIN_API_KEY)",
     )
     add("--no-ui", action="store_true", help="no chat page")
-    add("--ui-host", metavar="HOST", help="address of the chat page (default: the server's)")
+    add(
+        "--ui-host",
+        metavar="HOST",
+        help="address of the chat page; beyond this machine it needs --ui-auth or --ui-no-auth "
+        "(default: 127.0.0.1)",
+    )
     add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
+    add(
+        "--ui-auth",
+        metavar="USER:PASSWORD",
+        default=os.environ.get("SECURA_UI_AUTH"),
+        help="login of the chat page (default: $SECURA_UI_AUTH, which shows in no process list)",
+    )
+    add(
+        "--ui-no-auth",
+        action="store_true",
+        help="let whoever reaches --ui-host use the chat page; not together with --api-key",
+    )
     add("--version", action="version", version=f"secura-serve {__version__}")
     return parser
 

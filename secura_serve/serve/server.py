@@ -18,11 +18,18 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.serve.access import Keys, PageAccess, page_access
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
-from secura_serve.serve.notices import announce_fold, nothing, tell_of_slots, warn_of_width
+from secura_serve.serve.notices import (
+    announce_fold,
+    nothing,
+    tell_of_slots,
+    warn_of_width,
+    who_can_reach,
+)
 from secura_serve.serve.options import (
     refuse_what_hides_adapters,
     secura_parser,
@@ -119,7 +126,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
     keys = server_keys(args, admin=known.admin_api_key)
     configure(folding, keys=keys, at_start=known.fold)
-    _serve(known, args, memory)
+    _serve(known, args, memory, keys)
     if folding is not None and folding.broken is not None:
         raise FoldError(folding.broken)
     return 0
@@ -157,7 +164,7 @@ def _prepare_vllm(
     return served
 
 
-def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
+def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> None:
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.platforms import current_platform
@@ -168,13 +175,18 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     endpoint = f"{scheme}://{reachable}:{args.port}"
     examples = Path(known.adapters) / "examples.json" if known.adapters else None
+    access = None
+    if not known.no_ui:
+        access = page_access(
+            known.ui_host, login=known.ui_auth, no_login=known.ui_no_auth, keys=keys
+        )
     page = ChatPage(
         endpoint,
-        host=known.ui_host or args.host,
+        access=access or PageAccess(),
         port=known.ui_port,
-        api_key=args.api_key[0] if args.api_key else None,
+        api_key=keys.user[0] if keys.user else None,
         examples=examples if examples and examples.is_file() else None,
-        enabled=not known.no_ui,
+        enabled=access is not None,
     )
     page.check_port()
     try:
@@ -183,6 +195,7 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
         raise ConfigError(
             f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
         ) from error
+    print(f"\n{who_can_reach(args, keys, access, known.ui_port)}")
     print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
     stop_cleanly_during_start()
     with page:
