@@ -242,6 +242,8 @@ def server_keys(args: Any, *, admin: str | None) -> Keys:
     if args.api_key is not None:
         if not args.api_key:
             raise ConfigError("--api-key names no key; give one, or leave the flag out")
-        return Keys(tuple(check_key(key, "--api-key") or "" for key in args.api_key), admin)
+        # vLLM reads an empty word as None.
+        given = [key or "" for key in args.api_key]
+        return Keys(tuple(check_key(key, "--api-key") or "" for key in given), admin)
     key = check_key(os.environ.get("VLLM_API_KEY"), "VLLM_API_KEY (in the environment)")
     return Keys((key,) if key else (), admin)
