@@ -8,6 +8,7 @@ A process of its own, which knows an endpoint's address and no more:
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import os
 from collections.abc import Sequence
@@ -132,16 +133,52 @@ def parser() -> argparse.ArgumentParser:
         "--share",
         choices=["never", "public"],
         default="never",
-        help="public: a gradio.live link, through which anyone may use the endpoint (%(default)s)",
+        help="public: a gradio.live link, which whoever has it may open (%(default)s)",
+    )
+    made.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        default=os.environ.get("SECURA_UI_AUTH"),
+        help="login of the page (default: $SECURA_UI_AUTH)",
+    )
+    made.add_argument(
+        "--no-auth",
+        action="store_true",
+        help="let whoever reaches the page use the endpoint; beyond this machine not with a key",
     )
     return made
+
+
+def login(args: argparse.Namespace) -> tuple[str, str] | None:
+    """User and password of the page. Raises ValueError if strangers would use it without."""
+    if args.auth is not None:
+        user, _, password = args.auth.partition(":")
+        if not (user and password):
+            raise ValueError("--auth should be USER:PASSWORD, neither of them empty")
+        if args.no_auth:
+            raise ValueError("--auth and --no-auth contradict each other")
+        return user, password
+    if args.share == "never" and _is_local(args.host):
+        return None
+    if args.api_key:
+        raise ValueError("whoever opens this page would ask with your key: give --auth")
+    if not args.no_auth:
+        raise ValueError("this page is open to others: give --auth USER:PASSWORD, or --no-auth")
+    return None
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser()
     args = arguments.parse_args(argv)
     try:
-        examples = read_examples(args.examples)
+        examples, auth = read_examples(args.examples), login(args)
     except ValueError as error:
         arguments.error(str(error))
     blocks = build(Page(connect(args.endpoint, args.api_key), examples))
@@ -149,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         blocks.launch(
             server_name=args.host,
             server_port=args.port,
+            auth=auth,
             share=args.share == "public",
             css=CSS,
             theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT),

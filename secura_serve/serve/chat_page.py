@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from secura_serve.errors import ConfigError
+from secura_serve.serve.access import PageAccess
 
 __all__ = ["ChatPage"]
 
@@ -35,8 +36,9 @@ class ChatPage:
 
     Args:
         endpoint: ``http://host:port`` of the server.
-        host, port: where the page listens.
-        api_key: passed on by environment, so that it shows in no process list.
+        access: where the page listens, and its login.
+        port: of the page.
+        api_key: passed on by environment like the login, so that it shows in no process list.
         examples: JSON file of example prompts per adapter.
         enabled: False only announces the server.
     """
@@ -45,13 +47,14 @@ class ChatPage:
         self,
         endpoint: str,
         *,
-        host: str,
+        access: PageAccess,
         port: int,
         api_key: str | None,
         examples: Path | None,
         enabled: bool,
     ) -> None:
-        self.endpoint, self.host, self.port = endpoint, host, port
+        self.endpoint, self.host, self.port = endpoint, access.host, port
+        self.login = access.login
         self.api_key, self.examples, self.enabled = api_key, examples, enabled
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
@@ -103,7 +106,13 @@ class ChatPage:
         command += ["--port", str(self.port)]
         if self.examples is not None:
             command += ["--examples", str(self.examples)]
-        environment = dict(os.environ)
+        # The page needs neither the operator's key nor a login that it was not given.
+        ours = ("SECURA_ADMIN_API_KEY", "SECURA_UI_AUTH")
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
+        if self.login:
+            environment["SECURA_UI_AUTH"] = self.login
+        else:
+            command.append("--no-auth")
         if self.api_key:
             environment["VLLM_API_KEY"] = self.api_key
         self._process = subprocess.Popen(command, env=environment)

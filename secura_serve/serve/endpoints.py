@@ -4,31 +4,28 @@
     curl -X POST localhost:8000/admin/unfold
     curl localhost:8000/admin/fold
 
-An ``vllm.endpoint_plugins`` entry point. They have a key of their own (``--admin-api-key``);
-without one they answer on loopback only, and never to a web page or through a proxy.
+A ``vllm.endpoint_plugins`` entry point, always loaded. Who may ask these routes is decided in
+``guard.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 from argparse import Namespace
-from ipaddress import ip_address
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.serve.access import Keys
 from secura_serve.serve.admission import AdmissionMiddleware, Refusal
 from secura_serve.serve.compat import ServedModels, background_tasks
 from secura_serve.serve.folding import DEFAULT_TIMEOUT, Folding
+from secura_serve.serve.guard import say_attached, use_keys
 
 __all__ = ["AdminPlugin", "configure"]
-
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-
 
 _LONGEST = 3600.0
 
@@ -36,19 +33,23 @@ _LONGEST = 3600.0
 class _Settings:
     """Handed over in this process: vLLM would print what stands in its arguments."""
 
+    configured = False
     folding: Folding | None = None
-    key: str | None = None
+    keys = Keys()
     at_start: str | None = None
 
 
-def configure(folding: Folding, *, key: str | None, at_start: str | None) -> None:
+def configure(folding: Folding, *, keys: Keys, at_start: str | None = None) -> None:
     """Say what :class:`AdminPlugin` will serve.
 
     Args:
-        key: bearer token of the admin routes; None leaves them to loopback.
+        folding: what can be folded, which may be nothing.
+        keys: what the guard asks for.
         at_start: adapter to fold before the first request.
     """
-    _Settings.folding, _Settings.key, _Settings.at_start = folding, key, at_start
+    _Settings.configured = True
+    _Settings.folding, _Settings.keys, _Settings.at_start = folding, keys, at_start
+    use_keys(keys)
 
 
 class Fold(BaseModel):
@@ -72,33 +73,6 @@ class Unfold(BaseModel):
     timeout: float = Field(
         default=DEFAULT_TIMEOUT, gt=0, le=_LONGEST, strict=True, description="as for /admin/fold"
     )
-
-
-def _allowed(request: Request) -> None:
-    """Raise HTTPException unless the operator asks."""
-    if _Settings.key is not None:
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {_Settings.key}".encode()):
-            raise HTTPException(401, "the admin routes need the key given with --admin-api-key")
-        return
-    client = request.client.host if request.client else ""
-    try:
-        local = ip_address(client).is_loopback
-    except ValueError:
-        local = False
-    # Browsers send one of the two with every request, so that no web page can use the operator's
-    # loopback.
-    strange = [h for h in (*_FORWARDED, "origin", "sec-fetch-site") if h in request.headers]
-    if not local or strange:
-        raise HTTPException(
-            403,
-            "without --admin-api-key the admin routes answer direct requests on loopback only; "
-            + (
-                f"this one has the header {', '.join(strange)}"
-                if strange
-                else f"this came from {client}"
-            ),
-        )
 
 
 async def _change(name: str | None, timeout: float) -> JSONResponse:
@@ -153,7 +127,7 @@ async def get_model(model_id: str, request: Request) -> Any:
 
 
 def _routes() -> APIRouter:
-    router = APIRouter(prefix="/admin", tags=["admin"], dependencies=[Depends(_allowed)])
+    router = APIRouter(prefix="/admin", tags=["admin"])
     router.add_api_route("/fold", folded, methods=["GET"])
     router.add_api_route("/fold", fold, methods=["POST"], response_model=None)
     router.add_api_route("/unfold", unfold, methods=["POST"], response_model=None)
@@ -167,19 +141,24 @@ class AdminPlugin:
     required_tasks = None
 
     def __init__(self) -> None:
-        if _Settings.folding is None:
+        if not _Settings.configured:
             raise SecuraError("the plugin secura_admin belongs to secura-serve; start that")
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and admission in front of all others (inside vLLM's own key check)."""
-        assert _Settings.folding is not None
+        """Add the routes, and admission in front of all others (inside the guard)."""
+        keys, args, folding = _Settings.keys, app.state.args, _Settings.folding
+        assert folding is not None
+        if keys.user and keys.admin:
+            # vLLM's own check runs inside ours, and would refuse the admin key below /v1.
+            args.api_key = [*keys.user, keys.admin]
         app.include_router(_routes())
         app.add_api_route("/v1/models/{model_id:path}", get_model, response_model=None)
         app.add_middleware(
             AdmissionMiddleware,
-            admission=_Settings.folding.admission,
+            admission=folding.admission,
             background=lambda: background_tasks(app.state)(),
         )
+        say_attached()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Take hold of the engine; fold what ``--fold`` names before the first request.
@@ -187,8 +166,9 @@ class AdminPlugin:
         Raises:
             FoldError: that fold failed, and the server does not start.
         """
-        assert _Settings.folding is not None
+        folding = _Settings.folding
+        assert folding is not None
         background_tasks(state)
-        _Settings.folding.bind(engine_client, ServedModels(state.openai_serving_models))
+        folding.bind(engine_client, ServedModels(state.openai_serving_models))
         if _Settings.at_start is not None:
-            await _Settings.folding.change(_Settings.at_start)
+            await folding.change(_Settings.at_start)

@@ -6,11 +6,12 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
+from secura_serve.serve.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.memory import Memory
 from secura_serve.serve.plain_lora import PlainLoRA
 
-__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width"]
+__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width", "who_can_reach"]
 
 
 def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
@@ -57,3 +58,51 @@ def nothing(folder: str | None) -> str:
     """That there is no adapter, and why."""
     where = f"{folder} holds no adapter" if folder else "no --adapters"
     return f"{where}: serving the base alone"
+
+
+def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int) -> str:
+    """Return as text who may ask for what, with a warning for each door that is open to strangers.
+
+    Args:
+        args: vLLM's ``serve`` namespace.
+        page: the chat page; None if there is none.
+    """
+    from secura_serve.serve.routes import ROUTES
+
+    place = f"unix:{args.uds}" if args.uds else _place(args.host, args.port)
+    with_key = "with a key of --api-key" if keys.user else "without a key"
+    operator = (
+        "with the key of --admin-api-key"
+        if keys.admin
+        else "direct requests on this machine only, without a key"
+    )
+    unguarded = [route.path.partition("{")[0] for route in ROUTES if route.access == "anyone"]
+    lines = [
+        "who can reach what:",
+        f"  generating (/v1/...)   {place}, {with_key}",
+        f"  changing (/admin/...)  {operator}",
+        f"  always without a key   {', '.join(unguarded)} (those that this vLLM has)",
+    ]
+    if page is not None:
+        login = "with the login of --ui-auth" if page.login else "without a login"
+        lines.append(f"  chat page              {_place(page.host, page_port)}, {login}")
+    if not (args.uds or _here(args.host) or keys.user):
+        lines.append(
+            f"\nwarning: whoever reaches {args.host or 'this machine'} can ask this server; give "
+            "--api-key KEY, or leave --host out"
+        )
+    if not (page is None or _here(page.host) or page.login):
+        lines.append(
+            f"\nwarning: whoever reaches {page.host or 'this machine'} can use the chat page; give "
+            "--ui-auth USER:PASSWORD, or leave --ui-host out"
+        )
+    return "\n".join(lines)
+
+
+def _here(host: str | None) -> bool:
+    return host == "localhost" or is_loopback(host or "")
+
+
+def _place(host: str | None, port: int) -> str:
+    shown = f"[{host}]" if host and ":" in host else host or "every address"
+    return f"{shown}:{port} ({'this machine only' if _here(host) else 'also other machines'})"

@@ -13,17 +13,24 @@ from secura_serve import __version__
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
 from secura_serve.errors import ConfigError
+from secura_serve.serve.access import Keys, check_key
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.memory import Memory, default_cached, default_slots
 from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
 
-__all__ = ["refuse_what_hides_adapters", "secura_parser", "vllm_arguments", "vllm_help"]
+__all__ = [
+    "refuse_what_hides_adapters",
+    "secura_parser",
+    "server_keys",
+    "vllm_arguments",
+    "vllm_help",
+]
 
 # vLLM's allowed values of --max-lora-rank; it sizes stock LoRA's buffers, which are made only where
 # plain LoRA is served.
 _STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_UNSET = 0
+_GUARD = "secura_serve.serve.guard.GuardMiddleware"
 _EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 _DESCRIPTION = """\
@@ -73,12 +80,29 @@ def secura_parser() -> argparse.ArgumentParser:
         "--admin-api-key",
         metavar="KEY",
         default=os.environ.get("SECURA_ADMIN_API_KEY"),
-        help="key of the admin routes (fold, unfold); without it they answer on loopback only "
+        help="key of the admin routes (fold, unfold); without it they answer direct requests on "
+        "loopback only "
         "(default: $SECURA_ADMIN_API_KEY)",
     )
     add("--no-ui", action="store_true", help="no chat page")
-    add("--ui-host", metavar="HOST", help="address of the chat page (default: the server's)")
+    add(
+        "--ui-host",
+        metavar="HOST",
+        help="address of the chat page; beyond this machine it needs --ui-auth or --ui-no-auth "
+        "(default: 127.0.0.1)",
+    )
     add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
+    add(
+        "--ui-auth",
+        metavar="USER:PASSWORD",
+        default=os.environ.get("SECURA_UI_AUTH"),
+        help="login of the chat page (default: $SECURA_UI_AUTH, which shows in no process list)",
+    )
+    add(
+        "--ui-no-auth",
+        action="store_true",
+        help="let whoever reaches --ui-host use the chat page; not together with --api-key",
+    )
     add("--version", action="version", version=f"secura-serve {__version__}")
     return parser
 
@@ -152,7 +176,7 @@ def vllm_arguments(
         widest = max((a.r for a in served if isinstance(a, PlainLoRA)), default=0)
         parser.set_defaults(
             enable_lora=True,
-            max_loras=_UNSET,
+            max_loras=None,
             max_lora_rank=next((r for r in _STOCK_RANKS if r >= widest), _STOCK_RANKS[-1]),
             lora_target_modules=targets,
         )
@@ -166,6 +190,11 @@ def vllm_arguments(
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
             f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
+        )
+    if args.max_loras is not None and args.max_loras < 1:
+        raise ConfigError(
+            f"--max-loras {args.max_loras}: adapters need at least 1 slot; leave it out, and their "
+            "number is chosen by what they take"
         )
     if foldable and args.worker_extension_cls != _EXTENSION:
         raise ConfigError(
@@ -187,12 +216,34 @@ def vllm_arguments(
         )
     if served:
         slot = memory(dtype=args.dtype).slot
-        if args.max_loras == _UNSET:
+        if args.max_loras is None:
             args.max_loras = default_slots(len(served), slot)
         if args.max_cpu_loras is None:
             args.max_cpu_loras = max(args.max_loras, default_cached(len(served), slot))
         plain = any(isinstance(a, PlainLoRA) for a in served)
         ours = {"basis": str(basis.save(cache)), "base": str(path), "plain_lora": plain}
         args.additional_config = {**(args.additional_config or {}), "secura": ours}
+    args.middleware = [*args.middleware, _GUARD]
     validate(args)
     return args
+
+
+def server_keys(args: Any, *, admin: str | None) -> Keys:
+    """Return the keys that the server asks for.
+
+    Args:
+        args: vLLM's ``serve`` namespace.
+        admin: the key of the admin routes.
+
+    Raises:
+        ConfigError: a key is empty. vLLM takes that for none, and answers everyone.
+    """
+    check_key(admin, "--admin-api-key (or SECURA_ADMIN_API_KEY)")
+    if args.api_key is not None:
+        if not args.api_key:
+            raise ConfigError("--api-key names no key; give one, or leave the flag out")
+        # vLLM reads an empty word as None.
+        given = [key or "" for key in args.api_key]
+        return Keys(tuple(check_key(key, "--api-key") or "" for key in given), admin)
+    key = check_key(os.environ.get("VLLM_API_KEY"), "VLLM_API_KEY (in the environment)")
+    return Keys((key,) if key else (), admin)

@@ -43,8 +43,8 @@ def activate() -> None:
     register()
 
 
-def choose_plugins(*, admin: bool) -> None:
-    """Have vLLM load our endpoint plugin or not, and leave its other plugins as they would be.
+def choose_plugins() -> None:
+    """Have vLLM load our endpoint plugin, and leave its other plugins as they would be.
 
     It loads endpoint plugins only where ``VLLM_PLUGINS`` names them, and setting that variable
     makes it a list of all plugins allowed, of every kind.
@@ -64,5 +64,4 @@ def choose_plugins(*, admin: bool) -> None:
         names = [plugin.name for g in sorted(groups) for plugin in entry_points(group=g)]
     else:
         names = [name for name in wanted.split(",") if name]
-    ours = ["secura", _ADMIN] if admin else ["secura"]
-    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, *ours]))
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, "secura", _ADMIN]))

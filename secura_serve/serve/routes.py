@@ -123,7 +123,7 @@ def _reading() -> Iterator[Route]:
         "/docs",
         "/docs/oauth2-redirect",
         "/redoc",
-        "/static/{rest:path}",
+        "/static{rest:path}",
         "/is_paused",
         "/is_sleeping",
         "/weight_info",

@@ -18,14 +18,22 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.serve.access import Keys, PageAccess, page_access
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
-from secura_serve.serve.notices import announce_fold, nothing, tell_of_slots, warn_of_width
+from secura_serve.serve.notices import (
+    announce_fold,
+    nothing,
+    tell_of_slots,
+    warn_of_width,
+    who_can_reach,
+)
 from secura_serve.serve.options import (
     refuse_what_hides_adapters,
     secura_parser,
+    server_keys,
     vllm_arguments,
     vllm_help,
 )
@@ -114,17 +122,15 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         print(nothing(known.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
     tell_of_slots(memory, served, loras)
-    if not catalog.foldable:
-        _serve(known, args, memory)
-        return 0
     from secura_serve.serve.endpoints import configure
     from secura_serve.serve.folding import Folding
 
     folding = Folding(
         base.path, names, catalog.foldable, [a.name for a in served], catalog.snapshots
     )
-    configure(folding, key=known.admin_api_key, at_start=known.fold)
-    _serve(known, args, memory)
+    keys = server_keys(args, admin=known.admin_api_key)
+    configure(folding, keys=keys, at_start=known.fold)
+    _serve(known, args, memory, keys)
     if folding.broken is not None:
         raise FoldError(folding.broken)
     return 0
@@ -144,7 +150,7 @@ def _prepare_vllm(
     from secura_serve.serve import compat, plugin
 
     compat.check()
-    plugin.choose_plugins(admin=bool(catalog.foldable))
+    plugin.choose_plugins()
     served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
     if catalog.foldable or served:
         refuse_what_hides_adapters(rest)
@@ -162,7 +168,7 @@ def _prepare_vllm(
     return served
 
 
-def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
+def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> None:
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.platforms import current_platform
@@ -173,13 +179,18 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     endpoint = f"{scheme}://{reachable}:{args.port}"
     examples = Path(known.adapters) / "examples.json" if known.adapters else None
+    access = None
+    if not known.no_ui:
+        access = page_access(
+            known.ui_host, login=known.ui_auth, no_login=known.ui_no_auth, keys=keys
+        )
     page = ChatPage(
         endpoint,
-        host=known.ui_host or args.host,
+        access=access or PageAccess(),
         port=known.ui_port,
-        api_key=args.api_key[0] if args.api_key else None,
+        api_key=keys.user[0] if keys.user else None,
         examples=examples if examples and examples.is_file() else None,
-        enabled=not known.no_ui,
+        enabled=access is not None,
     )
     page.check_port()
     try:
@@ -188,6 +199,7 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
         raise ConfigError(
             f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
         ) from error
+    print(f"\n{who_can_reach(args, keys, access, known.ui_port)}")
     print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
     stop_cleanly_during_start()
     with page:

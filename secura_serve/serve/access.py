@@ -1,0 +1,110 @@
+"""The keys of the server, the login of its chat page, and what counts as this machine.
+
+Needs nothing of vLLM.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from secura_serve.errors import ConfigError
+
+__all__ = [
+    "Keys",
+    "PageAccess",
+    "check_key",
+    "is_loopback",
+    "is_loopback_host",
+    "page_access",
+]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of the server: those of ``--api-key``, and the one of ``--admin-api-key``."""
+
+    user: tuple[str, ...] = ()
+    admin: str | None = None
+
+
+def check_key(key: str | None, source: str) -> str | None:
+    """Return ``key``; None is no key.
+
+    Raises:
+        ConfigError: the key is empty or has blanks around it, so that it would protect nothing or
+            never match.
+    """
+    if key is not None and (not key or key != key.strip()):
+        what = "starts or ends with blanks" if key.strip() else "is empty"
+        raise ConfigError(f"the key of {source} {what}; give a key, or leave {source} out")
+    return key
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is one of this machine alone."""
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    # A socket that listens on both families reports IPv4 callers so.
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a ``Host`` header (name and perhaps port) can only mean this machine."""
+    parts = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]+)(:[0-9]{1,5})?", host)
+    if parts is None:
+        return False
+    name = parts[1].lower().strip("[]")
+    return name == "localhost" or is_loopback(name)
+
+
+@dataclass(frozen=True)
+class PageAccess:
+    """Where the chat page listens, and its login (``USER:PASSWORD``)."""
+
+    host: str = "127.0.0.1"
+    login: str | None = None
+
+
+def page_access(host: str | None, *, login: str | None, no_login: bool, keys: Keys) -> PageAccess:
+    """Return how the chat page may be opened.
+
+    The page asks the server with the server's own key. Whoever may open it has what that key gives.
+
+    Args:
+        host: where it is to listen; None is loopback.
+        login: ``USER:PASSWORD``.
+        no_login: the operator wants a page for everyone.
+        keys: those of the server.
+
+    Raises:
+        ConfigError: the login is malformed, or strangers would reach a page without one.
+    """
+    page = PageAccess("127.0.0.1" if host is None else host, login)
+    if login is not None:
+        user, colon, password = login.partition(":")
+        if not (user and colon and password):
+            raise ConfigError(
+                "--ui-auth (or SECURA_UI_AUTH) should be USER:PASSWORD, neither of them empty"
+            )
+        if no_login:
+            raise ConfigError("--ui-auth and --ui-no-auth contradict each other; leave one out")
+        return page
+    if page.host == "localhost" or is_loopback(page.host):
+        return page
+    if keys.user:
+        raise ConfigError(
+            f"--ui-host {page.host}: the chat page asks with the server's API key, and would lend "
+            "it to whoever opens the page; give it a login with --ui-auth USER:PASSWORD (or "
+            "SECURA_UI_AUTH), or leave --ui-host out"
+        )
+    if not no_login:
+        raise ConfigError(
+            f"--ui-host {page.host}: the chat page would be open to whoever reaches it; give it a "
+            "login with --ui-auth USER:PASSWORD (or SECURA_UI_AUTH), or say that you want this "
+            "with --ui-no-auth"
+        )
+    return page

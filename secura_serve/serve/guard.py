@@ -1,0 +1,144 @@
+"""Who may ask which route: the keys, the loopback rule, and no route that the table does not know.
+
+vLLM's own check (``--api-key``) covers four path prefixes; this one covers the table of
+``routes.py``, and stands in front of everything else of the app. It is handed to vLLM as a
+``--middleware``, which vLLM cannot start without.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from secura_serve.serve.access import Keys, is_loopback, is_loopback_host
+from secura_serve.serve.routes import WEBSOCKET, Access, find_route, routed_path
+
+__all__ = ["GuardMiddleware", "refusal", "say_attached", "use_keys"]
+
+# What says that a request came through something else, a proxy or a content network: words that
+# their headers have in common, and how the names of some of them begin.
+_FORWARDED = re.compile(
+    r"forward|proxy|^via$|^x-host$|remote|originat|(client|connecting|real|source)-?(ip|addr|host)"
+    r"|^(cf|cdn|fly|fastly|true|x-original|x-rewrite|x-envoy|x-azure|x-appengine|x-vercel|x-nf|"
+    r"x-arr|x-amz-cf|x-amzn)-"
+)
+_WEB_PAGE = ("origin", "sec-fetch-site")
+_TYPES = {
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+
+
+class _Settings:
+    """Handed over in this process: vLLM makes the middleware without arguments."""
+
+    keys: Keys | None = None
+    attached = False
+
+
+def use_keys(keys: Keys) -> None:
+    """Say which keys :class:`GuardMiddleware` asks for."""
+    _Settings.keys, _Settings.attached = keys, False
+
+
+def say_attached() -> None:
+    """Note that our own routes and the admission of requests are in the app."""
+    _Settings.attached = True
+
+
+def has_key(headers: Headers, keys: Iterable[str]) -> bool:
+    """Whether the request carries one of ``keys`` as a bearer token, compared in constant time."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given, same = token.encode("latin-1"), False
+    for key in keys:
+        same |= hmac.compare_digest(given, key.encode())
+    return same and scheme.lower() == "bearer"
+
+
+def not_direct(headers: Headers, client: str) -> str | None:
+    """Return why a request cannot be trusted to come from this machine's user, or None."""
+    if strange := [n for n in headers if n in _WEB_PAGE or _FORWARDED.search(n.replace("_", "-"))]:
+        return f"this one has the header {', '.join(dict.fromkeys(strange))}"
+    if not is_loopback(client):
+        return f"this came from {client or 'elsewhere'}"
+    hosts = headers.getlist("host")
+    if len(hosts) != 1 or not is_loopback_host(hosts[0]):
+        return f"this one was sent to the host {', '.join(hosts) or '(none named)'}"
+    return None
+
+
+def refusal(access: Access, headers: Headers, client: str, keys: Keys) -> tuple[int, str] | None:
+    """Return status and sentence for a request that may not ask, or None.
+
+    Args:
+        access: what its route asks for.
+        client: the caller's IP address.
+    """
+    if access == "admin" and keys.admin is not None:
+        if has_key(headers, [keys.admin]):
+            return None
+        return 401, "the admin routes need the key given with --admin-api-key"
+    if access == "admin":
+        if (why := not_direct(headers, client)) is None:
+            return None
+        return 403, (
+            "without --admin-api-key the admin routes answer direct requests on loopback only; "
+            + why
+        )
+    if access == "user" and keys.user:
+        # Who may change the server may ask it, too: a request carries one key.
+        if has_key(headers, [*keys.user, *([keys.admin] if keys.admin else [])]):
+            return None
+        return 401, "this route needs the key given with --api-key, as a bearer token"
+    return None
+
+
+class GuardMiddleware:
+    """In front of the whole app: asks for keys, and refuses routes that are not in the table."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = None
+        if scope["type"] != "lifespan" and scope.get("method") != "OPTIONS":
+            refused = self._refusal(scope)
+        if refused is None:
+            await self.app(scope, receive, send)
+            return
+        status, message = refused
+        error = {"message": message, "type": _TYPES[status], "param": None, "code": status}
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        await JSONResponse({"error": error}, status, headers)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        if _Settings.keys is None or not _Settings.attached:
+            return 503, "this server lacks secura-serve's own routes; start it by secura-serve"
+        method = WEBSOCKET if scope["type"] == "websocket" else str(scope["method"])
+        client = (scope.get("client") or ("", 0))[0]
+        route = find_route(routed_path(scope), method)
+        if route is None or route.purpose == "refused":
+            if not _mounted(scope):
+                return None
+            if route is None and method in ("GET", "HEAD"):
+                return refusal("user", Headers(scope=scope), client, _Settings.keys)
+            return 501, (
+                f"secura-serve does not serve {method} {scope['path']}: "
+                "it does not know for which model and to whom this route may answer"
+            )
+        return refusal(route.access, Headers(scope=scope), client, _Settings.keys)
+
+
+def _mounted(scope: Scope) -> bool:
+    """Whether the app would answer; if not, it says 404 or 405 itself."""
+    routes: Sequence[Any] = scope["app"].routes
+    return any(route.matches(scope)[0] is Match.FULL for route in routes)
