@@ -180,7 +180,8 @@ def test_a_client_that_does_not_read_cannot_hold_a_fold(http, client, truth):
             "ignore_eos": True,
         },
     ) as stalled:
-        next(stalled.iter_raw())
+        pieces = stalled.iter_raw()
+        assert next(pieces) and stalled.status_code == 200
         start = time.monotonic()
         answer = http.post("/admin/fold", json={"name": "bounded", "timeout": 0.5})
         assert answer.status_code == 409 and "took longer" in answer.json()["error"]["message"]

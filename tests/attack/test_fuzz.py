@@ -1,0 +1,106 @@
+"""Proves that no request made from the server's own OpenAPI description breaks it: no status 5xx
+but 501 and 503, no dead process, no answer of another model than the one that was named.
+
+Needs vLLM on a CPU, a tiny base and schemathesis. One server on loopback with every optional route
+that an environment variable switches on; the number of requests is fixed.
+"""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import psutil
+import pytest
+import schemathesis
+from engines import random_adapter, serving
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+REQUESTS = 2000
+NAMES = st.sampled_from(["base", "one", "bounded", "nobody", "../one", "", "one*2", "BASE", "\0"])
+SWITCHES = (
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+    "VLLM_SERVER_DEV_MODE",
+    "VLLM_ENABLE_RESPONSES_API_STORE",
+)
+# These do what they are asked to, which ends or stops the server of the other requests.
+DESTRUCTIVE = {"/sleep", "/pause", "/abort_requests", "/collective_rpc", "/scale_elastic_ep"}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("fuzz")
+    base, folder = tiny_base("llama"), root / "adapters"
+    random_adapter(base, folder / "one", r=8, seed=1)
+    random_adapter(base, folder / "bounded", r=8, seed=3)
+    flags = ("--enforce-eager", "--max-model-len", "128", "--served-model-name", "base")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SWITCHES:
+            patch.setenv(name, "1")
+        patch.setenv("VLLM_MAX_N_SEQUENCES", "4")
+        with serving(base, folder, root / "log", *flags) as server:
+            yield server
+
+
+def _named(case, name):
+    """Put a model's name where the generator would hardly ever put one."""
+    if isinstance(case.body, dict) and "model" in case.body:
+        case.body["model"] = name
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_to_all_routes(server):
+    root = server.url.removesuffix("/v1")
+    schema = schemathesis.openapi.from_url(f"{root}/openapi.json")
+    operations = [r.ok() for r in schema.get_all_operations()]
+    operations = [o for o in operations if o.path not in DESTRUCTIVE]
+    assert len(operations) > 20, [o.path for o in operations]
+    each = -(-REQUESTS // len(operations))
+    process = psutil.Process(server.pid)
+    children = {child.pid for child in process.children(recursive=True)}
+    seen, problems = 0, []
+    with httpx.Client(base_url=root, timeout=120) as client:
+        for operation in operations:
+
+            @settings(
+                max_examples=each,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(), name=NAMES)
+            def ask(case, name):
+                nonlocal seen
+                _named(case, name)
+                problems.extend(_ask(client, case))
+                seen += 1
+
+            ask()
+    assert not problems, "\n".join(problems[:20])
+    assert seen >= REQUESTS * 0.9
+    assert {child.pid for child in process.children(recursive=True)} >= children
+    answer = httpx.post(f"{root}/v1/completions", json={"model": "one", "prompt": "x"}, timeout=60)
+    assert answer.status_code == 200 and answer.json()["model"] == "one"
+
+
+def _ask(client, case):
+    """Send one request; what is wrong with the answer, if anything."""
+    try:
+        sent = case.as_transport_kwargs(base_url=str(client.base_url))
+        response = case.call(base_url=str(client.base_url), timeout=120)
+    except (ValueError, TypeError):
+        return []
+    shown = f"{case.method} {case.path} {str(sent.get('json') or sent.get('data'))[:300]}"
+    if response.status_code >= 500 and response.status_code not in (501, 503):
+        return [f"{shown}: {response.status_code} {response.text[:300]}"]
+    try:
+        answered = json.loads(response.content).get("model")
+    except (ValueError, AttributeError):
+        return []
+    asked = case.body.get("model") if isinstance(case.body, dict) else None
+    if response.status_code == 200 and asked and answered not in (None, asked):
+        return [f"{shown}: answered as {answered!r}"]
+    return []
