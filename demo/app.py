@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,12 +136,26 @@ def parser() -> argparse.ArgumentParser:
         default="never",
         help="public: a gradio.live link, through which anyone may use the endpoint (%(default)s)",
     )
+    made.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does: whoever started this page is then gone",
+    )
     return made
+
+
+def end_with_stdin() -> None:
+    """Wait for the end of standard input, then end this process whatever it is doing."""
+    while sys.stdin.buffer.read(1024):
+        pass
+    os._exit(0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser()
     args = arguments.parse_args(argv)
+    if args.until_stdin_closes:
+        threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
         examples = read_examples(args.examples)
     except ValueError as error:

@@ -12,6 +12,7 @@
     ├── MergeError                a merge that cannot be planned, finished or confirmed
     ├── EvaluationError           an evaluation that cannot be started or finished
     ├── FoldError                 a fold into the running engine that did not happen
+    ├── EngineError               an engine that did not start, or that died
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -29,6 +30,7 @@ __all__ = [
     "BaseModelError",
     "ConfigError",
     "DataError",
+    "EngineError",
     "EvaluationError",
     "FoldError",
     "IncompatibleVLLMError",
@@ -96,6 +98,10 @@ class EvaluationError(SecuraError):
 
 class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
+
+
+class EngineError(SecuraError, RuntimeError):
+    """vLLM's engine did not start or has died; the message gives the cause."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

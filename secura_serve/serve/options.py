@@ -24,6 +24,7 @@ __all__ = ["refuse_what_hides_adapters", "secura_parser", "vllm_arguments", "vll
 # plain LoRA is served.
 _STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _UNSET = 0
+_DRAIN_S = 20
 _EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 _DESCRIPTION = """\
@@ -79,8 +80,23 @@ def secura_parser() -> argparse.ArgumentParser:
     add("--no-ui", action="store_true", help="no chat page")
     add("--ui-host", metavar="HOST", help="address of the chat page (default: the server's)")
     add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
+    add(
+        "--write-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="drop a client that has not read its answer for so long (%(default)g)",
+    )
     add("--version", action="version", version=f"secura-serve {__version__}")
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A positive number of seconds."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def vllm_help(argv: Sequence[str]) -> None:
@@ -144,6 +160,8 @@ def vllm_arguments(
 
     parser, validate = compat.make_arg_parser()
     parser.set_defaults(host="127.0.0.1", served_model_name=list(names), model=str(path))
+    # vLLM's own default, 0, would cut every running request.
+    parser.set_defaults(shutdown_timeout=_DRAIN_S)
     arguments = list(rest)
     if foldable:
         parser.set_defaults(worker_extension_cls=_EXTENSION)
