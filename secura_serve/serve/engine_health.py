@@ -27,7 +27,7 @@ class EngineHealth:
     def __init__(self) -> None:
         self._engine: Any = None
         self._processes: list[BaseProcess] = []
-        self._folder = Path()
+        self._folder: Path | None = None
 
     def __enter__(self) -> EngineHealth:
         self._folder = Path(tempfile.mkdtemp(prefix="secura-serve-"))
@@ -36,7 +36,8 @@ class EngineHealth:
 
     def __exit__(self, *_: object) -> None:
         os.environ.pop(REPORTS, None)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def follow(self, engine: Any) -> None:
         """Take hold of the engine once it is there.
@@ -65,7 +66,7 @@ class EngineHealth:
         """The first recent error of any of vLLM's processes."""
         now = time.time()
         reports = []
-        for file in self._folder.glob("*"):
+        for file in self._folder.glob("*") if self._folder is not None else ():
             written = file.stat().st_mtime
             if now - written <= _RECENT_S:
                 reports.append((written, file.read_text(encoding="utf-8")))

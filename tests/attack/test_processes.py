@@ -119,7 +119,7 @@ def _until(server: Server, true) -> None:
     while not true():
         assert server.process.poll() is None, server.text()[-3000:]
         assert time.monotonic() < deadline, server.text()[-3000:]
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def _answers(url: str) -> bool:
@@ -139,9 +139,8 @@ class Load:
 
     @staticmethod
     def on(server: Server, **body: object) -> Load:
+        """Begin them, and wait until the server has both."""
         pool = ThreadPoolExecutor(2)
-        begun = pool.submit(lambda: None)
-        begun.result()
         seen: list[str] = []
 
         def stream() -> str:
@@ -158,9 +157,7 @@ class Load:
 
         load = Load(pool.submit(stream), pool.submit(lambda: server.ask(**body)))
         pool.shutdown(wait=False)
-        deadline = time.monotonic() + 60
-        while _running(server) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        _until(server, lambda: _running(server) == 2)
         return load
 
     def assert_cut(self, said: str) -> None:
@@ -246,9 +243,8 @@ def test_a_client_that_does_not_read_is_dropped(restarted):
         assert server.post("/admin/fold", name="one", timeout=60).json()["changed"]
         assert time.monotonic() - begin < 45
         assert server.post("/admin/unfold").json()["changed"]
-        with pytest.raises(ConnectionResetError):
-            while stalled.recv(1 << 20):
-                pass
+        rest = b"".join(iter(lambda: stalled.recv(1 << 20), b""))
+    assert b"200 OK" in rest and b"[DONE]" not in rest
 
 
 def test_a_stop_under_load_cuts_at_the_limit_and_is_clean(restarted):
@@ -309,10 +305,7 @@ def test_a_second_signal_does_not_wait_and_a_held_request_is_told(start):
     load = Load.on(server, n=64)
     with ThreadPoolExecutor(2) as pool:
         folding = pool.submit(server.post, "/admin/fold", name="one")
-        deadline = time.monotonic() + 30
-        while not httpx.get(f"{server.url}/admin/fold").json()["holding"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        _until(server, lambda: httpx.get(f"{server.url}/admin/fold").json()["holding"])
         held = pool.submit(server.ask, n=1, max_tokens=2)
         time.sleep(0.5)
         begin = time.monotonic()
