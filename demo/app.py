@@ -11,6 +11,8 @@ import argparse
 import ipaddress
 import json
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -146,6 +148,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let whoever reaches the page use the endpoint; beyond this machine not with a key",
     )
+    made.add_argument(
+        "--until-stdin-closes",
+        action="store_true",
+        help="end when standard input does: whoever started this page is then gone",
+    )
     return made
 
 
@@ -174,9 +181,18 @@ def _is_local(host: str) -> bool:
         return False
 
 
+def end_with_stdin() -> None:
+    """Wait for the end of standard input, then end this process whatever it is doing."""
+    while sys.stdin.buffer.read(1024):
+        pass
+    os._exit(0)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser()
     args = arguments.parse_args(argv)
+    if args.until_stdin_closes:
+        threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
         examples, auth = read_examples(args.examples), login(args)
     except ValueError as error:

@@ -13,6 +13,7 @@
     ├── EvaluationError           an evaluation that cannot be started or finished
     ├── FoldError                 a fold into the running engine that did not happen
     ├── StorageError              a disk that is full or cannot be written
+    ├── EngineError               an engine that did not start, or that died
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -30,6 +31,7 @@ __all__ = [
     "BaseModelError",
     "ConfigError",
     "DataError",
+    "EngineError",
     "EvaluationError",
     "FoldError",
     "IncompatibleVLLMError",
@@ -102,6 +104,10 @@ class FoldError(SecuraError):
 
 class StorageError(SecuraError):
     """A disk that is full or cannot be written; nothing was left behind."""
+
+
+class EngineError(SecuraError, RuntimeError):
+    """vLLM's engine did not start or has died; the message gives the cause."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

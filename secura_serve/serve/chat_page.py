@@ -115,7 +115,12 @@ class ChatPage:
             command.append("--no-auth")
         if self.api_key:
             environment["VLLM_API_KEY"] = self.api_key
-        self._process = subprocess.Popen(command, env=environment)
+        # The pipe closes with this process, however that ends, and the page ends with the pipe. A
+        # session of its own: a Ctrl-C in the terminal is for the server, which then ends the page.
+        command += ["--until-stdin-closes"]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+        )
         shown = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         if self._wait(f"http://{shown}:{self.port}/"):
             print(f"chat page: http://{shown}:{self.port}", flush=True)

@@ -31,6 +31,7 @@ __all__ = [
 # plain LoRA is served.
 _STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _GUARD = "secura_serve.serve.guard.GuardMiddleware"
+_DRAIN_S = 20
 _EXTENSION = "secura_serve.serve.swap.FoldExtension"
 
 _DESCRIPTION = """\
@@ -103,8 +104,23 @@ def secura_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let whoever reaches --ui-host use the chat page; not together with --api-key",
     )
+    add(
+        "--write-timeout",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="drop a client that has not read its answer for so long (%(default)g)",
+    )
     add("--version", action="version", version=f"secura-serve {__version__}")
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A positive number of seconds."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def vllm_help(argv: Sequence[str]) -> None:
@@ -168,6 +184,8 @@ def vllm_arguments(
 
     parser, validate = compat.make_arg_parser()
     parser.set_defaults(host="127.0.0.1", served_model_name=list(names), model=str(path))
+    # vLLM's own default, 0, would cut every running request.
+    parser.set_defaults(shutdown_timeout=_DRAIN_S)
     arguments = list(rest)
     if foldable:
         parser.set_defaults(worker_extension_cls=_EXTENSION)

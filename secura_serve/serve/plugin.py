@@ -17,15 +17,17 @@ ACTIVE = "SECURA_SERVE_ACTIVE"
 
 
 def register() -> None:
-    """Make ``--load-format secura`` known; install the adapter layers if this vLLM was started by
-    us. Safe to call again.
+    """Make ``--load-format secura`` known; if this vLLM was started by us, have its processes end
+    with the server, and install the adapter layers. Safe to call again.
 
     Raises:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
+    from secura_serve.serve.children import prepare
     from secura_serve.serve.loader import register_loader
 
     register_loader()
+    prepare()
     if os.environ.get(ACTIVE) != "1":
         return
     from secura_serve.serve import compat

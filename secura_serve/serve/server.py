@@ -7,6 +7,7 @@ arguments -> chat page -> vLLM. Everything up to the basis works without vLLM (`
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from typing import Any
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.errors import ConfigError, EngineError, FoldError, SecuraError
 from secura_serve.serve.access import Keys, PageAccess, page_access
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
+from secura_serve.serve.engine_health import EngineHealth
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
 from secura_serve.serve.notices import (
     announce_fold,
@@ -44,9 +46,10 @@ from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
 
-# Seconds that a client has to take what is left of its answer once the engine has stopped; without
-# a limit one that waits for an engine that was killed would hold the server.
+# Seconds that a client has to take what is left of its answer once the server has ended; without a
+# limit one that does not read would hold it.
 _LAST_BYTES = 5
+_ENGINE_STOP_S = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +176,9 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> 
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.platforms import current_platform
 
+    from secura_serve.serve.draining import MIDDLEWARE, Shutdown
+    from secura_serve.serve.write_deadline import http_protocol
+
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(memory)))
     scheme = "https" if args.ssl_certfile else "http"
@@ -202,10 +208,30 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> 
     print(f"\n{who_can_reach(args, keys, access, known.ui_port)}")
     print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
     stop_cleanly_during_start()
-    with page:
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    with page, EngineHealth() as health:
+        shutdown = Shutdown(args.shutdown_timeout, health)
+        # The engine process needs a moment to remove what it shares with its workers.
+        args.shutdown_timeout = max(args.shutdown_timeout, _ENGINE_STOP_S)
         try:
             uvloop.run(
-                run_server_worker(address, socket, args, timeout_graceful_shutdown=_LAST_BYTES)
+                run_server_worker(
+                    address,
+                    socket,
+                    args,
+                    timeout_graceful_shutdown=_LAST_BYTES,
+                    http=http_protocol(known.write_timeout),
+                )
             )
         except ValueError as error:
             raise ConfigError(f"vLLM does not accept these settings: {error}") from error
+        except RuntimeError as error:
+            if (cause := health.reported()) is None:
+                raise
+            raise EngineError(f"the engine did not start: {cause}") from error
+        finally:
+            # vLLM takes the heap out of garbage collection; at exit, what is never collected would
+            # be reported as leaked.
+            gc.unfreeze()
+    if shutdown.engine_died is not None:
+        raise EngineError(f"the engine died: {shutdown.engine_died}")
