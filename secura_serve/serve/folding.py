@@ -30,6 +30,7 @@ DEFAULT_TIMEOUT = 60.0
 # Names that an error lists; /v1/models has them all.
 _LISTED = 20
 
+
 class Folding:
     """What is folded, who may ask for what, and the change from one to another.
 
