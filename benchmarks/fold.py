@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._report import header, out_file
 from benchmarks._synthetic import make_adapter
 
-EXTENSION = "secura_serve.serve.swap.FoldExtension"
+EXTENSION = "secura_serve.serve.engine.worker_extension.FoldExtension"
 
 
 def make_adapters(base: Path, folder: Path) -> dict[str, Path]:

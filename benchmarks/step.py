@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks._report import header, out_file
-from secura_serve.serve import kernels
-from secura_serve.serve.bank import Bank
+from secura_serve.serve.engine.bank import Bank
+from secura_serve.serve.kernels import base as kernels
 
 DTYPE = torch.bfloat16
 BUDGET = 0.4

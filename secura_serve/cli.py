@@ -23,7 +23,7 @@ def merge() -> None:
 
 def serve() -> None:
     """``secura-serve``."""
-    from secura_serve.serve.server import main
+    from secura_serve.serve.app.main import main
 
     sys.exit(main())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secura_serve.serve.bank import Bank
+from secura_serve.serve.engine.bank import Bank
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

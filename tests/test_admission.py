@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from secura_serve.serve.admission import Admission, AdmissionMiddleware, Refusal
+from secura_serve.serve.app.http.admission import Admission, AdmissionMiddleware, Refusal
 
 
 class House:

@@ -19,9 +19,9 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
 from secura_serve.method import MagNorm
 from secura_serve.serve import basis as bases
-from secura_serve.serve import memory
-from secura_serve.serve.catalog import scan
-from secura_serve.serve.server import main
+from secura_serve.serve.app import memory
+from secura_serve.serve.app.catalog import scan
+from secura_serve.serve.app.main import main
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
-from secura_serve.serve.options import refuse_what_hides_adapters
+from secura_serve.serve.app.options import refuse_what_hides_adapters
 
 
 def test_the_installed_vllm_fits():

@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from secura_serve.serve import children
+from secura_serve.serve.app.lifecycle.draining import DrainingMiddleware, Shutdown
+from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
+from secura_serve.serve.app.lifecycle.repeated_errors import RepeatedErrors
 from secura_serve.serve.children import ErrorReport
-from secura_serve.serve.draining import DrainingMiddleware, Shutdown
-from secura_serve.serve.engine_health import EngineHealth
-from secura_serve.serve.quiet_log import RepeatedErrors
 
 
 class Engine:

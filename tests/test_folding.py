@@ -27,8 +27,8 @@ from secura_serve import adapter as A
 from secura_serve.bases import cache_root
 from secura_serve.errors import ConfigError
 from secura_serve.method import MagNorm
-from secura_serve.serve.folding import Folding
-from secura_serve.serve.snapshots import SnapshotStore
+from secura_serve.serve.app.folding import Folding
+from secura_serve.serve.app.snapshots import SnapshotStore
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
 BOUNDED = MagNorm("bounded", tau=0.2)

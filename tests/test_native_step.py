@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from secura_serve.serve import kernels, native_step
+from secura_serve.serve.kernels import base as kernels
+from secura_serve.serve.kernels import native_step
 from tests.stepping import TOLERANCE, Linear
 
 CPU = torch.device("cpu")

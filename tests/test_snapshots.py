@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from secura_serve.errors import AdapterFormatError, StorageError
-from secura_serve.serve import snapshots
-from secura_serve.serve.mapped import map_tensors
-from secura_serve.serve.snapshots import SnapshotStore
+from secura_serve.serve.app import snapshots
+from secura_serve.serve.app.snapshots import SnapshotStore
+from secura_serve.serve.engine.mapped import map_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secura_serve.serve import step
+from secura_serve.serve.kernels import torch_step as step
 
 SHAPES = [(1, 1, 4, 3), (7, 2, 8, 2), (300, 3, 16, 4)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secura_serve.serve.swap import with_siblings
+from secura_serve.serve.engine.worker_extension import with_siblings
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HELD = [

@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="no triton package")
 
 CASES = """
 import itertools, torch
-from secura_serve.serve import kernels, triton_step
+from secura_serve.serve.kernels import base as kernels
+from secura_serve.serve.kernels import triton_step
 from tests.stepping import Linear
 
 device = torch.device({device!r})

@@ -33,8 +33,8 @@ def register() -> None:
     from secura_serve.serve import compat
 
     compat.check()
-    from secura_serve.serve.layers import CURLinearMixin
-    from secura_serve.serve.manager import CURWorkerManager
+    from secura_serve.serve.engine.layers import CURLinearMixin
+    from secura_serve.serve.engine.manager import CURWorkerManager
 
     compat.install(CURLinearMixin, CURWorkerManager)
 

@@ -18,7 +18,7 @@ import pytest
 from engines import random_adapter, random_lora, serving
 
 from secura_serve.method import MagNorm
-from secura_serve.serve.routes import ROUTES
+from secura_serve.serve.app.http.routes import ROUTES
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (

@@ -17,12 +17,13 @@ from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from secura_serve.errors import ConfigError
-from secura_serve.serve import endpoints, guard, server
-from secura_serve.serve.access import Keys, PageAccess, is_loopback_host, page_access
-from secura_serve.serve.folding import Folding
-from secura_serve.serve.notices import who_can_reach
-from secura_serve.serve.options import secura_parser, server_keys
-from secura_serve.serve.routes import ROUTES, WEBSOCKET
+from secura_serve.serve.app import main as server
+from secura_serve.serve.app.folding import Folding
+from secura_serve.serve.app.http import endpoints, guard
+from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access
+from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET
+from secura_serve.serve.app.options import secura_parser, server_keys
+from secura_serve.serve.app.startup_messages import who_can_reach
 
 pytest.importorskip("vllm")
 
@@ -226,9 +227,8 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
     plugin.choose_plugins()
     monkeypatch.setattr("vllm.envs.VLLM_PLUGINS", ["secura_admin"], raising=False)
     parser, _ = compat.make_arg_parser()
-    args = parser.parse_args(
-        ["--api-key", "user-key", "--middleware", "secura_serve.serve.guard.GuardMiddleware"]
-    )
+    middleware = "secura_serve.serve.app.http.guard.GuardMiddleware"
+    args = parser.parse_args(["--api-key", "user-key", "--middleware", middleware])
     folding = Folding(Path("base"), ["base"], [], [])
     endpoints.configure(folding, keys=Keys(("user-key",), "admin-key"))
     app = build_app(args, ("generate",))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.routing import Match, Mount
 
-from secura_serve.serve.routes import ROUTES, WEBSOCKET, find_route, routed_path
+from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET, find_route, routed_path
 
 vllm = pytest.importorskip("vllm")
 
@@ -86,7 +86,7 @@ def test_every_route_of_the_built_apps_is_in_the_table(apps):
     known = {(r.path.partition("{rest")[0].rstrip("/"), m) for r in ROUTES for m in r.methods}
     everything = {pair for app in apps.values() for pair in mounted(app)}
     missing = {(p, m) for p, m in everything if m != "HEAD"} - known
-    assert not missing, "add these to secura_serve/serve/routes.py, each with who may ask it"
+    assert not missing, "add these to serve/app/http/routes.py, each with who may ask it"
     assert len(everything) > 70
     paths = {path for path, _ in everything}
     assert {"/invocations", "/v1/realtime", "/score", "/v2/embed", "/adapters"} <= paths

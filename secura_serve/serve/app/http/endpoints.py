@@ -19,11 +19,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
-from secura_serve.serve.access import Keys
-from secura_serve.serve.admission import AdmissionMiddleware, Refusal
+from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
+from secura_serve.serve.app.http.access import Keys
+from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
+from secura_serve.serve.app.http.guard import say_attached, use_keys
 from secura_serve.serve.compat import ServedModels, background_tasks
-from secura_serve.serve.folding import DEFAULT_TIMEOUT, Folding
-from secura_serve.serve.guard import say_attached, use_keys
 
 __all__ = ["AdminPlugin", "configure"]
 

@@ -13,10 +13,10 @@ from secura_serve import __version__
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
 from secura_serve.errors import ConfigError
-from secura_serve.serve.access import Keys, check_key
+from secura_serve.serve.app.http.access import Keys, check_key
+from secura_serve.serve.app.memory import Memory, default_cached, default_slots
+from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.memory import Memory, default_cached, default_slots
-from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
 # vLLM's allowed values of --max-lora-rank; it sizes stock LoRA's buffers, which are made only where
 # plain LoRA is served.
 _STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-_GUARD = "secura_serve.serve.guard.GuardMiddleware"
+_GUARD = "secura_serve.serve.app.http.guard.GuardMiddleware"
 _DRAIN_S = 20
-_EXTENSION = "secura_serve.serve.swap.FoldExtension"
+_EXTENSION = "secura_serve.serve.engine.worker_extension.FoldExtension"
 
 _DESCRIPTION = """\
 Serve one base model with any number of SECURA adapters, each chosen per request by the

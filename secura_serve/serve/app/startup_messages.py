@@ -6,10 +6,10 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
-from secura_serve.serve.access import Keys, PageAccess, is_loopback
+from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
+from secura_serve.serve.app.memory import Memory
+from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.memory import Memory
-from secura_serve.serve.plain_lora import PlainLoRA
 
 __all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width", "who_can_reach"]
 
@@ -67,7 +67,7 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
         args: vLLM's ``serve`` namespace.
         page: the chat page; None if there is none.
     """
-    from secura_serve.serve.routes import ROUTES
+    from secura_serve.serve.app.http.routes import ROUTES
 
     place = f"unix:{args.uds}" if args.uds else _place(args.host, args.port)
     with_key = "with a key of --api-key" if keys.user else "without a key"

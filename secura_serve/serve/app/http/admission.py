@@ -15,13 +15,13 @@ from typing import NamedTuple
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from secura_serve.serve.model_name import (
+from secura_serve.serve.app.http.model_name import (
     InvalidModelName,
     read_body,
     replayed,
     requested_model,
 )
-from secura_serve.serve.routes import WEBSOCKET, Route, find_route, routed_path
+from secura_serve.serve.app.http.routes import WEBSOCKET, Route, find_route, routed_path
 
 __all__ = ["HOLD_SECONDS", "Admission", "AdmissionMiddleware", "Refusal"]
 

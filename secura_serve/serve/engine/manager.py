@@ -23,11 +23,11 @@ from secura_serve import adapter as adapters
 from secura_serve.bases import cache_root
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
-from secura_serve.serve.bank import Bank
+from secura_serve.serve.app.catalog import refuse_full_rank
 from secura_serve.serve.basis import SharedBasis, base_id
-from secura_serve.serve.catalog import refuse_full_rank
-from secura_serve.serve.layers import CURLinearMixin
-from secura_serve.serve.mapped import map_tensors
+from secura_serve.serve.engine.bank import Bank
+from secura_serve.serve.engine.layers import CURLinearMixin
+from secura_serve.serve.engine.mapped import map_tensors
 
 # A child of vLLM's logger, which alone has a handler in a worker.
 logger = init_logger("vllm.secura_serve")
@@ -117,7 +117,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
 
     A folder is read once, when its adapter is registered: there an error fails that call alone.
     Whenever vLLM asks for the adapter again, in the middle of a batch, it is made from what was
-    kept of it (:mod:`secura_serve.serve.mapped`).
+    kept of it (:mod:`secura_serve.serve.engine.mapped`).
     """
 
     _manager_cls = CURModelManager

@@ -1,7 +1,8 @@
 """The adapter step on a CPU as one torch op, ``secura::step_``: ``native_step.cpp``.
 
-The pure expression of :mod:`secura_serve.serve.step` costs a compiled model several small kernels
-and a GEMM per linear; the op costs one call, no memory, and nothing where no token has an adapter.
+The pure expression of :mod:`secura_serve.serve.kernels.torch_step` costs a compiled model several
+small kernels and a GEMM per linear; the op costs one call, no memory, and nothing where no token
+has an adapter.
 It is compiled at first use, against torch's stable C interface. Where that fails (no compiler, an
 older torch) the expression does the work; ``SECURA_NATIVE=0`` says so at once.
 """

@@ -19,30 +19,30 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, EngineError, FoldError, SecuraError
-from secura_serve.serve.access import Keys, PageAccess, page_access
-from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.catalog import Catalog, scan
-from secura_serve.serve.chat_page import ChatPage
-from secura_serve.serve.engine_health import EngineHealth
-from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
-from secura_serve.serve.notices import (
-    announce_fold,
-    nothing,
-    tell_of_slots,
-    warn_of_width,
-    who_can_reach,
-)
-from secura_serve.serve.options import (
+from secura_serve.serve.app.catalog import Catalog, scan
+from secura_serve.serve.app.chat_page import ChatPage
+from secura_serve.serve.app.http.access import Keys, PageAccess, page_access
+from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
+from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_start
+from secura_serve.serve.app.memory import Memory, estimate, kv_cache_gib
+from secura_serve.serve.app.options import (
     refuse_what_hides_adapters,
     secura_parser,
     server_keys,
     vllm_arguments,
     vllm_help,
 )
-from secura_serve.serve.plain_lora import PlainLoRA
+from secura_serve.serve.app.plain_lora import PlainLoRA
+from secura_serve.serve.app.snapshots import SnapshotStore
+from secura_serve.serve.app.startup_messages import (
+    announce_fold,
+    nothing,
+    tell_of_slots,
+    warn_of_width,
+    who_can_reach,
+)
+from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.plugin import LOAD_FORMAT
-from secura_serve.serve.snapshots import SnapshotStore
-from secura_serve.serve.stop import stop_cleanly_during_start
 
 __all__ = ["main"]
 
@@ -125,8 +125,8 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
         print(nothing(known.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
     tell_of_slots(memory, served, loras)
-    from secura_serve.serve.endpoints import configure
-    from secura_serve.serve.folding import Folding
+    from secura_serve.serve.app.folding import Folding
+    from secura_serve.serve.app.http.endpoints import configure
 
     folding = Folding(
         base.path, names, catalog.foldable, [a.name for a in served], catalog.snapshots
@@ -176,8 +176,8 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> 
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
     from vllm.platforms import current_platform
 
-    from secura_serve.serve.draining import MIDDLEWARE, Shutdown
-    from secura_serve.serve.write_deadline import http_protocol
+    from secura_serve.serve.app.lifecycle.draining import MIDDLEWARE, Shutdown
+    from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(memory)))

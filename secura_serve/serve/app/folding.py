@@ -18,10 +18,10 @@ from typing import Any
 from secura_serve.adapter import Adapter
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import prove
-from secura_serve.serve.admission import Admission, Refusal
+from secura_serve.serve.app.http.admission import Admission, Refusal
+from secura_serve.serve.app.http.model_name import near_names
+from secura_serve.serve.app.snapshots import Snapshot
 from secura_serve.serve.compat import ServedModels
-from secura_serve.serve.model_name import near_names
-from secura_serve.serve.snapshots import Snapshot
 
 __all__ = ["DEFAULT_TIMEOUT", "Folding"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from secura_serve.errors import ConfigError
-from secura_serve.serve.access import PageAccess
+from secura_serve.serve.app.http.access import PageAccess
 
 __all__ = ["ChatPage"]
 
@@ -23,7 +23,7 @@ def _command() -> list[str] | None:
     """How to start the page: from a checkout or from an installed wheel; None without gradio."""
     if importlib.util.find_spec("gradio") is None:
         return None
-    script = Path(__file__).resolve().parents[2] / "demo" / "app.py"
+    script = Path(__file__).resolve().parents[3] / "demo" / "app.py"
     if script.is_file():
         return [sys.executable, str(script)]
     if importlib.util.find_spec("secura_serve_demo") is not None:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
-from secura_serve.serve import native_step
-from secura_serve.serve.bank import Layout
-from secura_serve.serve.step import adapter_step
+from secura_serve.serve.engine.bank import Layout
+from secura_serve.serve.kernels import native_step
+from secura_serve.serve.kernels.torch_step import adapter_step
 
 __all__ = ["Kernel", "choose"]
 
@@ -75,7 +75,7 @@ class Kernel(ABC):
 
 
 class Native(Kernel):
-    """:mod:`secura_serve.serve.native_step`."""
+    """:mod:`secura_serve.serve.kernels.native_step`."""
 
     def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
         pairs, lanes = native_step.pairs(dtype), native_step.LANES
@@ -102,12 +102,12 @@ class Native(Kernel):
 
 
 class Triton(Kernel):
-    """:mod:`secura_serve.serve.triton_step`."""
+    """:mod:`secura_serve.serve.kernels.triton_step`."""
 
     def shared(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
     ) -> Shared:
-        from secura_serve.serve import triton_step
+        from secura_serve.serve.kernels import triton_step
 
         where = triton_step.blocks(list(starts), C.device)
         return rows.to(C.device, torch.int32), C, offset, where
@@ -127,7 +127,7 @@ class Triton(Kernel):
 
 
 class Torch(Kernel):
-    """:mod:`secura_serve.serve.step`."""
+    """:mod:`secura_serve.serve.kernels.torch_step`."""
 
     def shared(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
@@ -173,7 +173,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
 
 def _has_triton() -> bool:
     try:
-        from secura_serve.serve import triton_step  # noqa: F401
+        from secura_serve.serve.kernels import triton_step  # noqa: F401
     except ImportError:
         return False
     return True

@@ -12,7 +12,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
-from secura_serve.serve.routes import Route
+from secura_serve.serve.app.http.routes import Route
 
 __all__ = ["InvalidModelName", "near_names", "read_body", "replayed", "requested_model"]
 

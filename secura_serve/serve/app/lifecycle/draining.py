@@ -20,12 +20,12 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from secura_serve.serve.engine_health import EngineHealth
-from secura_serve.serve.quiet_log import limit_repeated_errors
+from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
+from secura_serve.serve.app.lifecycle.repeated_errors import limit_repeated_errors
 
 __all__ = ["MIDDLEWARE", "DrainingMiddleware", "Shutdown"]
 
-MIDDLEWARE = "secura_serve.serve.draining.DrainingMiddleware"
+MIDDLEWARE = "secura_serve.serve.app.lifecycle.draining.DrainingMiddleware"
 
 _POLL_S = 0.2
 # How long an application may take to notice that its client is gone, and a client to take the end.

@@ -19,9 +19,9 @@ from secura_serve.errors import (
     StorageError,
     UnservableError,
 )
+from secura_serve.serve.app.plain_lora import PlainLoRA
+from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.basis import Gains, base_id
-from secura_serve.serve.plain_lora import PlainLoRA
-from secura_serve.serve.snapshots import Snapshot, SnapshotStore
 
 __all__ = ["Catalog", "Comparison", "Entry", "examine", "refuse_full_rank", "scan"]
 

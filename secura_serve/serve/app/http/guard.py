@@ -17,8 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from secura_serve.serve.access import Keys, is_loopback, is_loopback_host
-from secura_serve.serve.routes import WEBSOCKET, Access, find_route, routed_path
+from secura_serve.serve.app.http.access import Keys, is_loopback, is_loopback_host
+from secura_serve.serve.app.http.routes import WEBSOCKET, Access, find_route, routed_path
 
 __all__ = ["GuardMiddleware", "refusal", "say_attached", "use_keys"]
 

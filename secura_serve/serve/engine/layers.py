@@ -25,8 +25,9 @@ from vllm.lora.layers import (
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
-from secura_serve.serve import kernels, lora_step  # noqa: F401  (registers its op)
-from secura_serve.serve.bank import Layout
+from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
+from secura_serve.serve.engine.bank import Layout
+from secura_serve.serve.kernels import base as kernels  # noqa: F401  (registers its op)
 
 __all__ = ["CURLinearMixin"]
 
