@@ -74,7 +74,7 @@ def test_other_dtypes_are_refused():
 @pytest.mark.parametrize("setting", [{"SECURA_NATIVE": "0"}, {"CXX": "/no/such/compiler"}])
 def test_without_a_compiler_the_expression_is_left(setting, tmp_path):
     code = (
-        "import torch; from secura_serve.serve import native_step;"
+        "import torch; from secura_serve.serve.kernels import native_step;"
         "assert not native_step.fits(torch.device('cpu'), torch.float32)"
     )
     env = {"PATH": "/usr/bin:/bin", "SECURA_CACHE": str(tmp_path)} | setting
