@@ -15,7 +15,7 @@ from secura_serve.errors import ConfigError, SecuraError, UnservableError
 from secura_serve.serve.basis import Gains, base_id
 from secura_serve.serve.plain_lora import PlainLoRA
 
-__all__ = ["Catalog", "Entry", "refuse_full_rank", "scan"]
+__all__ = ["Catalog", "Entry", "examine", "refuse_full_rank", "scan"]
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,24 @@ def scan(folder: str | Path, base: Checkpoint, *, taken: Iterable[str] = ()) -> 
     for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
-            if adapters.is_plain_lora(path):
-                entries.append(Entry(path.name, None, lora=PlainLoRA.load(path, base)))
-            else:
-                entries.append(Entry(path.name, _servable(path, base, seen)))
+            entries.append(examine(path, base, seen))
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
     return Catalog(tuple(entries), {key: found.gains for key, found in seen.items()})
+
+
+def examine(path: Path, base: Checkpoint, seen: dict[str, _Compared]) -> Entry:
+    """Check one adapter folder.
+
+    Args:
+        seen: results for adapters that share base and indices; added to.
+
+    Raises:
+        SecuraError: why the adapter cannot be served.
+    """
+    if adapters.is_plain_lora(path):
+        return Entry(path.name, None, lora=PlainLoRA.load(path, base))
+    return Entry(path.name, _servable(path, base, seen))
 
 
 def refuse_full_rank(adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from vllm import envs
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
 from secura_serve.serve.access import Keys
@@ -24,6 +25,7 @@ from secura_serve.serve.compat import ServedModels
 from secura_serve.serve.folding import Folding
 from secura_serve.serve.gate import GateMiddleware, Refusal
 from secura_serve.serve.guard import say_attached, use_keys
+from secura_serve.serve.loading import AdapterLoading
 
 __all__ = ["AdminPlugin", "configure"]
 
@@ -33,19 +35,27 @@ class _Settings:
 
     configured = False
     folding: Folding | None = None
+    loading: AdapterLoading | None = None
     keys = Keys()
     at_start: str | None = None
 
 
-def configure(folding: Folding | None, *, keys: Keys, at_start: str | None = None) -> None:
+def configure(
+    folding: Folding | None,
+    *,
+    keys: Keys,
+    at_start: str | None = None,
+    loading: AdapterLoading | None = None,
+) -> None:
     """Say what :class:`AdminPlugin` will serve.
 
     Args:
         folding: None where there is no adapter to fold.
         keys: what the guard asks for.
         at_start: adapter to fold before the first request.
+        loading: what answers where vLLM is told to load adapters at runtime.
     """
-    _Settings.configured = True
+    _Settings.configured, _Settings.loading = True, loading
     _Settings.folding, _Settings.keys, _Settings.at_start = folding, keys, at_start
     use_keys(keys)
 
@@ -135,6 +145,8 @@ class AdminPlugin:
         if _Settings.folding is not None:
             app.include_router(_routes())
             app.add_middleware(GateMiddleware, gate=_Settings.folding.gate)
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and _Settings.loading is not None:
+            _Settings.loading.attach(app)
         say_attached()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -143,9 +155,11 @@ class AdminPlugin:
         Raises:
             FoldError: that fold failed, and the server does not start.
         """
-        folding = _Settings.folding
+        folding, models = _Settings.folding, state.openai_serving_models
+        if _Settings.loading is not None:
+            _Settings.loading.bind(models)
         if folding is None:
             return
-        folding.bind(engine_client, ServedModels(state.openai_serving_models))
+        folding.bind(engine_client, ServedModels(models))
         if _Settings.at_start is not None:
             await folding.change(_Settings.at_start)

@@ -20,7 +20,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, FoldError, SecuraError
 from secura_serve.serve.access import Keys, PageAccess, page_access
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.catalog import Catalog, scan
+from secura_serve.serve.catalog import Catalog, examine, refuse_full_rank, scan
 from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
 from secura_serve.serve.notices import (
@@ -120,12 +120,19 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     tell_of_slots(memory, served, loras)
     from secura_serve.serve.endpoints import configure
     from secura_serve.serve.folding import Folding
+    from secura_serve.serve.loading import AdapterLoading
 
     folding = None
     if catalog.foldable:
         folding = Folding(base.path, names, catalog.foldable, [a.name for a in served])
     keys = server_keys(args, admin=known.admin_api_key)
-    configure(folding, keys=keys, at_start=known.fold)
+    loading = AdapterLoading(
+        Path(known.adapters).expanduser() if known.adapters else None,
+        names,
+        partial(_verified, base=base.path),
+        folding,
+    )
+    configure(folding, keys=keys, at_start=known.fold, loading=loading)
     _serve(known, args, memory, keys)
     if folding is not None and folding.broken is not None:
         raise FoldError(folding.broken)
@@ -162,6 +169,14 @@ def _prepare_vllm(
         return []
     plugin.activate()
     return served
+
+
+def _verified(folder: Path, *, base: Path) -> Path:
+    """Return where to serve an adapter from that is loaded at runtime. Raises SecuraError."""
+    entry = examine(folder, Checkpoint(base), {})
+    if entry.adapter is not None:
+        refuse_full_rank(entry.adapter)
+    return folder
 
 
 def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> None:
