@@ -131,7 +131,10 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
         if os.environ.get(name):
             problems.append(f"{name} has adapters loaded unchecked; unset it, and use --adapters")
     if problems:
-        raise ConfigError("not allowed, adapters would silently not be applied:", problems)
+        raise ConfigError(
+            "not allowed, adapters would silently not be applied, or not as they were checked:",
+            problems,
+        )
 
 
 def _refuse(message: str) -> NoReturn:

@@ -42,8 +42,9 @@ def made(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     base = tiny_base("llama")
     random_adapter(base, folder / "sound", r=4, seed=1, only=("q_proj",))
-    bounded = MagNorm("bounded", alpha=0.5, s=1.0)
-    random_adapter(base, folder / "bounded", r=4, seed=2, only=("q_proj",), magnorm=bounded)
+    random_adapter(
+        base, folder / "bounded", r=4, seed=2, only=("q_proj",), magnorm=MagNorm("bounded")
+    )
     random_adapter(tiny_base("mistral"), folder / "other", r=4, seed=3, only=("q_proj",))
     return base, folder
 
@@ -161,7 +162,7 @@ def test_paths_outside_the_adapters_folder_are_refused(server, made, tmp_path, m
 
 
 def test_what_the_start_would_refuse_is_refused(server):
-    for name, said in (("other", "base"), ("bounded", "--fold"), ("empty", "no adapter")):
+    for name, said in (("other", "base"), ("bounded", "--fold"), ("empty", "is missing")):
         (server.root / "empty").mkdir(exist_ok=True)
         status, text = server.post(LOAD, lora_name=name, lora_path=name)
         assert status == 400 and said in text, text
