@@ -7,6 +7,7 @@ routes matter. Addresses beyond loopback are looked at in the resolved settings,
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -18,6 +19,7 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from secura_serve.errors import ConfigError
 from secura_serve.serve import endpoints, guard, server
 from secura_serve.serve.access import Keys, PageAccess, is_loopback_host, page_access
+from secura_serve.serve.folding import Folding
 from secura_serve.serve.notices import who_can_reach
 from secura_serve.serve.options import secura_parser, server_keys
 from secura_serve.serve.routes import ROUTES, WEBSOCKET
@@ -227,7 +229,8 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
     args = parser.parse_args(
         ["--api-key", "user-key", "--middleware", "secura_serve.serve.guard.GuardMiddleware"]
     )
-    endpoints.configure(None, keys=Keys(("user-key",), "admin-key"))
+    folding = Folding(Path("base"), ["base"], [], [])
+    endpoints.configure(folding, keys=Keys(("user-key",), "admin-key"))
     app = build_app(args, ("generate",))
     client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
     for path in ("/invocations", "/v1/completions", "/generative_scoring", "/tokenize"):
