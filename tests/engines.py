@@ -97,7 +97,8 @@ def _running(command: list[str], folder: Path, log: Path) -> Iterator[Served]:
         from openai import OpenAI
 
         url = f"http://127.0.0.1:{port}/v1"
-        models = list(OpenAI(base_url=url, api_key="none").models.list())
+        key = command[command.index("--api-key") + 1] if "--api-key" in command else "none"
+        models = list(OpenAI(base_url=url, api_key=key).models.list())
         roots = [m for m in models if m.parent is None]
         yield Served(
             url=url,

@@ -11,7 +11,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,23 @@ class Folding:
     def busy(self) -> bool:
         """Whether a change is under way."""
         return self._one_at_a_time.locked()
+
+    @asynccontextmanager
+    async def unfolded(self) -> AsyncIterator[None]:
+        """Keep the base in the weights for the block.
+
+        Raises:
+            FoldError: an adapter is folded, or a change is under way.
+        """
+        if self.busy:
+            raise FoldError("nothing was changed: a fold is under way; try again after it")
+        async with self._one_at_a_time:
+            if self.folded is not None or self.broken is not None:
+                raise FoldError(
+                    f"nothing was changed: {self.folded or 'no known adapter'} is folded into the "
+                    "weights; POST to /admin/unfold first"
+                )
+            yield
 
     def status(self, model: str) -> str:
         """``ready``, ``folded`` (answers, at base cost), ``unfolded`` (must be folded to answer)

@@ -19,7 +19,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, EngineError, FoldError, SecuraError
-from secura_serve.serve.app.catalog import Catalog, scan
+from secura_serve.serve.app.catalog import Catalog, examine, refuse_full_rank, scan
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.http.access import Keys, PageAccess, page_access
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
@@ -33,7 +33,7 @@ from secura_serve.serve.app.options import (
     vllm_help,
 )
 from secura_serve.serve.app.plain_lora import PlainLoRA
-from secura_serve.serve.app.snapshots import SnapshotStore
+from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.startup_messages import (
     announce_fold,
     nothing,
@@ -73,7 +73,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     catalog = Catalog(())
     if known.adapters:
         # One of its own: what it has compared stays mapped as long as it is open.
-        store = None if known.check else SnapshotStore(cache_root() / "serve" / "adapters")
+        store = None if known.check else _snapshots()
         catalog = scan(known.adapters, Checkpoint(base.path), taken=names, store=store)
         if store is not None:
             store.remove_unused()
@@ -127,12 +127,19 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
     tell_of_slots(memory, served, loras)
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http.endpoints import configure
+    from secura_serve.serve.app.http.loading import AdapterLoading
 
     folding = Folding(
         base.path, names, catalog.foldable, [a.name for a in served], catalog.snapshots
     )
     keys = server_keys(args, admin=known.admin_api_key)
-    configure(folding, keys=keys, at_start=known.fold)
+    loading = AdapterLoading(
+        Path(known.adapters).expanduser() if known.adapters else None,
+        names,
+        partial(_verified, base=base.path, store=_snapshots()),
+        folding,
+    )
+    configure(folding, keys=keys, at_start=known.fold, loading=loading)
     _serve(known, args, memory, keys)
     if folding.broken is not None:
         raise FoldError(folding.broken)
@@ -142,6 +149,10 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
 def _name(base: ResolvedBase) -> str:
     """A folder answers under its last part; an alias and a hub id under what was typed."""
     return base.path.name if base.model_id == str(base.path) else base.name
+
+
+def _snapshots() -> SnapshotStore:
+    return SnapshotStore(cache_root() / "serve" / "adapters")
 
 
 def _prepare_vllm(
@@ -169,6 +180,15 @@ def _prepare_vllm(
         return []
     plugin.activate()
     return served
+
+
+def _verified(folder: Path, *, base: Path, store: SnapshotStore) -> Snapshot:
+    """Copy and check an adapter that is to be loaded at runtime. Raises SecuraError."""
+    entry = examine(folder, Checkpoint(base), {}, store)
+    if entry.adapter is not None:
+        refuse_full_rank(entry.adapter)
+    assert entry.snapshot is not None
+    return entry.snapshot
 
 
 def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> None:

@@ -143,8 +143,14 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
     for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
         if os.environ.get(name, "0").lower() in ("1", "true"):
             problems.append(f"{name} is set in the environment; unset it")
+    for name in ("VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST"):
+        if os.environ.get(name):
+            problems.append(f"{name} has adapters loaded unchecked; unset it, and use --adapters")
     if problems:
-        raise ConfigError("not allowed, adapters would silently not be applied:", problems)
+        raise ConfigError(
+            "not allowed, adapters would silently not be applied, or not as they were checked:",
+            problems,
+        )
 
 
 def _refuse(message: str) -> NoReturn:

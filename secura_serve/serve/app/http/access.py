@@ -21,7 +21,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+# Without a repr: secrets must not show in a traceback.
+@dataclass(frozen=True, repr=False)
 class Keys:
     """The keys of the server: those of ``--api-key``, and the one of ``--admin-api-key``."""
 
@@ -61,7 +62,8 @@ def is_loopback_host(host: str) -> bool:
     return name == "localhost" or is_loopback(name)
 
 
-@dataclass(frozen=True)
+# Without a repr: secrets must not show in a traceback.
+@dataclass(frozen=True, repr=False)
 class PageAccess:
     """Where the chat page listens, and its login (``USER:PASSWORD``)."""
 

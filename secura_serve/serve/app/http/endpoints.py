@@ -17,12 +17,14 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from vllm import envs
 
 from secura_serve.errors import ConfigError, FoldError, SecuraError
 from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
 from secura_serve.serve.app.http.access import Keys
 from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
 from secura_serve.serve.app.http.guard import say_attached, use_keys
+from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.compat import ServedModels, background_tasks
 
 __all__ = ["AdminPlugin", "configure"]
@@ -35,19 +37,27 @@ class _Settings:
 
     configured = False
     folding: Folding | None = None
+    loading: AdapterLoading | None = None
     keys = Keys()
     at_start: str | None = None
 
 
-def configure(folding: Folding, *, keys: Keys, at_start: str | None = None) -> None:
+def configure(
+    folding: Folding,
+    *,
+    keys: Keys,
+    at_start: str | None = None,
+    loading: AdapterLoading | None = None,
+) -> None:
     """Say what :class:`AdminPlugin` will serve.
 
     Args:
         folding: what can be folded, which may be nothing.
         keys: what the guard asks for.
         at_start: adapter to fold before the first request.
+        loading: what answers where vLLM is told to load adapters at runtime.
     """
-    _Settings.configured = True
+    _Settings.configured, _Settings.loading = True, loading
     _Settings.folding, _Settings.keys, _Settings.at_start = folding, keys, at_start
     use_keys(keys)
 
@@ -158,6 +168,8 @@ class AdminPlugin:
             admission=folding.admission,
             background=lambda: background_tasks(app.state)(),
         )
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and _Settings.loading is not None:
+            _Settings.loading.attach(app)
         say_attached()
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -166,9 +178,11 @@ class AdminPlugin:
         Raises:
             FoldError: that fold failed, and the server does not start.
         """
-        folding = _Settings.folding
+        folding, models = _Settings.folding, state.openai_serving_models
         assert folding is not None
         background_tasks(state)
-        folding.bind(engine_client, ServedModels(state.openai_serving_models))
+        folding.bind(engine_client, ServedModels(models))
+        if _Settings.loading is not None:
+            _Settings.loading.bind(models)
         if _Settings.at_start is not None:
             await folding.change(_Settings.at_start)

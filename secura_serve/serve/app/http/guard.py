@@ -132,7 +132,7 @@ class GuardMiddleware:
             if route is None and method in ("GET", "HEAD"):
                 return refusal("user", Headers(scope=scope), client, _Settings.keys)
             return 501, (
-                f"secura-serve does not serve {method} {scope['path']}: "
+                f"secura-serve does not serve {method} {scope['path'][:200]}: "
                 "it does not know for which model and to whom this route may answer"
             )
         return refusal(route.access, Headers(scope=scope), client, _Settings.keys)
