@@ -17,7 +17,7 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.errors import ConfigError, FoldError, MergeError
-from secura_serve.merge import prove
+from secura_serve.merge import verify_base
 from secura_serve.serve.compat import ServedModels
 from secura_serve.serve.gate import Gate, Refusal
 
@@ -155,7 +155,7 @@ class Folding:
 
     def _look(self, name: str) -> str:
         try:
-            proof: str = prove(str(self.base), [str(self.paths[name])])
+            proof: str = verify_base(str(self.base), [str(self.paths[name])])
         except MergeError as error:
             raise FoldError(f"{name} cannot be folded, nothing was changed: {error}") from error
         return proof

@@ -133,8 +133,9 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         gains = manager.shared_basis.verified.get(base_id(found))
         if gains is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
-            adapters.verify(found, base := Checkpoint(self._base_path))
-            gains = adapters.gains(found, base)
+            compared = adapters.compare_with_base(found, Checkpoint(self._base_path))
+            adapters.refuse_mismatches(found, compared.mismatches)
+            gains = compared.norm_bounds
         adapters.refuse_oversized(found, gains)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
