@@ -44,7 +44,8 @@ def close(a: Tensor, b: Tensor, W: Tensor, norm: MagNorm) -> bool:
     if norm.mode == "none":
         return same(a, b)
     step = np.spacing(torch.maximum(W.float().abs(), a.abs()).numpy())
-    return bool(((a - b).abs() <= (2 + 2 * dict(norm.parameters).get("tau", 0.02)) * torch.from_numpy(step)).all())
+    steps = 2 + 2 * dict(norm.parameters).get("tau", 0.02)
+    return bool(((a - b).abs() <= steps * torch.from_numpy(step)).all())
 
 
 def exact(w: float, d: float, norm: MagNorm, peak: float) -> float:
