@@ -20,7 +20,8 @@ __all__ = ["check_merge"]
 
 
 def check_merge(plan: MergePlan) -> int:
-    """Compare ``plan.out`` with what :func:`write_merge` would write; returns the tensors compared.
+    """Compare ``plan.out`` with what :func:`write_merge` would write; returns how many tensors were
+    compared.
 
     Raises:
         MergeError: with every tensor and file that differs; at once where the manifest names other
@@ -75,7 +76,7 @@ def _manifest_problems(plan: MergePlan) -> list[str]:
 
     try:
         there, now = read_manifest(plan.out), describe(plan.source)
-        # Not by name: a folder may be called otherwise today.
+        # Not by name: a folder may have been renamed.
         if folded(there) == folded(now):
             return []
         was, wanted = (

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
 from secura_serve.merge.fold import Part, Target, fold_weight
-from secura_serve.merge.io.files import new_folder, save_text
+from secura_serve.merge.io.files import new_folder
 from secura_serve.merge.manifest import MANIFEST, describe
 from secura_serve.merge.plan import space_problems
 from secura_serve.merge.source import Source, plan_fold
@@ -172,11 +172,11 @@ def _save(
     }
     with new_folder(out) as work:
         save_file(entries, work / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_text(work / MANIFEST, json.dumps(facts, indent=1) + "\n")
-        save_text(work / "README.md", _card(out.name, facts))
+        (work / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (work / "README.md").write_text(_card(out.name, facts), encoding="utf-8")
         # safetensors makes its files private; a LoRA is as readable as its card.
         shutil.copymode(work / "README.md", work / WEIGHTS_NAME)
-        save_text(work / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
+        (work / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

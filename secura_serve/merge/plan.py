@@ -50,7 +50,7 @@ class MergePlan:
             f"base      {self.source.model_id} ({self.source.checkpoint.path})",
             f"adapters  {names}; S-MagNorm {self.source.norm.to_json() or 'none'}",
             f"output    {self.out} ({', '.join(dtypes)}; {self.nbytes / 2**20:,.1f} MiB)",
-            f"carried   {', '.join(self.extras)}",
+            f"copied    {', '.join(self.extras)}",
         ]
         for old, new in self.shards:
             touched = [t for t in old.tensors if t.name in self.fold.targets]
@@ -125,10 +125,8 @@ def plan_merge(
         problems = quantised_targets(old, plan.fold)
         problems += [] if target.is_dir() else [f"{target} is not there to be checked"]
     else:
-        carried = sum((folder / name).stat().st_size for name in plan.extras)
-        problems = space_problems(target, plan.nbytes + carried) + base_mismatches(
-            source, plan.fold
-        )
+        copied = sum((folder / name).stat().st_size for name in plan.extras)
+        problems = space_problems(target, plan.nbytes + copied) + base_mismatches(source, plan.fold)
     if problems:
         raise MergeError(NOTHING_DONE, problems)
     return plan if exists else replace(plan, fold=replace(plan.fold, checked=True))

@@ -8,7 +8,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import BaseModelError, MergeError
 from secura_serve.merge.io.async_io import WriteQueue
 from secura_serve.merge.io.buffers import digest, opened, read_tensor
-from secura_serve.merge.io.files import copy_extra_files, new_folder, progress, save_text
+from secura_serve.merge.io.files import copy_extra_files, new_folder, progress
 from secura_serve.merge.io.layout import Shard, Stored, read_shard
 from secura_serve.merge.manifest import read_manifest
 from secura_serve.merge.plan import INDEX, extra_files, space_problems
@@ -68,7 +68,7 @@ def restore_base(base: Path, out: Path) -> int:
         finally:
             writes.stop()
         if (out / INDEX).is_file():
-            save_text(work / INDEX, (out / INDEX).read_text(encoding="utf-8"))
+            (work / INDEX).write_text((out / INDEX).read_text(encoding="utf-8"), encoding="utf-8")
         copy_extra_files(out, tuple(extra_files(out)), work, None)
     return len(touched)
 

@@ -107,7 +107,7 @@ def fold_stream(
         pool: threads to fold in, and how many tensors to fold ahead of the consumer.
 
     Raises:
-        MergeError: another base, NaN or Inf in W or W', or a target that never came.
+        MergeError: another base, NaN or Inf in W or W', or a target that is not in the stream.
 
     Peak memory: one tensor, its fold and small change, and those folded ahead; nothing is kept
     between tensors.

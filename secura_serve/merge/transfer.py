@@ -137,7 +137,7 @@ def write_shards(
                 else:
                     writes.put(fd, step.placed.begin, as_bytes(next(tensors)))
             writes.finish(fd, source)
-        # The stream complains at its end about targets that never came.
+        # The stream raises at its end if a target was not in it.
         for _ in tensors:
             raise AssertionError("a tensor has no place in the output")
         writes.close()

@@ -27,7 +27,7 @@ class FoldStats(NamedTuple):
     lost: float
     """‖W'−W'₃₂‖²."""
     top: float
-    """max |W'−W| / |W| over the measure_changets that are not 0."""
+    """max |W'−W| / |W| over the weights that are not 0."""
 
     @classmethod
     def total(cls, blocks: Iterable[FoldStats]) -> FoldStats:

@@ -13,10 +13,10 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from secura_serve.atomic import atomic_folder, only_writer, sync
+from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import MergeError
 
-__all__ = ["copy_extra_files", "new_folder", "progress", "save_text"]
+__all__ = ["copy_extra_files", "new_folder", "progress"]
 
 
 @contextmanager
@@ -46,28 +46,21 @@ def progress(total: int, what: str) -> Any:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=None)
 
 
-def save_text(file: Path, text: str) -> None:
-    """Write a text file and fsync it."""
-    file.write_text(text, encoding="utf-8")
-    sync(file)
-
-
 def copy_extra_files(
     source: Path, names: tuple[str, ...], work: Path, dtype: torch.dtype | None
 ) -> None:
     """Copy the base's other files; config.json last, since it makes a folder a checkpoint.
 
     Args:
-        dtype: what config.json shall say, under the key that it has already; None keeps it.
+        dtype: for config.json, under the key that it has already; None keeps it.
     """
     for name in names:
         if name != "config.json":
             shutil.copyfile(source / name, work / name)
-            sync(work / name)
     config = (source / "config.json").read_text(encoding="utf-8")
     if dtype is not None:
         values = json.loads(config)
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         values[key] = str(dtype).removeprefix("torch.")
         config = json.dumps(values, indent=2) + "\n"
-    save_text(work / "config.json", config)
+    (work / "config.json").write_text(config, encoding="utf-8")
