@@ -46,11 +46,11 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
         raise ConfigError(f"unknown init {init!r}; allowed: {', '.join(INITS)}")
     A = torch.zeros(r, m, dtype=torch.float32, device=W.device)
     source = W.detach().to(torch.float32)
-    if init == "svd":
+    if init == "block":
+        block = source[:r, :m]
+    else:  # svd
         left, singular, _ = torch.linalg.svd(source, full_matrices=False)
         block = left[:r, :m] * singular[:m]
-    else:
-        block = source[:r, :m]
     A[: block.shape[0], : block.shape[1]] = block
     norm: Tensor = torch.linalg.matrix_norm(A, ord=2)
     if norm == 0:

@@ -17,6 +17,10 @@ from secura_serve.method.rules import order_indices
 __all__ = ["Basis", "columns", "gather", "importance", "select"]
 
 
+# The norm of a row sums over dimension 1, that of a column over dimension 0.
+_SUMMED = {"row": 1, "col": 0}
+
+
 class Basis(NamedTuple):
     """The chosen ``rows`` and ``cols`` of W: int64, shape ``(r,)`` each, in order of choice."""
 
@@ -43,9 +47,14 @@ def importance(W: Tensor, axis: str) -> np.ndarray:
     Returns:
         float32 of shape ``(out,)`` or ``(in,)``. The rounding hides the order of summation, so
         that every machine and every stored dtype of equal values ranks the indices alike.
+
+    Raises:
+        ConfigError: an unknown axis.
     """
+    if axis not in _SUMMED:
+        raise ConfigError(f"unknown axis {axis!r}; allowed: {', '.join(_SUMMED)}")
     squares = W.detach().to(torch.float64).square()
-    p = squares.sum(dim=1 if axis == "row" else 0) / squares.sum()
+    p = squares.sum(dim=_SUMMED[axis]) / squares.sum()
     ranked: np.ndarray = p.to(torch.float32).cpu().numpy()
     return ranked
 
@@ -72,7 +81,7 @@ def select(
     if W.ndim != 2:
         raise ConfigError(f"{module}: W must be a matrix, got shape {tuple(W.shape)}")
     chosen = {}
-    for axis in ("row", "col"):
+    for axis in _SUMMED:
         p = importance(W, axis)
         # All-zero weights give NaN here, too.
         if np.isnan(p).any() and not torch.isfinite(W).all():
