@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from secura_serve.errors import ConfigError
 
@@ -11,7 +12,7 @@ __all__ = ["Registry"]
 Entry = TypeVar("Entry")
 
 
-class Registry(Generic[Entry]):
+class Registry(Mapping[str, Entry]):
     """Entries by name, in the order in which they were added."""
 
     def __init__(self, what: str) -> None:
@@ -49,6 +50,12 @@ class Registry(Generic[Entry]):
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def names(self) -> tuple[str, ...]:
         """Return all names, the built-in ones first."""
