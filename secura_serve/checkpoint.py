@@ -1,7 +1,7 @@
 """A lazy reader of a transformers safetensors checkpoint: one tensor in memory at a time.
 
 Needs safetensors, json and torch only, so merging and fingerprinting work without transformers.
-Weights come as ``(out, in)`` whatever the file holds: GPT-2's Conv1D tensors are turned around.
+Weights come as ``(out, in)`` whatever the file holds: GPT-2's Conv1D tensors are transposed.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Checkpoint:
         if any(name.startswith(prefix) for name in weight_map):
             prefix = ""
         # Name in the module tree -> (name in the file, shard).
-        self._where = {
+        self._entries = {
             name if name.startswith("lm_head.") else prefix + name: (name, shard)
             for name, shard in weight_map.items()
         }
 
     def linears(self) -> list[str]:
-        """Modules with a 2-D weight inside the decoder layers, layer by layer.
+        """Return the modules with a 2-D weight inside the decoder layers, layer by layer.
 
         Embeddings, lm_head and norms are not among them. Names are those of the *ForCausalLM*
         module tree, for example ``model.layers.0.self_attn.q_proj``.
@@ -66,7 +66,7 @@ class Checkpoint:
         return list(self._linears)
 
     def shape(self, module: str) -> tuple[int, int]:
-        """``(out, in)`` of a linear, from the header alone.
+        """Return ``(out, in)`` of a linear, from the header alone.
 
         Raises:
             BaseModelError: no such linear.
@@ -76,7 +76,7 @@ class Checkpoint:
         return (second, first) if self.is_conv1d(module) else (first, second)
 
     def weight(self, module: str) -> torch.Tensor:
-        """W of a linear, ``(out, in)``, contiguous, in the dtype of the file.
+        """Return W of a linear, ``(out, in)``, contiguous, in the dtype of the file.
 
         Raises:
             BaseModelError: no such linear, or a quantised one.
@@ -90,24 +90,24 @@ class Checkpoint:
             )
         if self.is_conv1d(module):
             stored = stored.T
-        # A copy: what safetensors hands out maps the file, and in-place changes of it would be
-        # seen by every later read of the same tensor.
+        # A copy: safetensors returns a mapping of the file, and every later read of the same
+        # tensor would see what a caller changes in place.
         return stored.clone(memory_format=torch.contiguous_format)
 
     def bias(self, module: str) -> torch.Tensor | None:
-        """The bias of a linear, ``(out,)``, or None.
+        """Return the bias of a linear, ``(out,)``, or None.
 
         Raises:
             BaseModelError: no such linear.
         """
         self._locate(module)
-        if (entry := self._where.get(f"{module}.bias")) is None:
+        if (entry := self._entries.get(f"{module}.bias")) is None:
             return None
         stored: torch.Tensor = self._shards[entry[1]].get_tensor(entry[0])
         return stored.clone()
 
     def tensor_name(self, module: str) -> str:
-        """What the file itself calls the weight of a linear (old GPT-2: without a prefix).
+        """Return what the file calls the weight of a linear (old GPT-2: without a prefix).
 
         Raises:
             BaseModelError: no such linear.
@@ -115,14 +115,13 @@ class Checkpoint:
         return self._locate(module)[0]
 
     def is_conv1d(self, module: str) -> bool:
-        """Whether the file holds this weight as ``(in, out)``."""
+        """Tell whether the file holds this weight as ``(in, out)``."""
         return self.config.get("model_type") == "gpt2" and _CONV1D.search(module) is not None
 
     def tensors(self, modules: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name in the file, tensor as the file holds it) of each module's weight and bias.
+        """Yield name and tensor of each module's weight and bias, as the file has them.
 
-        In the order of the files; a view of the mapped file, valid while the caller holds it and
-        not to be written to.
+        In the order of the files. A tensor is a view of the mapped file: do not write to it.
 
         Raises:
             BaseModelError: no such linear.
@@ -131,7 +130,7 @@ class Checkpoint:
         for module in modules:
             self._locate(module)
             for key in (f"{module}.weight", f"{module}.bias"):
-                if (entry := self._where.get(key)) is not None:
+                if (entry := self._entries.get(key)) is not None:
                     wanted.setdefault(entry[1], set()).add(entry[0])
         for shard, handle in self._shards.items():
             for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -139,21 +138,21 @@ class Checkpoint:
                     yield name, handle.get_tensor(name)
 
     def shards(self) -> dict[str, list[str]]:
-        """File name -> the tensor names in it, as they stand in the files, in file order."""
+        """Return file name -> the tensor names in it, in file order."""
         return {shard: list(handle.keys()) for shard, handle in self._shards.items()}
 
     @cached_property
     def _linears(self) -> list[str]:
-        found = [
+        linears = [
             name.removesuffix(".weight")
-            for name, (stored, shard) in self._where.items()
+            for name, (stored, shard) in self._entries.items()
             if name.endswith(".weight")
             and _IN_LAYER.search(name)
             and len(self._shards[shard].get_slice(stored).get_shape()) == 2
         ]
         # Numbers as numbers, so that layer 10 comes after layer 9.
         return sorted(
-            found, key=lambda m: [(int(p), "") if p.isdigit() else (-1, p) for p in m.split(".")]
+            linears, key=lambda m: [(int(p), "") if p.isdigit() else (-1, p) for p in m.split(".")]
         )
 
     def _locate(self, module: str) -> tuple[str, str]:
@@ -163,7 +162,7 @@ class Checkpoint:
                 f"{self.path} has no linear {module!r}; it has {len(self._linears)}, "
                 f"such as {some}. See Checkpoint.linears()."
             )
-        return self._where[f"{module}.weight"]
+        return self._entries[f"{module}.weight"]
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -179,7 +178,7 @@ class Checkpoint:
         return {}
 
     def _open(self) -> dict[str, str]:
-        """Open every shard; tensor name -> file name. Faults go to ``_problems``."""
+        """Open every shard and return tensor name -> file name; faults go to ``_problems``."""
         if (self.path / _SINGLE).is_file():
             return dict.fromkeys(self._keys(_SINGLE), _SINGLE)
         if not (self.path / _INDEX).is_file():

@@ -11,11 +11,12 @@ __all__ = ["lazy"]
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``.
+    """Return a package's ``__getattr__``.
 
     Args:
         package: its ``__name__``.
-        homes: public name -> module below the package.
+        homes: public name -> module below the package, or ``module:name`` where the module calls
+            it otherwise.
 
     Raises:
         AttributeError: (the function returned) a name that is not public.
@@ -24,7 +25,8 @@ def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        module, _, there = homes[name].partition(":")
+        value = getattr(import_module(f"{package}.{module}"), there or name)
         # Where a module has the name too, importing it has bound that, so bind the value anew.
         setattr(sys.modules[package], name, value)
         return value

@@ -38,12 +38,13 @@ def make_adapter(
     r: int = 4,
     seed: int = 0,
     only: tuple[str, ...] = (),
+    rule: str = "inverse_sampled",
 ) -> Path:
     """A random adapter under any S-MagNorm setting."""
-    plain = A.load(random_adapter(base, target, r=r, seed=seed, only=only))
+    plain = A.load(random_adapter(base, target, r=r, seed=seed, only=only, rule=rule))
     modules = dict(plain.modules)
     norm = norm or MagNorm()
-    if norm.mode == "published":
+    if norm.needs_rho_max:
         checkpoint = Checkpoint(base)
         for name, cur in modules.items():
             W = checkpoint.weight(name).float()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secura_serve import adapter
 from secura_serve.errors import ConfigError, UnservableError
-from secura_serve.method import MagNorm, normed
+from secura_serve.method import MagNorm, apply_to_activations
 from secura_serve.train import SecuraConfig, adapter_layers
 
 MODES = ("reference", "activation")
@@ -59,9 +59,9 @@ def test_values_are_those_of_scalar_loops(
             strict=True,
         )
     ]
-    found = normed(y, delta, norm)
+    found = apply_to_activations(y, delta, norm)
     torch.testing.assert_close(found.flatten(), torch.tensor(want, dtype=y.dtype))
-    low = normed(y.bfloat16(), delta.bfloat16(), norm)
+    low = apply_to_activations(y.bfloat16(), delta.bfloat16(), norm)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), found, rtol=0.02, atol=0.02)
 
@@ -77,21 +77,21 @@ def test_derivatives_treat_the_divisor_as_a_constant(mode: str, y: Tensor, delta
     inputs = (y.requires_grad_(), delta.requires_grad_())
     assert torch.autograd.gradcheck(plain, inputs)
     wanted = torch.autograd.grad(plain(*inputs).square().sum(), inputs)
-    found = torch.autograd.grad(normed(*inputs, norm).square().sum(), inputs)
+    found = torch.autograd.grad(apply_to_activations(*inputs, norm).square().sum(), inputs)
     torch.testing.assert_close(found, wanted)
 
 
 def test_limits(y: Tensor, delta: Tensor) -> None:
     zero = torch.zeros_like(y, requires_grad=True)
     for mode in MODES:
-        fresh = normed(y, zero, MagNorm(mode))
+        fresh = apply_to_activations(y, zero, MagNorm(mode))
         assert torch.equal(fresh, y)
         (slope,) = torch.autograd.grad(fresh.sum(), zero)
         assert torch.equal(slope, torch.ones_like(y))
-    tiny = normed(y, 1e-12 * delta, MagNorm("reference"))
+    tiny = apply_to_activations(y, 1e-12 * delta, MagNorm("reference"))
     torch.testing.assert_close(tiny, y * 4 / 3, rtol=1e-6, atol=0)
     with pytest.raises(ConfigError, match="acts on weights"):
-        normed(y, delta, MagNorm("bounded"))
+        apply_to_activations(y, delta, MagNorm("bounded"))
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "gpt2"])
@@ -103,7 +103,7 @@ def test_the_tuner_applies_it_to_each_layer(mode: str, arch: str, tmp_path: Path
     W, bias = layer.pristine, layer.base_bias()
     rows, cols = layer.basis("default")
     update = x @ W[rows].T @ layer.core("default").T.double() @ W[:, cols].T
-    want = normed(x @ W.T + bias, update, MagNorm(mode))
+    want = apply_to_activations(x @ W.T + bias, update, MagNorm(mode))
     torch.testing.assert_close(layer(x), want)
 
     found = logits(model)

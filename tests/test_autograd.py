@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secura_serve.method import Basis, MagNorm, apply, columns, delta, slope
+from secura_serve.method import Basis, MagNorm, apply, columns, delta, derivative
 from secura_serve.train.autograd import added, folded
 
 OUT, IN, R = 11, 9, 3
@@ -90,6 +90,6 @@ def test_slope_is_the_derivative(norm: MagNorm, dtype: torch.dtype) -> None:
     W[0, :3] = torch.tensor([0.0, 1e-40, -0.0])
     point = delta(W, BASIS, U, dtype=dtype).detach().requires_grad_()
     (want,) = torch.autograd.grad(apply(W, point, norm, peak=2.0).sum(), point)
-    found = slope(W, point, norm, peak=2.0)
+    found = derivative(W, point, norm, peak=2.0)
     torch.testing.assert_close(found, want)
     assert torch.isfinite(found).all()

@@ -137,7 +137,10 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
     narrow = adapters.load(random_adapter(base, tmp_path / "narrow", r=4, seed=2))
     other = adapters.load(random_adapter(base, tmp_path / "o", r=4, seed=3, rule="lowest_norm"))
     checkpoint = Checkpoint(base)
-    gains = {bases.base_id(a): adapters.gains(a, checkpoint) for a in (wide, narrow, other)}
+    gains = {
+        bases.base_id(a): adapters.compare_with_base(a, checkpoint).norm_bounds
+        for a in (wide, narrow, other)
+    }
     assert bases.SharedBasis.of([narrow, wide], gains).width == 8
     union = bases.SharedBasis.of([narrow, wide, other], gains)
     assert 8 < union.width <= 12

@@ -190,6 +190,8 @@ def test_importance_is_the_relative_squared_norm(W: Tensor) -> None:
     squares = W.numpy() ** 2
     np.testing.assert_allclose(importance(W, "row"), squares.sum(1) / squares.sum(), rtol=1e-6)
     np.testing.assert_allclose(importance(W, "col"), squares.sum(0) / squares.sum(), rtol=1e-6)
+    with pytest.raises(ConfigError, match="unknown axis 'rows'; allowed: row, col"):
+        importance(W, "rows")
 
 
 def test_selection_is_nested_and_the_same_in_every_dtype() -> None:

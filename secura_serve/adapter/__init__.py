@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of, mismatch
-from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig, CURModule
-from secura_serve.adapter.place import check_target, put_in_place, replacing
-from secura_serve.adapter.size import LARGEST_RMS, gains, refuse_oversized
-from secura_serve.adapter.store import (
-    Adapter,
-    check_name,
-    is_plain_lora,
-    load,
-    mismatches,
+from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of
+from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig
+from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized
+from secura_serve.adapter.store import Adapter, check_name, is_plain_lora, load, save
+from secura_serve.adapter.tensors import CURModule, parse_modules
+from secura_serve.adapter.verify import (
+    BaseComparison,
+    WeightSource,
+    compare_modules,
+    compare_with_base,
+    gather_verified,
+    mismatch_message,
     refuse_mismatches,
-    save,
     verify,
 )
 
@@ -23,20 +24,21 @@ __all__ = [
     "PEFT_TYPE",
     "Adapter",
     "AdapterConfig",
+    "BaseComparison",
     "CURModule",
+    "WeightSource",
     "check_name",
-    "check_target",
+    "compare_modules",
+    "compare_with_base",
     "fingerprint",
     "fingerprint_of",
-    "gains",
+    "gather_verified",
     "is_plain_lora",
     "load",
-    "mismatch",
-    "mismatches",
-    "put_in_place",
+    "mismatch_message",
+    "parse_modules",
     "refuse_mismatches",
     "refuse_oversized",
-    "replacing",
     "save",
     "verify",
 ]

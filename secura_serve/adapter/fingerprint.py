@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to, told from the rows and columns that it uses."""
+"""The fingerprint of the rows and columns that an adapter uses: it tells one base from another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from secura_serve.method import Basis, gather
 
-__all__ = ["fingerprint", "fingerprint_of", "mismatch"]
+__all__ = ["fingerprint", "fingerprint_of"]
 
 
 def fingerprint(W: Tensor, basis: Basis) -> str:
-    """128 bits of SHA-256 over W's shape, the indices, C and R as little-endian float32.
+    """Return 128 bits of SHA-256 over W's shape, the indices, C and R as little-endian float32.
 
     Values count and the stored dtype does not: a bfloat16 base and its exact float32 copy have
     the same fingerprint. Cost: ``r·(out + in)`` numbers read and hashed.
@@ -29,17 +29,10 @@ def fingerprint(W: Tensor, basis: Basis) -> str:
 
 
 def fingerprint_of(C: Tensor, R: Tensor, basis: Basis) -> str:
-    """:func:`fingerprint` where C ``(out, r)`` and R ``(r, in)`` are at hand already."""
+    """Return :func:`fingerprint` of C ``(out, r)`` and R ``(r, in)`` that are gathered already."""
     digest = hashlib.sha256(f"secura-1|{C.shape[0]}x{R.shape[1]}|{basis.r}".encode())
     for part in (basis.rows.to(torch.int32), basis.cols.to(torch.int32)):
         digest.update(part.cpu().contiguous().numpy().astype("<i4").tobytes())
     for part in (C, R):
         digest.update(part.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def mismatch(W: Tensor, basis: Basis, expected: str | None) -> str | None:
-    """Why W ``(out, in)`` is not the weight that ``expected`` was taken from; None if it is."""
-    if int(basis.rows.max()) >= W.shape[0] or int(basis.cols.max()) >= W.shape[1]:
-        return f"indices beyond the base's shape {tuple(W.shape)}"
-    return None if fingerprint(W, basis) == expected else "the base holds other weights"

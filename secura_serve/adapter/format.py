@@ -1,22 +1,14 @@
-"""The adapter folder's schema: ``adapter_config.json`` and the tensors of one module.
-
-Follows PEFT's conventions: keys, file names, ``base_model.model.<module>.`` tensor prefix. C and
-R are never stored: they are rows and columns of the base, named by ``rows`` and ``cols``.
-"""
+"""The adapter folder's file names, and ``adapter_config.json`` after PEFT's conventions."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.method import RULES, Basis, MagNorm
+from secura_serve.method import MagNorm, rule_names
 
 __all__ = [
     "CONFIG_NAME",
@@ -24,8 +16,6 @@ __all__ = [
     "PEFT_TYPE",
     "WEIGHTS_NAME",
     "AdapterConfig",
-    "CURModule",
-    "module_problems",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -33,7 +23,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_TYPE = "SECURA"
 FORMAT_VERSION = 1
 
-# What PEFT's own PeftConfig writes beside ours; none of it changes what the adapter computes.
+# Keys that PEFT's own PeftConfig writes too; none of them changes what the adapter computes.
 _PEFT_KEYS = {
     "auto_mapping",
     "exclude_modules",
@@ -68,7 +58,7 @@ class AdapterConfig:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, PEFT's keys first."""
+        """Return the JSON object, PEFT's keys first."""
         return {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
@@ -126,7 +116,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _config_problems(raw: Mapping[str, Any]) -> list[str]:
-    """Every key that is missing, of the wrong type, out of range or unknown."""
+    """Return every key that is missing, of the wrong type, out of range or unknown."""
 
     def strings(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
@@ -140,11 +130,11 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         return (
             isinstance(value, Mapping)
             and set(value) == {"rule", "seed"}
-            and value["rule"] in RULES
+            and value["rule"] in rule_names()
             and _is_int(value["seed"])
         )
 
-    def prints(value: Any) -> bool:
+    def fingerprints(value: Any) -> bool:
         return (
             isinstance(value, Mapping)
             and bool(value)
@@ -157,9 +147,12 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         "r": (lambda v: _is_int(v) and 1 <= v <= 65536, "an integer >= 1"),
         "alpha": (alpha, 'a number or "auto"'),
         "target_modules": (strings, "a non-empty list of strings"),
-        "selection": (selection, f"an object with rule ({' | '.join(RULES)}) and integer seed"),
+        "selection": (
+            selection,
+            f"an object with rule ({' | '.join(rule_names())}) and integer seed",
+        ),
         "core": (lambda v: v in ("u", "ab"), '"u" or "ab"'),
-        "base_fingerprint": (prints, "an object of module name -> digest"),
+        "base_fingerprint": (fingerprints, "an object of module name -> digest"),
     }
     problems = [
         f"{key}: got {raw.get(key)!r:.80}, allowed: {what}"
@@ -173,57 +166,4 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         f"{key!r}: unknown key; it could change what the adapter means, so it is refused"
         for key in sorted(set(raw) - known)
     ]
-    return problems
-
-
-@dataclass(frozen=True)
-class CURModule:
-    """One adapted linear: Δ = W[:, cols] · U · W[rows, :], before S-MagNorm."""
-
-    U: Tensor
-    """``(r, r)`` float: the effective core, A·B and alpha multiplied in."""
-    rows: Tensor
-    """``(r,)`` int32, indices into the ``out`` axis."""
-    cols: Tensor
-    """``(r,)`` int32, indices into the ``in`` axis."""
-    rho_max: float | None = None
-    """``published`` only: max of |Δ|/(|W|+ε) over the module."""
-
-    @property
-    def basis(self) -> Basis:
-        """The indices as int64."""
-        return Basis(self.rows.to(torch.int64), self.cols.to(torch.int64))
-
-    def tensors(self, module: str) -> dict[str, Tensor]:
-        """The entries of ``adapter_model.safetensors`` for ``module``."""
-        prefix = f"base_model.model.{module}.secura_"
-        named = {"U": self.U, "rows": self.rows, "cols": self.cols}
-        if self.rho_max is not None:
-            named["rho_max"] = torch.tensor(self.rho_max, dtype=torch.float32)
-        return {prefix + name: tensor.contiguous() for name, tensor in named.items()}
-
-
-def module_problems(module: str, cur: CURModule, config: AdapterConfig) -> list[str]:
-    """Everything wrong with one module that can be seen without the base."""
-    r, problems = config.r, []
-    if cur.U.shape != (r, r) or not cur.U.is_floating_point():
-        problems.append(
-            f"{module}: secura_U is {cur.U.dtype} {tuple(cur.U.shape)}; expected float ({r}, {r})"
-        )
-    elif not torch.isfinite(cur.U).all():
-        problems.append(f"{module}: secura_U holds NaN or Inf")
-    for name, index in (("rows", cur.rows), ("cols", cur.cols)):
-        if index.dtype != torch.int32 or index.shape != (r,):
-            problems.append(
-                f"{module}: secura_{name} is {index.dtype} {tuple(index.shape)}; "
-                f"expected int32 ({r},)"
-            )
-        elif int(index.min()) < 0 or len(set(index.tolist())) != r:
-            problems.append(f"{module}: secura_{name} must be distinct and not negative")
-    if config.magnorm.mode == "published" and cur.rho_max is None:
-        problems.append(f"{module}: magnorm 'published' needs secura_rho_max")
-    if cur.rho_max is not None and not (math.isfinite(cur.rho_max) and cur.rho_max >= 0):
-        problems.append(f"{module}: secura_rho_max is {cur.rho_max}; expected a number >= 0")
-    if module not in config.base_fingerprint:
-        problems.append(f"{module}: no entry in base_fingerprint")
     return problems

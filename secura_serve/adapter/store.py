@@ -1,8 +1,7 @@
-"""One adapter folder on disk: save, load, verify.
+"""One adapter folder on disk: save and load.
 
-Saving is atomic: everything is written to a hidden folder beside the target and renamed at the
-end, so that a killed process or a full disk leaves either the old adapter or none. Loading
-trusts nothing: safetensors only, every key, shape, dtype and value checked, all problems told.
+Saving is atomic: a killed process or a full disk leaves the old adapter or none. Loading trusts
+nothing: safetensors only, every key, shape, dtype and value is checked, every problem reported.
 """
 
 from __future__ import annotations
@@ -11,56 +10,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from secura_serve.adapter.fingerprint import mismatch
-from secura_serve.adapter.format import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    AdapterConfig,
-    CURModule,
-    module_problems,
-)
-from secura_serve.adapter.place import replacing
-from secura_serve.errors import (
-    AdapterFormatError,
-    BaseMismatchError,
-    BaseModelError,
-    ConfigError,
-)
+from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+from secura_serve.adapter.tensors import CURModule, module_problems, parse_modules
+from secura_serve.atomic import atomic_folder
+from secura_serve.errors import AdapterFormatError, ConfigError
 
-__all__ = [
-    "NAME_PATTERN",
-    "Adapter",
-    "WeightSource",
-    "check_name",
-    "is_plain_lora",
-    "load",
-    "mismatches",
-    "refuse_mismatches",
-    "save",
-    "verify",
-]
+__all__ = ["NAME_PATTERN", "Adapter", "check_name", "is_plain_lora", "load", "save"]
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _CONFIG_LIMIT = 16 * 2**20
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.secura_(?P<field>\w+)")
-_FIELDS = {"U", "rows", "cols", "rho_max"}
-
-
-class WeightSource(Protocol):
-    """Whatever can give a base's pristine weights by module name, ``(out, in)``."""
-
-    def shape(self, module: str) -> tuple[int, int]: ...
-
-    def weight(self, module: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -86,9 +51,15 @@ class Adapter:
         """Bytes of the weights file."""
         return (self.path / WEIGHTS_NAME).stat().st_size
 
-    def outline(self, like: Adapter | None = None) -> Adapter:
-        """What a catalog of thousands keeps: U has only shape and dtype (device ``meta``), and
-        basis and fingerprint are those of ``like``, an outline that is known to have equal ones."""
+    def without_weights(self, like: Adapter | None = None) -> Adapter:
+        """Return the adapter with U's shape and dtype only (device ``meta``), without its numbers.
+
+        For a catalog of thousands.
+
+        Args:
+            like: one without weights that is known to have an equal basis and fingerprint, which
+                are then shared and not held twice.
+        """
         if like is None:
             bare = {
                 name: replace(cur, U=cur.U.to("meta"), rho_max=None)
@@ -139,7 +110,7 @@ def save(
         raise AdapterFormatError(f"{target.name} cannot be saved:", problems or ["no modules"])
     tensors = {k: t.cpu() for name, cur in modules.items() for k, t in cur.tensors(name).items()}
 
-    with replacing(target) as new:
+    with atomic_folder(target) as new:
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
         for name, content in (extra or {}).items():
             new.joinpath(name).write_bytes(
@@ -153,8 +124,10 @@ def save(
 
 
 def is_plain_lora(path: Path) -> bool:
-    """Whether the folder says that it holds a LoRA of PEFT's, or a DoRA; False where it cannot be
-    read."""
+    """Tell whether the folder's configuration is that of a LoRA or DoRA of PEFT's.
+
+    False where it cannot be read.
+    """
     try:
         raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -163,7 +136,9 @@ def is_plain_lora(path: Path) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> Adapter:
-    """Read and check an adapter folder; the base is not needed (see :func:`verify`).
+    """Read and check an adapter folder.
+
+    The base is not needed; :func:`~secura_serve.adapter.verify.verify` compares with it.
 
     Raises:
         AdapterFormatError: with every problem found.
@@ -177,37 +152,16 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
         hint = f" ({', '.join(pickles)}: pickles are refused, they can run code)" if pickles else ""
         raise AdapterFormatError(f"{folder.name}: {WEIGHTS_NAME} is missing{hint}")
-    fields: dict[str, dict[str, Tensor]] = {}
-    problems = []
     try:
         with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                match = _KEY.fullmatch(key)
-                if match is None or match["field"] not in _FIELDS:
-                    problems.append(f"tensor {key!r} is not part of the format")
-                else:
-                    fields.setdefault(match["module"], {})[match["field"]] = file.get_tensor(key)
+            # safe_open is not a mapping: it has keys() and no items().
+            stored = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+            modules, problems = parse_modules(stored, config)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFormatError(
             f"{folder.name}: {WEIGHTS_NAME} cannot be read ({error}); it is truncated or damaged, "
             "copy or train it again"
         ) from error
-    modules = {}
-    for module, named in fields.items():
-        missing = sorted({"U", "rows", "cols"} - set(named))
-        if missing:
-            problems.append(f"{module}: secura_{', secura_'.join(missing)} missing")
-            continue
-        peak = named.get("rho_max")
-        if peak is not None and peak.numel() != 1:
-            problems.append(f"{module}: secura_rho_max must be a scalar")
-            continue
-        modules[module] = CURModule(
-            named["U"], named["rows"], named["cols"], None if peak is None else float(peak)
-        )
-        problems += module_problems(module, modules[module], config)
-    absent = sorted(set(config.base_fingerprint) - set(fields))
-    problems += [f"{module}: in base_fingerprint but without tensors" for module in absent]
     if problems:
         raise AdapterFormatError(f"{folder.name} is not a valid adapter:", problems)
     return Adapter(folder, config, modules)
@@ -227,40 +181,3 @@ def _load_config(folder: Path) -> AdapterConfig:
         return AdapterConfig.from_json(raw)
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{folder.name}: {error}", ()) from error
-
-
-def verify(adapter: Adapter, base: WeightSource, *, module: str | None = None) -> None:
-    """Check that ``adapter`` was trained on ``base``, by fingerprint; ``module`` checks only one.
-
-    Raises:
-        BaseMismatchError: naming the first differing module, and how many differ.
-    """
-    refuse_mismatches(adapter, mismatches(adapter, base, module=module))
-
-
-def mismatches(adapter: Adapter, base: WeightSource, *, module: str | None = None) -> list[str]:
-    """Every module of ``adapter``, or just ``module``, that ``base`` does not have like this."""
-    names = list(adapter.modules) if module is None else [module]
-    problems = []
-    for name in names:
-        cur = adapter.modules[name]
-        try:
-            base.shape(name)
-        except (KeyError, BaseModelError):
-            problems.append(f"{name}: the base has no such linear layer")
-            continue
-        claimed = adapter.config.base_fingerprint[name]
-        if reason := mismatch(base.weight(name), cur.basis, claimed):
-            problems.append(f"{name}: {reason}")
-    return problems
-
-
-def refuse_mismatches(adapter: Adapter, problems: Sequence[str]) -> None:
-    """Raise BaseMismatchError if :func:`mismatches` found any."""
-    if problems:
-        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-        raise BaseMismatchError(
-            f"{adapter.name} was trained on another base "
-            f"({adapter.config.base_model_name_or_path}): {problems[0]}{more}. "
-            "Serve it with that base, or train it again on this one"
-        )

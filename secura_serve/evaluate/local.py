@@ -31,7 +31,7 @@ class _CUR:
     def __init__(self, model: Any, adapters: Sequence[Adapter]) -> None:
         norms = {a.name: a.config.magnorm for a in adapters}
         # What acts on activations has no W', and answers as it was trained.
-        self._folded = {n for n, norm in norms.items() if norm.mode != "none" and norm.foldable}
+        self._folded = {n for n, norm in norms.items() if norm.foldable and not norm.additive}
         tuner = None
         for adapter in adapters:
             settings = SecuraConfig(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve import __version__
-from secura_serve.adapter import check_target, replacing
+from secura_serve.atomic import atomic_folder, check_target
 from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.interval import METHOD
@@ -42,7 +42,7 @@ def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> P
     text = markdown(facts)
     lines = (json.dumps(line, ensure_ascii=False) for line in results.answers)
     try:
-        with replacing(out) as new:
+        with atomic_folder(out) as new:
             (new / "results.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             (new / "answers.jsonl").write_text("".join(f"{x}\n" for x in lines), encoding="utf-8")
             (new / "report.md").write_text(text, encoding="utf-8")

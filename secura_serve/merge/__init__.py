@@ -1,6 +1,6 @@
-"""Folding adapters into weights: index -> plan -> stream -> write.
+"""Folding adapters into weights: source -> plan -> stream -> write.
 
-:func:`fold_stream` is the core, and knows no files; :func:`write_merge` is one of its consumers.
+:func:`fold_stream` does the work and knows no files; :func:`write_merge` is one of its consumers.
 The names load on first use, so that ``secura-merge --help`` does not wait for torch.
 """
 
@@ -9,22 +9,22 @@ from __future__ import annotations
 from secura_serve.lazy import lazy
 
 _HOMES = {
-    "Change": "weight",
+    "Change": "fold",
     "FoldPlan": "stream",
     "MergePlan": "plan",
-    "Part": "weight",
+    "Part": "fold",
     "Source": "source",
-    "Target": "weight",
+    "Target": "fold",
+    "base_stamp": "verify",
     "check_merge": "check",
     "export_lora": "lora",
-    "fold": "weight",
     "fold_stream": "stream",
+    "fold_weight": "fold",
     "open_source": "source",
     "plan_fold": "source",
     "plan_merge": "plan",
-    "prove": "proof",
     "restore_base": "restore",
-    "seal": "proof",
+    "verify_base": "verify",
     "write_merge": "write",
 }
 

@@ -9,35 +9,36 @@ from typing import Any
 
 from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.errors import MergeError
-from secura_serve.merge.folder import progress
-from secura_serve.merge.index import Stored, read_shard
+from secura_serve.merge.io.buffers import as_bytes, opened
+from secura_serve.merge.io.files import progress
+from secura_serve.merge.io.layout import Stored, read_shard
 from secura_serve.merge.manifest import describe, read_manifest
-from secura_serve.merge.pipe import as_bytes, opened
 from secura_serve.merge.plan import MergePlan
-from secura_serve.merge.transfer import is_decoded, outgoing
+from secura_serve.merge.transfer import is_decoded, output_tensors
 
 __all__ = ["check_merge"]
 
 
 def check_merge(plan: MergePlan) -> int:
-    """Compare ``plan.out`` with what :func:`write_merge` would write; returns the tensors compared.
+    """Compare ``plan.out`` with what :func:`write_merge` would write; returns how many tensors were
+    compared.
 
     Raises:
         MergeError: with every tensor and file that differs; at once where the manifest names other
             adapters.
     """
-    problems = _others(plan)
+    problems = _manifest_problems(plan)
     if problems:
         raise MergeError(f"{plan.out} is not what this merge would write:", problems)
-    tensors = outgoing(plan, {}, None)
+    tensors = output_tensors(plan, {}, None)
     base, decoded = plan.source.checkpoint.path, is_decoded(plan)
     with progress(plan.nbytes, f"checking {plan.out.name}") as bar:
         for old, new in plan.shards:
             try:
-                found = read_shard(plan.out / new.name).tensors
+                written = read_shard(plan.out / new.name).tensors
             except (OSError, ValueError) as error:
                 raise MergeError(f"{plan.out / new.name} cannot be read: {error}") from error
-            if found != new.tensors:
+            if written != new.tensors:
                 problems.append(f"{new.name}: other tensors, shapes or dtypes")
                 for _ in filter(decoded, old.tensors):
                     next(tensors)
@@ -54,7 +55,7 @@ def check_merge(plan: MergePlan) -> int:
                                 placed,
                                 at,
                             )
-                            for at, size in _steps(stored.nbytes)
+                            for at, size in _chunks(stored.nbytes)
                         )
                     if not same:
                         problems.append(f"{stored.name}: other values")
@@ -67,35 +68,35 @@ def check_merge(plan: MergePlan) -> int:
     return sum(len(new.tensors) for _, new in plan.shards)
 
 
-def _others(plan: MergePlan) -> list[str]:
-    """What the manifest says was folded, where that is something else."""
+def _manifest_problems(plan: MergePlan) -> list[str]:
+    """Return what the manifest says was folded, where that is something else."""
 
     def folded(facts: dict[str, Any]) -> list[tuple[float, str]]:
         return [(a["weight"], a["sha256"][WEIGHTS_NAME]) for a in facts["adapters"]]
 
     try:
-        found, now = read_manifest(plan.out), describe(plan.source)
-        # Not by name: a folder may be called otherwise today.
-        if folded(found) == folded(now):
+        there, now = read_manifest(plan.out), describe(plan.source)
+        # Not by name: a folder may have been renamed.
+        if folded(there) == folded(now):
             return []
         was, wanted = (
-            " + ".join(f"{a['name']}*{a['weight']:g}" for a in f["adapters"]) for f in (found, now)
+            " + ".join(f"{a['name']}*{a['weight']:g}" for a in f["adapters"]) for f in (there, now)
         )
     except (MergeError, KeyError, TypeError):
-        return []  # without it the tensors have to tell
+        return []  # without a manifest the tensors are compared
     same = "; the names are the same, the weights are not" if was == wanted else ""
     return [f"its manifest says that it was made with {was}, not with {wanted}{same}"]
 
 
-def _steps(nbytes: int, size: int = 8 * 2**20) -> Iterator[tuple[int, int]]:
+def _chunks(nbytes: int, size: int = 8 * 2**20) -> Iterator[tuple[int, int]]:
     return ((at, min(size, nbytes - at)) for at in range(0, nbytes, size))
 
 
 def _equal(data: memoryview, fd: int, placed: Stored, at: int = 0) -> bool:
-    """Whether the file holds ``data`` at ``at`` within a tensor."""
+    """Tell whether the file holds ``data`` at offset ``at`` of a tensor."""
     return all(
-        data[step : step + size] == os.pread(fd, size, placed.begin + at + step)
-        for step, size in _steps(len(data))
+        data[start : start + size] == os.pread(fd, size, placed.begin + at + start)
+        for start, size in _chunks(len(data))
     )
 
 

@@ -5,7 +5,7 @@ Without a norm Δ = C·U·R *is* a LoRA: lora_B · lora_A with lora_alpha = r, t
 
 llama.cpp's convert_lora_to_gguf.py, as it comes with llama-cpp-python 0.3.36, was run on exports
 for Llama, Mistral, Qwen2, Gemma 2 and SmolLM2 (iso-date): every factor arrives, equal in float32.
-GPT-2's Conv1D it transposes without need, in LoRAs that PEFT wrote too: fold those instead.
+It transposes GPT-2's Conv1D where it should not, in LoRAs that PEFT wrote too: fold those instead.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from tqdm import tqdm
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
-from secura_serve.merge.folder import new_folder, save_text
+from secura_serve.merge.fold import Part, Target, fold_weight
+from secura_serve.merge.io.files import new_folder
 from secura_serve.merge.manifest import MANIFEST, describe
-from secura_serve.merge.plan import room_for
+from secura_serve.merge.plan import space_problems
 from secura_serve.merge.source import Source, plan_fold
-from secura_serve.merge.stream import look
-from secura_serve.merge.weight import Part, Target, fold
+from secura_serve.merge.stream import gather_target
 from secura_serve.method import MagNorm, gather
 
 __all__ = ["approximate", "exact", "export_lora"]
 
-# Up to this size of the smaller side the best approximation is computed, above it drawn near.
+# Up to this size of the smaller side the SVD is exact, above it randomised.
 _DENSE_SVD = 1024
 
 
 def exact(W: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor, str]:
-    """lora_A ``(Σr, in)`` and lora_B ``(out, Σr)`` in float32 with lora_B·lora_A = Σ wᵢΔᵢ.
+    """Return lora_A ``(Σr, in)`` and lora_B ``(out, Σr)`` in float32 with lora_B·lora_A = Σ wᵢΔᵢ.
 
     U goes to one side: (U·R, C) or (R, C·U). The other side holds the base's own numbers, which
     no server rounds again when it casts the adapter to the base's dtype; the side that U goes to
@@ -65,7 +65,7 @@ def exact(W: Tensor, parts: tuple[Part, ...]) -> tuple[Tensor, Tensor, str]:
 def approximate(
     W: Tensor, target: Target, norm: MagNorm, rank: int
 ) -> tuple[Tensor, Tensor, float]:
-    """The best rank-``rank`` lora_A, lora_B of W' − W in float32, and ‖W'−W−BA‖ / ‖W'−W‖.
+    """Return the best rank-``rank`` lora_A, lora_B of W' − W in float32, and ‖W'−W−BA‖ / ‖W'−W‖.
 
     By SVD (Eckart-Young), the singular values shared evenly. Where the smaller side of W exceeds
     1024, a randomised SVD with a fixed seed (Halko et al. 2011, 16 extra directions, 4 power
@@ -75,7 +75,8 @@ def approximate(
         W: pristine, ``(out, in)``.
     """
     plain = W.to(torch.float32)
-    update = fold(plain, Target(target.module, target.parts), norm, torch.float32, measure=False)[0]
+    alone = Target(target.module, target.parts)
+    update = fold_weight(plain, alone, norm, torch.float32, measure=False)[0]
     update -= plain
     if min(update.shape) <= _DENSE_SVD:
         left, values, right = torch.linalg.svd(update, full_matrices=False)
@@ -107,7 +108,7 @@ def export_lora(
 
     Peak memory: one tensor and its SVD's work space, and the LoRA itself.
     """
-    if rank is None and source.norm.mode != "none":
+    if rank is None and not source.norm.additive:
         raise MergeError(
             f"an adapter with S-MagNorm {source.norm.mode!r} changes weights at full rank, so no "
             "LoRA equals it: merge it into a checkpoint, or ask for --approximate --rank k, which "
@@ -119,7 +120,7 @@ def export_lora(
     modules: dict[str, Any] = {}
     for target in tqdm(plan.targets.values(), desc=out.name, disable=None):
         W = source.checkpoint.weight(target.module)
-        problems += look(W.T if target.transposed else W, target)[1]
+        problems += gather_target(W.T if target.transposed else W, target)[1]
         if problems:
             continue
         if rank is None:
@@ -132,7 +133,7 @@ def export_lora(
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             problems.append(f"{target.module}: NaN or Inf")
         tensors[target.module] = A.to(dtype or A.dtype), B.to(dtype or B.dtype)
-    problems += room_for(out, sum(A.nbytes + B.nbytes for A, B in tensors.values()))
+    problems += space_problems(out, sum(A.nbytes + B.nbytes for A, B in tensors.values()))
     if problems:
         raise MergeError(f"{out} was not written:", problems)
     return _save(source, out, tensors, modules, "exact" if rank is None else "approximate")
@@ -171,16 +172,16 @@ def _save(
     }
     with new_folder(out) as work:
         save_file(entries, work / WEIGHTS_NAME, metadata={"format": "pt"})
-        save_text(work / MANIFEST, json.dumps(facts, indent=1) + "\n")
-        save_text(work / "README.md", _card(out.name, facts))
+        (work / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        (work / "README.md").write_text(_card(out.name, facts), encoding="utf-8")
         # safetensors makes its files private; a LoRA is as readable as its card.
         shutil.copymode(work / "README.md", work / WEIGHTS_NAME)
-        save_text(work / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
+        (work / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return facts
 
 
 def _suffixes(modules: set[str], linears: list[str]) -> list[str]:
-    """Last names where they mean just these modules, else the full names."""
+    """Return last names where they match just these modules, else the full names."""
     last = {m.rpartition(".")[2] for m in modules}
     return sorted(
         last if {m for m in linears if m.rpartition(".")[2] in last} == modules else modules

@@ -99,14 +99,14 @@ def _run(args: argparse.Namespace) -> str:
         base = resolve_base(args.to_base).path
         count = restore_base(base, Path(os.path.abspath(args.out)))
         return f"{args.out}: {count} tensors restored, bit for bit"
-    from secura_serve.merge.plan import DTYPES, plan_merge, room_for
+    from secura_serve.merge.plan import DTYPES, plan_merge, space_problems
     from secura_serve.merge.source import open_source
 
     if args.to_lora:
         from secura_serve.merge.lora import export_lora
 
         out = Path(os.path.abspath(args.out))
-        source = open_source(args.base, args.adapter, room_for(out, 0))
+        source = open_source(args.base, args.adapter, space_problems(out, 0))
         facts = export_lora(source, out, rank=args.rank, dtype=DTYPES.get(args.dtype))
         said = f"{args.out}: {facts['lora']} LoRA of rank {facts['r']}"
         if facts["lora"] == "exact":

@@ -1,4 +1,4 @@
-"""What a merge says about itself: ``secura_manifest.json`` for machines, ``README.md`` for people.
+"""The record of a merge: ``secura_manifest.json`` for programs, ``README.md`` for people.
 
 The manifest names every tensor that was touched, with the digest that it had in the base, so that
 the base can be told from any other and put back bit for bit.
@@ -18,20 +18,19 @@ from typing import Any
 from secura_serve import __version__
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
-from secura_serve.merge.pipe import DIGESTS
+from secura_serve.merge.fold import Change
+from secura_serve.merge.io.buffers import DIGEST
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.source import Source
-from secura_serve.merge.weight import Change
 
 __all__ = ["MANIFEST", "card", "describe", "manifest", "read_manifest"]
 
 MANIFEST = "secura_manifest.json"
-# 1 had bare SHA-256 digests; 2 says before each digest which kind it is.
 _FORMAT = 2
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """The base, the adapters with their digests, the norm, and what made it."""
+    """Return the base, the adapters with their digests, the norm, and the versions used."""
     return {
         "base": source.model_id,
         "adapters": [
@@ -58,7 +57,12 @@ def describe(source: Source) -> dict[str, Any]:
 def manifest(
     plan: MergePlan, digests: Mapping[str, str], changes: Mapping[str, Change]
 ) -> dict[str, Any]:
-    """The JSON object of ``secura_manifest.json``; digests by tensor, changes by module."""
+    """Return the JSON object of ``secura_manifest.json``.
+
+    Args:
+        digests: by tensor, of the base.
+        changes: by module.
+    """
     touched = dict(sorted(digests.items()))
     whole = hashlib.sha256(json.dumps(touched).encode()).hexdigest()
     dtype = plan.fold.dtype
@@ -68,13 +72,13 @@ def manifest(
         "dtype": "kept" if dtype is None else str(dtype).removeprefix("torch."),
         "base_sha256": whole,
         "touched": touched,
-        "overall": asdict(Change.together(changes.values())),
+        "overall": asdict(Change.combined(changes.values())),
         "modules": {name: asdict(change) for name, change in changes.items()},
     }
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a merged checkpoint; ``touched`` as ``algorithm:hex`` whatever its format.
+    """Read the manifest of a merged checkpoint; ``touched`` has ``algorithm:hex`` by tensor.
 
     Raises:
         MergeError: there is none, or none that this version reads.
@@ -83,12 +87,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if "format_version" not in values:
             raise ValueError("it describes no merged checkpoint")
-        if values["format_version"] not in (1, _FORMAT):
-            raise ValueError(f"format_version {values['format_version']!r}, not 1 or {_FORMAT}")
-        kind = "sha256:" if values["format_version"] == 1 else ""
-        values["touched"] = {name: kind + found for name, found in values["touched"].items()}
-        if unknown := {d.partition(":")[0] for d in values["touched"].values()} - DIGESTS.keys():
-            raise ValueError(f"digests by {', '.join(unknown)}, not {' or '.join(DIGESTS)}")
+        if values["format_version"] != _FORMAT:
+            raise ValueError(f"format_version {values['format_version']!r}, not {_FORMAT}")
+        if unknown := {d.partition(":")[0] for d in values["touched"].values()} - {DIGEST}:
+            raise ValueError(f"digests by {', '.join(sorted(unknown))}, not {DIGEST}")
         str(values["dtype"]), str(values["base"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MergeError(
@@ -99,7 +101,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def card(name: str, facts: Mapping[str, Any]) -> str:
-    """The text of ``README.md``."""
+    """Return the text of ``README.md``."""
     norm = facts["magnorm"] or {"mode": "none"}
     mixed = "\n".join(
         f"| `{a['name']}` | {a['weight']:g} | `{a['sha256'][WEIGHTS_NAME][:16]}` |"

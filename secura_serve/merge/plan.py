@@ -1,4 +1,4 @@
-"""From the command's words to a checked plan; every problem is told before the first byte."""
+"""From the command's flags to a checked plan: every problem is reported before the first byte."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 from secura_serve.errors import MergeError
-from secura_serve.merge.index import Shard, relaid
-from secura_serve.merge.proof import foreign, quantised, shards_of
-from secura_serve.merge.source import NOTHING, Source, open_source, plan_fold
+from secura_serve.merge.io.layout import Shard, with_dtype
+from secura_serve.merge.source import NOTHING_DONE, Source, open_source, plan_fold
 from secura_serve.merge.stream import FoldPlan
+from secura_serve.merge.verify import base_mismatches, quantised_targets, shards_of
 
-__all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "room_for"]
+__all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "space_problems"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Weights in other formats, training state, and what describes the base only.
 _WEIGHTS = "safetensors bin pt pth ckpt h5 msgpack gguf onnx ot tflite npz pkl"
-_NOT_CARRIED = {"README.md", "secura_manifest.json", "adapter_config.json"}
+_NOT_COPIED = {"README.md", "secura_manifest.json", "adapter_config.json"}
 _SPARE = 2**20
 INDEX = "model.safetensors.index.json"
 
@@ -43,14 +43,14 @@ class MergePlan:
         return sum(new.nbytes for _, new in self.shards)
 
     def summary(self) -> str:
-        """What ``--dry-run`` prints."""
+        """Return what ``--dry-run`` prints."""
         names = ", ".join(f"{a.name}*{w:g}" for a, w in self.source.adapters)
         dtypes = sorted({t.code for _, new in self.shards for t in new.tensors})
         lines = [
             f"base      {self.source.model_id} ({self.source.checkpoint.path})",
             f"adapters  {names}; S-MagNorm {self.source.norm.to_json() or 'none'}",
             f"output    {self.out} ({', '.join(dtypes)}; {self.nbytes / 2**20:,.1f} MiB)",
-            f"carried   {', '.join(self.extras)}",
+            f"copied    {', '.join(self.extras)}",
         ]
         for old, new in self.shards:
             touched = [t for t in old.tensors if t.name in self.fold.targets]
@@ -63,7 +63,7 @@ class MergePlan:
 
 
 def extra_files(folder: Path) -> list[str]:
-    """Files that go along: configuration, tokenizer, template, licence, code; no weights."""
+    """Return the files to copy: configuration, tokenizer, template, licence, code; no weights."""
     return sorted(
         file.name
         for file in folder.iterdir()
@@ -71,12 +71,12 @@ def extra_files(folder: Path) -> list[str]:
         and not file.name.startswith(".")
         and file.suffix.lstrip(".") not in _WEIGHTS.split()
         and not file.name.endswith(".index.json")
-        and file.name not in _NOT_CARRIED
+        and file.name not in _NOT_COPIED
     )
 
 
-def room_for(out: Path, nbytes: int) -> list[str]:
-    """Why ``nbytes`` cannot be written to a new folder ``out``, if they cannot."""
+def space_problems(out: Path, nbytes: int) -> list[str]:
+    """Return every reason why ``nbytes`` cannot be written to a new folder ``out``."""
     problems = []
     if os.path.lexists(out):
         problems.append(f"{out} exists: choose another folder, or remove it first")
@@ -84,7 +84,7 @@ def room_for(out: Path, nbytes: int) -> list[str]:
     if not (above.is_dir() and os.access(above, os.W_OK)):
         problems.append(f"{above} is not a folder that can be written to")
     elif not (disk := shutil.disk_usage(above)).total:
-        problems.append(f"{above} is no disk that can be written to")
+        problems.append(f"{above} is not on a disk that can be written to")
     elif (free := disk.free) < (needed := nbytes + _SPARE):
         problems.append(
             f"{above} has {free / 2**20:,.0f} MiB free, the output needs {needed / 2**20:,.0f}: "
@@ -111,22 +111,22 @@ def plan_merge(
         MergeError: with every problem found.
     """
     target = Path(os.path.abspath(out))
-    source = open_source(base, specs, () if exists else room_for(target, 0))
-    kind = DTYPES.get(dtype)
+    source = open_source(base, specs, () if exists else space_problems(target, 0))
+    output_dtype = DTYPES.get(dtype)
     folder, old = source.checkpoint.path, shards_of(source)
     plan = MergePlan(
         source,
-        plan_fold(source, kind),
-        tuple((shard, relaid(shard, kind)) for shard in old),
+        plan_fold(source, output_dtype),
+        tuple((shard, with_dtype(shard, output_dtype)) for shard in old),
         tuple(extra_files(folder)),
         target,
     )
     if exists:
-        problems = quantised(old, plan.fold)
+        problems = quantised_targets(old, plan.fold)
         problems += [] if target.is_dir() else [f"{target} is not there to be checked"]
     else:
-        carried = sum((folder / name).stat().st_size for name in plan.extras)
-        problems = room_for(target, plan.nbytes + carried) + foreign(source, plan.fold)
+        copied = sum((folder / name).stat().st_size for name in plan.extras)
+        problems = space_problems(target, plan.nbytes + copied) + base_mismatches(source, plan.fold)
     if problems:
-        raise MergeError(NOTHING, problems)
+        raise MergeError(NOTHING_DONE, problems)
     return plan if exists else replace(plan, fold=replace(plan.fold, checked=True))

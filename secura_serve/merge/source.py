@@ -1,4 +1,4 @@
-"""A base and its adapters, opened and checked against each other; what they fold to."""
+"""A base and its adapters, opened and checked against each other, and the plan of their fold."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from secura_serve.adapter import Adapter, load, verify
+from secura_serve.adapter import Adapter, compare_with_base, load
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, BaseModelError, MergeError
+from secura_serve.merge.fold import Part, Target
 from secura_serve.merge.stream import FoldPlan
-from secura_serve.merge.weight import Part, Target
-from secura_serve.method import FOLDABLE, MagNorm
+from secura_serve.method import MagNorm, foldable_modes
 
-__all__ = ["NOTHING", "Source", "open_source", "plan_fold"]
+__all__ = ["NOTHING_DONE", "Source", "open_source", "plan_fold"]
 
-NOTHING = "nothing was done:"
+NOTHING_DONE = "nothing was done:"
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,28 @@ def _adapter(spec: str) -> tuple[Adapter, float]:
 
 
 def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, list[str]]:
-    """The one S-MagNorm of all, and why there is none."""
+    """Return the one S-MagNorm of all adapters, and every reason why there is none."""
     problems = []
     for adapter, _ in adapters:
         mode = adapter.config.magnorm.mode
         if not adapter.config.magnorm.foldable:
             problems.append(
                 f"{adapter.name}: S-MagNorm {mode!r} acts on activations, so that no weight gives "
-                f"the same outputs; foldable modes: {', '.join(FOLDABLE)}. Train it with 'bounded'"
+                f"the same outputs; foldable modes: {', '.join(foldable_modes())}. Train it with "
+                "'bounded'"
             )
-    kinds = {str(a.config.magnorm.to_json()): a.config.magnorm for a, _ in adapters}
-    if len(kinds) > 1:
+    norms = {str(a.config.magnorm.to_json()): a.config.magnorm for a, _ in adapters}
+    if len(norms) > 1:
         each = "; ".join(f"{a.name}: {a.config.magnorm.to_json() or 'none'}" for a, _ in adapters)
         problems.append(
-            "S-MagNorm acts on the total update, so all adapters must have the same mode and tau; "
-            f"got {each}. Merge them one at a time into checkpoints of their own"
+            "S-MagNorm acts on the total update, so all adapters must have the same mode and "
+            f"parameters; got {each}. Merge them one at a time into checkpoints of their own"
         )
-    norm = next(iter(kinds.values()), MagNorm())
-    if norm.mode == "published" and (len(adapters) > 1 or adapters[0][1] != 1):
+    norm = next(iter(norms.values()), MagNorm())
+    if not norm.combinable and (len(adapters) > 1 or adapters[0][1] != 1):
         problems.append(
-            "S-MagNorm 'published' is scaled by the largest change of one adapter: merge that "
-            "adapter alone and with weight 1"
+            f"S-MagNorm {norm.mode!r} is defined for one adapter as it was trained (for instance, "
+            "scaled by its largest change): merge that adapter alone and with weight 1"
         )
     if len({a.path.resolve() for a, _ in adapters}) < len(adapters):
         problems.append("the same adapter is given twice; write folder*2 if that is meant")
@@ -78,14 +79,14 @@ def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, li
 
 
 def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -> Source:
-    """The base and its adapters, opened and checked against each other.
+    """Open a base and its adapters and check them against each other.
 
     Of the fingerprints only those of the first and the last module are checked here, which is
     enough to tell another base at once. The stream checks each one before it folds, and
     :func:`~secura_serve.merge.plan.plan_merge` before anything is written.
 
     Args:
-        problems: found already; told together with what is found here.
+        problems: known already; reported together with those found here.
 
     Raises:
         MergeError: with every problem found.
@@ -102,54 +103,50 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
     norm, clashes = _common_norm(adapters)
     problems += clashes
     try:
-        found = resolve_base(base)
-        checkpoint = Checkpoint(found.path)
+        resolved = resolve_base(base)
+        checkpoint = Checkpoint(resolved.path)
     except BaseModelError as error:
         problems += [f"base {base}: {p}" for p in error.problems]
     else:
-        problems += [p for adapter, _ in adapters for p in _strangers(adapter, checkpoint)]
+        problems += [p for adapter, _ in adapters for p in _mismatches(adapter, checkpoint)]
     if problems:
-        raise MergeError(NOTHING, problems)
+        raise MergeError(NOTHING_DONE, problems)
     # The folder names of this machine say nothing to others.
-    local = Path(found.model_id).is_absolute()
+    local = Path(resolved.model_id).is_absolute()
     return Source(
-        Path(found.model_id).name if local else found.model_id, checkpoint, tuple(adapters), norm
+        Path(resolved.model_id).name if local else resolved.model_id,
+        checkpoint,
+        tuple(adapters),
+        norm,
     )
 
 
-def _strangers(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
-    """Modules of ``adapter`` that the base lacks or holds in another shape."""
-    problems = []
-    held = set(checkpoint.linears())
-    for name, cur in adapter.modules.items():
-        if name not in held:
-            problems.append(f"{adapter.name}: the base has no linear layer {name}")
-            continue
-        out, into = checkpoint.shape(name)
-        if int(cur.rows.max()) >= out or int(cur.cols.max()) >= into:
-            problems.append(f"{adapter.name}: {name} uses indices beyond ({out}, {into})")
-    if not problems:
-        names = list(adapter.modules)
-        for name in dict.fromkeys((names[0], names[-1])):
-            try:
-                verify(adapter, checkpoint, module=name)
-            except (AdapterError, BaseModelError) as error:
-                return [str(error)]
-    return problems
+def _mismatches(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
+    """Return the modules that the base lacks or holds differently; only two weights are read."""
+    names = list(adapter.modules)
+    try:
+        compared = compare_with_base(adapter, checkpoint, read={names[0], names[-1]})
+    except BaseModelError as error:
+        return [str(error)]
+    trained_on = adapter.config.base_model_name_or_path
+    return [
+        f"{adapter.name} was trained on another base ({trained_on}): {problem}"
+        for problem in compared.mismatches
+    ]
 
 
 def plan_fold(source: Source, dtype: torch.dtype | None = None) -> FoldPlan:
-    """Which tensors change and how, by their names in the base's files."""
+    """Return which tensors change and how, by their names in the base's files."""
     parts: dict[str, list[Part]] = {}
     for adapter, weight in source.adapters:
         for module, cur in adapter.modules.items():
-            print_ = adapter.config.base_fingerprint[module]
+            fingerprint = adapter.config.base_fingerprint[module]
             parts.setdefault(module, []).append(
-                Part(adapter.name, weight, cur.U, cur.basis, print_, cur.rho_max)
+                Part(adapter.name, weight, cur.U, cur.basis, fingerprint, cur.rho_max)
             )
     base = source.checkpoint
     targets = {
-        base.tensor_name(m): Target(m, tuple(found), base.is_conv1d(m))
-        for m, found in parts.items()
+        base.tensor_name(m): Target(m, tuple(shares), base.is_conv1d(m))
+        for m, shares in parts.items()
     }
     return FoldPlan(targets, source.norm, dtype)

@@ -16,12 +16,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from secura_serve.adapter import fingerprint_of
+from secura_serve.adapter import gather_verified
 from secura_serve.errors import MergeError
-from secura_serve.merge.weight import Change, Target, buffer, fold
-from secura_serve.method import MagNorm, gather
+from secura_serve.merge.fold import Change, Target, fold_weight
+from secura_serve.merge.io.buffers import buffer
+from secura_serve.method import MagNorm
 
-__all__ = ["FoldPlan", "fold_stream", "look"]
+__all__ = ["FoldPlan", "fold_stream", "gather_target"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -29,20 +30,20 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """What the stream does: targets by the tensor names that come along, one norm, one dtype."""
+    """What the stream does: targets by tensor name, one norm, one dtype."""
 
     targets: Mapping[str, Target]
     norm: MagNorm
     dtype: torch.dtype | None = None
     """Of the folded tensors; None keeps each tensor's own."""
     checked: bool = False
-    """The tensors that will come were compared with the adapters' fingerprints already."""
+    """The fingerprints of the tensors that will come were compared already."""
 
 
-def look(
+def gather_target(
     tensor: Tensor, target: Target, *, checked: bool = False
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """C and R of each part, and what speaks against folding into this tensor.
+    """Return C and R of each part, and every reason not to fold into this tensor.
 
     Args:
         checked: its fingerprints are known to be right.
@@ -52,13 +53,11 @@ def look(
     W = tensor.T if target.transposed else tensor
     gathered, problems = [], []
     for part in target.parts:
-        rows, cols = part.basis
-        if int(rows.max()) >= W.shape[0] or int(cols.max()) >= W.shape[1]:
-            problems.append(f"{target.module}: {part.adapter} uses indices beyond {tuple(W.shape)}")
-            continue
-        gathered.append(gather(W, part.basis))
-        if not checked and fingerprint_of(*gathered[-1], part.basis) != part.print:
-            problems.append(f"{target.module}: not the weight that {part.adapter} was trained on")
+        CR, problem = gather_verified(W, part.basis, part.fingerprint, compare=not checked)
+        if CR is not None:
+            gathered.append(CR)
+        if problem is not None:
+            problems.append(f"{part.adapter}: {target.module}: {problem}")
     return gathered, problems
 
 
@@ -71,10 +70,10 @@ class _Done(NamedTuple):
     problems: list[str]
 
 
-def _under_way(
-    pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], count: int
+def _map_ahead(
+    pool: ThreadPoolExecutor, count: int, work: Callable[[T], U], items: Iterable[T]
 ) -> Iterator[U]:
-    """``work`` of every item, in order, with ``count`` of them being made ahead."""
+    """Yield ``work`` of every item, in order, with ``count`` of them being made ahead."""
     waiting: deque[Future[U]] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -103,26 +102,27 @@ def fold_stream(
     Args:
         tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
         observe: called with (module, :class:`Change`); without it nothing is measured.
-        allocate: see :func:`fold`; a consumer that is done with a tensor can have it reused.
+        allocate: as for :func:`~secura_serve.merge.fold.fold_weight`; may reuse the memory of
+            tensors that the consumer is done with.
         pool: threads to fold in, and how many tensors to fold ahead of the consumer.
 
     Raises:
-        MergeError: another base, NaN or Inf in W or W', or a target that never came.
+        MergeError: another base, NaN or Inf in W or W', or a target that is not in the stream.
 
     Peak memory: one tensor, its fold and small change, and those folded ahead; nothing is kept
     between tensors.
     """
     waiting, problems = set(plan.targets), list[str]()
 
-    def one(item: tuple[str, Tensor]) -> _Done:
+    def fold_one(item: tuple[str, Tensor]) -> _Done:
         name, tensor = item
         if (target := plan.targets.get(name)) is None:
             return _Done(name, tensor, None, [])
-        gathered, found = look(tensor, target, checked=plan.checked)
-        if found or problems:
-            return _Done(name, None, None, found)
+        gathered, faults = gather_target(tensor, target, checked=plan.checked)
+        if faults or problems:
+            return _Done(name, None, None, faults)
         dtype = plan.dtype or tensor.dtype
-        new, change = fold(
+        new, change = fold_weight(
             tensor,
             target,
             plan.norm,
@@ -132,22 +132,22 @@ def fold_stream(
             gathered=gathered,
         )
         if not (math.isfinite(change.relative) if change else bool(torch.isfinite(new).all())):
-            found = [f"{target.module}: NaN or Inf in the base, or beyond {dtype}"]
-        return _Done(name, new, change, found)
+            faults = [f"{target.module}: NaN or Inf in the base, or beyond {dtype}"]
+        return _Done(name, new, change, faults)
 
-    for done in map(one, tensors) if pool is None else _under_way(pool[0], one, tensors, pool[1]):
-        name, new, change, found = done
+    for done in map(fold_one, tensors) if pool is None else _map_ahead(*pool, fold_one, tensors):
+        name, new, change, faults = done
         # The consumer owns it from here: holding on would keep two tensors alive.
         del done
         waiting.discard(name)
-        problems += found
+        problems += faults
         if problems or new is None:
             continue
         if observe is not None and change is not None:
             observe(plan.targets[name].module, change)
         yield name, new
         del new
-    problems += [f"{name}: never came, but is to be folded" for name in sorted(waiting)]
+    problems += [f"{name}: is to be folded, but was not in the stream" for name in sorted(waiting)]
     if problems:
         raise MergeError(
             "the fold was abandoned; use the base that the adapter was trained on, undamaged, "

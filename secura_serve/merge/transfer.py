@@ -1,6 +1,6 @@
-"""Moving a plan's bytes: the base's tensors in, the folded shards out.
+"""Carrying out a plan: the base's tensors are read, folded and written as shards.
 
-Three things overlap: reading (and hashing) the next tensor, folding this one, writing the last.
+Three things overlap: reading and hashing the next tensor, folding this one, writing the last one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import MergeError
-from secura_serve.merge.index import Shard, Stored
-from secura_serve.merge.pipe import BEHIND, Ring, Writes, ahead, as_bytes, digest, read_tensor
+from secura_serve.merge.fold import Change
+from secura_serve.merge.io.async_io import MAX_WAITING, WriteQueue, read_ahead
+from secura_serve.merge.io.buffers import BufferRing, as_bytes, digest, read_tensor
+from secura_serve.merge.io.layout import Shard, Stored
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.stream import fold_stream
-from secura_serve.merge.weight import Change
 
-__all__ = ["CopyRun", "Decode", "is_decoded", "outgoing", "runs", "write_shards"]
+__all__ = ["CopyRange", "DecodeTensor", "is_decoded", "output_tensors", "steps", "write_shards"]
 
 
-class CopyRun(NamedTuple):
+class CopyRange(NamedTuple):
     """A stretch of bytes that does not change: where it begins, where it goes, how long it is."""
 
     begin: int
@@ -30,46 +31,48 @@ class CopyRun(NamedTuple):
     size: int
 
 
-class Decode(NamedTuple):
+class DecodeTensor(NamedTuple):
     """A tensor that changes: as it lies in the base and as it will lie in the output."""
 
     stored: Stored
     placed: Stored
 
 
-def runs(old: Shard, new: Shard, decoded: Callable[[Stored], bool]) -> Iterator[CopyRun | Decode]:
-    """A shard's work in file order, neighbouring untouched tensors as one stretch."""
+def steps(
+    old: Shard, new: Shard, decoded: Callable[[Stored], bool]
+) -> Iterator[CopyRange | DecodeTensor]:
+    """Yield a shard's work in file order, neighbouring untouched tensors as one stretch."""
     begin = at = size = 0
     for stored, placed in zip(old.tensors, new.tensors, strict=True):
         if decoded(stored):
             if size:
-                yield CopyRun(begin, at, size)
+                yield CopyRange(begin, at, size)
             size = 0
-            yield Decode(stored, placed)
+            yield DecodeTensor(stored, placed)
             continue
         if not size:
             begin, at = stored.begin, placed.begin
         size += stored.nbytes
     if size:
-        yield CopyRun(begin, at, size)
+        yield CopyRange(begin, at, size)
 
 
 def is_decoded(plan: MergePlan) -> Callable[[Stored], bool]:
-    """Which tensors cannot travel as bytes: targets, and floats that change their dtype."""
-    kind = plan.fold.dtype
+    """Return a test for tensors that cannot be copied as bytes: targets, and floats to be cast."""
+    dtype = plan.fold.dtype
 
     def decoded(stored: Stored) -> bool:
-        cast = kind is not None and stored.dtype not in (None, kind)
+        cast = dtype is not None and stored.dtype not in (None, dtype)
         return stored.nbytes > 0 and (cast or stored.name in plan.fold.targets)
 
     return decoded
 
 
-def originals(plan: MergePlan, digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The base's decoded tensors in the order of :func:`runs`; fills ``digests`` for targets."""
+def _base_tensors(plan: MergePlan, digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base's decoded tensors in the order of :func:`steps`; fills in ``digests``."""
     decoded = is_decoded(plan)
-    # One in use, one being read: `ahead` starts on a third when the first is done with.
-    ring = Ring(2)
+    # One in use, one being read: `read_ahead` starts on a third when the first is done with.
+    ring = BufferRing(2)
     for old, _ in plan.shards:
         with open(plan.source.checkpoint.path / old.name, "rb") as file:
             for stored in filter(decoded, old.tensors):
@@ -80,18 +83,20 @@ def originals(plan: MergePlan, digests: dict[str, str]) -> Iterator[tuple[str, T
                 del tensor
 
 
-def outgoing(
+def output_tensors(
     plan: MergePlan, digests: dict[str, str], observe: Callable[[str, Change], None] | None
 ) -> Iterator[Tensor]:
-    """The output's decoded tensors, in the order of :func:`runs`."""
-    kind = plan.fold.dtype
-    # One being made, BEHIND waiting for the disk.
-    ring = Ring(BEHIND + 1)
-    for name, tensor in fold_stream(ahead(originals(plan, digests)), plan.fold, observe, ring):
-        if kind is not None and tensor.dtype != kind:
-            tensor = tensor.to(kind)
+    """Yield the output's decoded tensors, in the order of :func:`steps`."""
+    dtype = plan.fold.dtype
+    # One being made, MAX_WAITING waiting for the disk.
+    ring = BufferRing(MAX_WAITING + 1)
+    for name, tensor in fold_stream(
+        read_ahead(_base_tensors(plan, digests)), plan.fold, observe, ring
+    ):
+        if dtype is not None and tensor.dtype != dtype:
+            tensor = tensor.to(dtype)
             if not torch.isfinite(tensor).all():
-                raise MergeError(f"{name}: NaN or Inf in the base, or beyond {kind}")
+                raise MergeError(f"{name}: NaN or Inf in the base, or beyond {dtype}")
         yield tensor
         del tensor
 
@@ -119,20 +124,20 @@ def write_shards(
     # hashing or writing: measured at three times slower on two cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    decoded, writes = is_decoded(plan), Writes(progress)
-    tensors = outgoing(plan, digests, observe)
+    decoded, writes = is_decoded(plan), WriteQueue(progress)
+    tensors = output_tensors(plan, digests, observe)
     try:
         for old, new in plan.shards:
             source = writes.open(plan.source.checkpoint.path / old.name)
             fd = writes.open(work / new.name, new=True)
             writes.put(fd, 0, new.head)
-            for run in runs(old, new, decoded):
-                if isinstance(run, CopyRun):
-                    writes.copy(source, run.begin, fd, run.at, run.size)
+            for step in steps(old, new, decoded):
+                if isinstance(step, CopyRange):
+                    writes.copy(source, step.begin, fd, step.at, step.size)
                 else:
-                    writes.put(fd, run.placed.begin, as_bytes(next(tensors)))
+                    writes.put(fd, step.placed.begin, as_bytes(next(tensors)))
             writes.finish(fd, source)
-        # The stream complains at its end about targets that never came.
+        # The stream raises at its end if a target was not in it.
         for _ in tensors:
             raise AssertionError("a tensor has no place in the output")
         writes.close()

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from secura_serve.method.activation import normed
 from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
-from secura_serve.method.cur import RULES, Basis, columns, gather, importance, select
-from secura_serve.method.magnorm import FOLDABLE, MODES, MagNorm, apply, rho_max, write
-from secura_serve.method.slope import slope
-from secura_serve.method.sums import Sums
+from secura_serve.method.cur import Basis, columns, gather, importance, select
+from secura_serve.method.fold_stats import FoldStats
+from secura_serve.method.magnorm import (
+    MagNorm,
+    apply,
+    apply_to_activations,
+    derivative,
+    rho_max,
+    write,
+)
+from secura_serve.method.modes import (
+    Mode,
+    NativeForm,
+    Parameter,
+    foldable_modes,
+    get_mode,
+    mode_names,
+    register_mode,
+)
+from secura_serve.method.rules import register_rule, rule_names, uniform_numbers
 
 __all__ = [
-    "FOLDABLE",
     "INITS",
-    "MODES",
-    "RULES",
     "Basis",
+    "FoldStats",
     "MagNorm",
-    "Sums",
+    "Mode",
+    "NativeForm",
+    "Parameter",
     "apply",
+    "apply_to_activations",
     "auto_alpha",
     "columns",
     "delta",
+    "derivative",
+    "foldable_modes",
     "gather",
+    "get_mode",
     "importance",
     "init_A",
     "merged",
-    "normed",
+    "mode_names",
+    "register_mode",
+    "register_rule",
     "rho_max",
+    "rule_names",
     "select",
-    "slope",
+    "uniform_numbers",
     "write",
 ]

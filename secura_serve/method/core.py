@@ -20,7 +20,7 @@ INITS = ("block", "svd")
 
 
 def auto_alpha(W: Tensor, basis: Basis) -> float:
-    """``0.1·sqrt(out·in) / (‖C‖_F·‖R‖_F)``: the step scale of ``alpha: "auto"``.
+    """Return ``0.1·sqrt(out·in) / (‖C‖_F·‖R‖_F)``: the step scale of ``alpha: "auto"``.
 
     ‖C‖‖R‖ differs by orders of magnitude between modules; with this scale one learning rate
     fits them all. The value ends up inside the stored U.
@@ -31,7 +31,7 @@ def auto_alpha(W: Tensor, basis: Basis) -> float:
 
 
 def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
-    """CABR's start for A, ``(r, m)`` float32, scaled to spectral norm 1. B starts at zero.
+    """Return CABR's start for A, ``(r, m)`` float32, with spectral norm 1. B starts at zero.
 
     ``block`` is ``W[:r, :m]``, which is what the reference's ``U[:r]·S·V[:m]ᵀ`` comes to.
     ``svd`` is ``W[:r]·V_m = U[:r, :m]·diag(S_m)``: the same rows in W's m leading right singular
@@ -46,11 +46,11 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
         raise ConfigError(f"unknown init {init!r}; allowed: {', '.join(INITS)}")
     A = torch.zeros(r, m, dtype=torch.float32, device=W.device)
     source = W.detach().to(torch.float32)
-    if init == "svd":
+    if init == "block":
+        block = source[:r, :m]
+    else:  # svd
         left, singular, _ = torch.linalg.svd(source, full_matrices=False)
         block = left[:r, :m] * singular[:m]
-    else:
-        block = source[:r, :m]
     A[: block.shape[0], : block.shape[1]] = block
     norm: Tensor = torch.linalg.matrix_norm(A, ord=2)
     if norm == 0:
@@ -59,7 +59,7 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
 
 
 def delta(W: Tensor, basis: Basis, U: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``Δ = C·U·R`` of shape ``(out, in)``, computed in ``dtype``. Differentiable in U."""
+    """Return ``Δ = C·U·R`` of shape ``(out, in)``, computed in ``dtype``. Differentiable in U."""
     C, R = gather(W, basis)
     return product(C.to(dtype) @ U.to(W.device, dtype), R.to(dtype))
 
@@ -73,5 +73,5 @@ def merged(
     peak: Tensor | float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """W' = S-MagNorm(W, C·U·R), ``(out, in)`` in ``dtype``; the caller rounds once."""
+    """Return W' = S-MagNorm(W, C·U·R), ``(out, in)`` in ``dtype``; the caller rounds once."""
     return apply(W.to(dtype), delta(W, basis, U, dtype=dtype), norm, peak=peak)

@@ -1,12 +1,10 @@
-"""Which rows and columns of W an adapter uses, and how they are read.
+"""Which rows and columns of W an adapter uses, and reading them.
 
-W is ``(out_features, in_features)`` everywhere; a transposed layer (GPT-2's Conv1D) is turned
-before it comes here.
+W is ``(out_features, in_features)`` everywhere; a caller transposes GPT-2's Conv1D weights first.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +12,13 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
+from secura_serve.method.rules import order_indices
 
-__all__ = ["RULES", "Basis", "columns", "gather", "importance", "select"]
+__all__ = ["Basis", "columns", "gather", "importance", "select"]
 
-RULES = ("inverse_sampled", "lowest_norm")
+
+# The norm of a row sums over dimension 1, that of a column over dimension 0.
+_SUMMED = {"row": 1, "col": 0}
 
 
 class Basis(NamedTuple):
@@ -28,16 +29,16 @@ class Basis(NamedTuple):
 
     @property
     def r(self) -> int:
-        """The rank, i.e. how many rows and columns there are."""
+        """The rank: how many rows and columns there are."""
         return len(self.rows)
 
     def prefix(self, r: int) -> Basis:
-        """The first ``r`` rows and columns: the basis of rank ``r`` of the same seed."""
+        """Return the first ``r`` rows and columns: the basis of rank ``r`` of the same seed."""
         return Basis(self.rows[:r], self.cols[:r])
 
 
 def importance(W: Tensor, axis: str) -> np.ndarray:
-    """Relative squared norms ``p_j = ‖w_j‖² / ‖W‖_F²`` (CURLoRA, arXiv 2408.14572, eq. 3).
+    """Return the relative squared norms ``p_j = ‖w_j‖² / ‖W‖_F²``: CURLoRA (2408.14572), eq. 3.
 
     Args:
         W: ``(out, in)``, any floating dtype; the sums run in float64.
@@ -46,32 +47,16 @@ def importance(W: Tensor, axis: str) -> np.ndarray:
     Returns:
         float32 of shape ``(out,)`` or ``(in,)``. The rounding hides the order of summation, so
         that every machine and every stored dtype of equal values ranks the indices alike.
+
+    Raises:
+        ConfigError: an unknown axis.
     """
+    if axis not in _SUMMED:
+        raise ConfigError(f"unknown axis {axis!r}; allowed: {', '.join(_SUMMED)}")
     squares = W.detach().to(torch.float64).square()
-    p = squares.sum(dim=1 if axis == "row" else 0) / squares.sum()
+    p = squares.sum(dim=_SUMMED[axis]) / squares.sum()
     ranked: np.ndarray = p.to(torch.float32).cpu().numpy()
     return ranked
-
-
-def _uniform(n: int, key: str) -> np.ndarray:
-    """``n`` numbers in (0, 1) from Philox keyed by SHA-256 of ``key``.
-
-    Taken from the bit generator's raw words: NumPy promises that stream for ever, and does not
-    promise what ``Generator.random`` makes of it.
-    """
-    digest = hashlib.sha256(key.encode()).digest()
-    raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
-    return ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def _order(p: np.ndarray, rule: str, key: str) -> np.ndarray:
-    """All indices, the one to take first in front; zero-norm ones last, ties by index."""
-    if rule == "lowest_norm":
-        keys = p.astype(np.float64)
-    else:
-        keys = -np.log(_uniform(len(p), key)) * p.astype(np.float64)
-    order: np.ndarray = np.lexsort((np.arange(len(p)), keys, p == 0))
-    return order
 
 
 def select(
@@ -79,28 +64,24 @@ def select(
 ) -> Basis:
     """Choose ``r`` rows and ``r`` columns of W, the least important ones preferred.
 
-    ``inverse_sampled`` draws without replacement with probability ``∝ 1/p`` (CURLoRA eq. 4) as
-    one exponential race: sort by ``−ln(u_j)·p_j``, smallest first. The order depends only on W,
-    ``seed`` and ``module``, and rank r is its first r entries: adapters of one base and seed
-    share their basis, and a smaller rank is a prefix of a larger one. ``lowest_norm`` takes the
-    r smallest norms (SECURA's choice, arXiv 2502.18168).
+    The order depends only on W, ``rule``, ``seed`` and ``module``, and rank r is its first r
+    entries: adapters of one base and seed share their basis, and a smaller rank is a prefix of a
+    larger one.
 
     Args:
         W: ``(out, in)``, pristine base weight.
         r: rank, at most the number of non-zero rows and of non-zero columns.
         module: checkpoint name of the tensor without ``.weight``.
-        rule: one of :data:`RULES`.
-        seed: used by ``inverse_sampled``.
+        rule: a registered rule, see :mod:`secura_serve.method.rules`.
+        seed: of the rules that draw.
 
     Raises:
         ConfigError: unknown rule, or r out of range.
     """
-    if rule not in RULES:
-        raise ConfigError(f"unknown selection rule {rule!r}; allowed: {', '.join(RULES)}")
     if W.ndim != 2:
         raise ConfigError(f"{module}: W must be a matrix, got shape {tuple(W.shape)}")
     chosen = {}
-    for axis in ("row", "col"):
+    for axis in _SUMMED:
         p = importance(W, axis)
         # All-zero weights give NaN here, too.
         if np.isnan(p).any() and not torch.isfinite(W).all():
@@ -111,17 +92,17 @@ def select(
                 f"{module}: rank {r} is not allowed; W of shape {tuple(W.shape)} has {usable} "
                 f"non-zero {axis}s, so choose 1 <= r <= {usable}"
             )
-        order = _order(p, rule, f"{seed}|{module}|{axis}")[:r]
+        order = order_indices(p, rule, f"{seed}|{module}|{axis}")[:r]
         chosen[axis] = torch.from_numpy(order.astype(np.int64)).to(W.device)
     return Basis(rows=chosen["row"], cols=chosen["col"])
 
 
 def columns(W: Tensor, cols: Tensor) -> Tensor:
-    """``C = W[:, cols]`` of shape ``(out, r)``."""
+    """Return ``C = W[:, cols]`` of shape ``(out, r)``."""
     return W.gather(1, cols.to(W.device, torch.int64).expand(W.shape[0], -1))
 
 
 def gather(W: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
-    """``C = W[:, cols]`` of shape ``(out, r)`` and ``R = W[rows, :]`` of shape ``(r, in)``."""
+    """Return ``C = W[:, cols]``, ``(out, r)``, and ``R = W[rows, :]``, ``(r, in)``."""
     rows = basis.rows.to(W.device, torch.int64)
     return columns(W, basis.cols), W.index_select(0, rows)

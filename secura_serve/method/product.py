@@ -1,4 +1,4 @@
-"""The product L·R of two small matrices that makes an update Δ: whole, or a block at a time."""
+"""The update Δ as a product L·R of two thin matrices: whole, or a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _ROWS = 16
 
 
 def product(L: Tensor, R: Tensor) -> Tensor:
-    """L ``(out, k)`` · R ``(k, in)``; differentiable.
+    """Return L ``(out, k)`` · R ``(k, in)``; differentiable.
 
     Where nothing wants a gradient, a float32 product on the CPU has the bits that
     :func:`secura_serve.method.write` folds with.
     """
     trained = torch.is_grad_enabled() and (L.requires_grad or R.requires_grad)
-    return L @ R if trained or not native.fits(L, L, (L, R)) else native.product(L, R)
+    return L @ R if trained or not native.is_supported(L, L, (L, R)) else native.product(L, R)
 
 
 def blocks(L: Tensor, R: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The product by torch, a block of rows at a time; each is valid until the next."""
+    """Yield the product by torch, a block of rows at a time; each is valid until the next."""
     step = max(_ROWS, _BLOCK // max(1, R.shape[1]))
     # One for all blocks: a fresh one each time would come as page faults.
     space = torch.empty(min(step, len(L)), R.shape[1], dtype=L.dtype, device=L.device)

@@ -26,7 +26,7 @@ from secura_serve.method import Basis
 __all__ = ["Gains", "SharedBasis", "base_id"]
 
 Gains = Mapping[str, float]
-"""Module -> ‖C‖·‖R‖/√(out·in), see :func:`secura_serve.adapter.gains`."""
+"""Module -> ‖C‖·‖R‖/√(out·in), see :mod:`secura_serve.adapter.limits`."""
 
 
 def base_id(adapter: Adapter) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from secura_serve.method import Basis, MagNorm, columns, gather, rho_max, slope, write
+from secura_serve.method import Basis, MagNorm, columns, derivative, gather, write
 from secura_serve.method.product import blocks, product
 
 __all__ = ["added", "folded"]
@@ -120,8 +120,8 @@ class _Folded(torch.autograd.Function):
     ) -> Tensor:
         ctx.norm, ctx.peak = norm, None
         L, R = _factors(W, core, basis)
-        if norm.mode == "published":
-            ctx.peak = rho_max(W.to(R.dtype), product(L, R), norm.eps)
+        if norm.needs_rho_max:
+            ctx.peak = norm.rho_max_of(W, product(L, R))
         write(made := torch.empty_like(W, dtype=x.dtype), W, (L, R), norm, peak=ctx.peak)
         ctx.save_for_backward(x, core, W, *basis)
         return F.linear(x, made, None if bias is None else bias.to(x.dtype))
@@ -139,13 +139,13 @@ class _Folded(torch.autograd.Function):
             write(made, W, (L, R), ctx.norm, peak=ctx.peak)
             dx = (g @ made).view_as(x)
         if ctx.needs_input_grad[1]:
-            # dU = Cᵀ·(slope ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
+            # dU = Cᵀ·(derivative ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
             dcore = torch.zeros_like(core, dtype=R.dtype)
             tokens, turned = x.flatten(0, -2), g.T.contiguous()
             for at, delta in blocks(L, R):
-                steep = slope(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.peak)
-                steep.mul_(turned[at] @ tokens)
-                dcore.addmm_(C[at].T.to(R.dtype), steep @ R.T)
+                slopes = derivative(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.peak)
+                slopes.mul_(turned[at] @ tokens)
+                dcore.addmm_(C[at].T.to(R.dtype), slopes @ R.T)
             dcore = dcore.to(core.dtype)
         return dx, dcore, None, None, None, None
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import fingerprint, replacing, save
+from secura_serve.adapter import fingerprint, save
+from secura_serve.atomic import atomic_folder
 from secura_serve.train import curves
 from secura_serve.train.checkpoints import processes
 from secura_serve.train.model import adapter_layers
@@ -145,7 +146,7 @@ def write(
         _save_cur(out, config, run, written)
     else:
         check_out(config)
-        with replacing(out) as new:
+        with atomic_folder(out) as new:
             _save_plain(new, config, run)
             for name, content in written.items():
                 content = content.encode("utf-8") if isinstance(content, str) else content

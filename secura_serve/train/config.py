@@ -14,7 +14,7 @@ from peft import PeftConfig
 
 from secura_serve.adapter import FORMAT_VERSION, AdapterConfig
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.method import INITS, RULES, MagNorm
+from secura_serve.method import INITS, MagNorm, rule_names
 from secura_serve.train.peft_type import extend_peft_type
 
 __all__ = ["SecuraConfig"]
@@ -99,8 +99,8 @@ class SecuraConfig(PeftConfig):
         number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < inf
         if self.alpha != "auto" and not number:
             problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
-        if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in RULES:
-            problems.append(f"selection: got {self.selection}, needs rule {RULES} and seed")
+        if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in rule_names():
+            problems.append(f"selection: got {self.selection}, needs rule {rule_names()} and seed")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             problems.append(f"dropout: got {self.dropout!r}, must be in [0, 1)")
         norm = MagNorm()
@@ -108,7 +108,7 @@ class SecuraConfig(PeftConfig):
             norm = self.norm
         except ConfigError as error:
             problems.append(str(error))
-        if self.dropout and norm.mode != "none":
+        if self.dropout and not norm.additive:
             problems.append(
                 f"dropout: got {self.dropout} with S-MagNorm {norm.mode!r}; allowed with none only"
             )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secura_serve.adapter import AdapterConfig, CURModule, fingerprint, mismatch
-from secura_serve.adapter.format import module_problems
+from secura_serve.adapter import (
+    AdapterConfig,
+    CURModule,
+    compare_modules,
+    fingerprint,
+    mismatch_message,
+    parse_modules,
+)
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
 
 __all__ = ["check_base", "modules_of", "take_stored"]
-
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.secura_(?P<field>U|rows|cols|rho_max)")
 
 
 def modules_of(tensors: Mapping[str, Tensor], written: AdapterConfig) -> dict[str, CURModule]:
@@ -25,25 +29,7 @@ def modules_of(tensors: Mapping[str, Tensor], written: AdapterConfig) -> dict[st
     Raises:
         AdapterFormatError: a tensor is missing, unknown or damaged.
     """
-    fields: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            problems.append(f"tensor {key!r} is not part of the format")
-        else:
-            fields.setdefault(match["module"], {})[match["field"]] = tensor.cpu()
-    modules: dict[str, CURModule] = {}
-    for module, named in fields.items():
-        if not {"U", "rows", "cols"} <= set(named):
-            problems.append(f"{module}: U, rows and cols must all be there")
-            continue
-        peak = named.get("rho_max")
-        cur = CURModule(
-            named["U"], named["rows"], named["cols"], None if peak is None else float(peak)
-        )
-        problems += module_problems(module, cur, written)
-        modules[module] = cur
+    modules, problems = parse_modules(tensors.items(), written, prefixed=False)
     if problems:
         raise AdapterFormatError("the adapter is not valid:", problems)
     return modules
@@ -57,20 +43,25 @@ def check_base(
     Raises:
         BaseMismatchError: the adapter was trained on another base.
     """
-    problems = [f"{m}: the base has no such target" for m in modules if m not in layers]
+    problems = compare_modules(modules, written.base_fingerprint, _Pristine(layers)).mismatches
     problems += [f"{m}: targeted, but not in the file" for m in layers if m not in modules]
-    for module, cur in modules.items():
-        if module not in layers:
-            continue
-        claimed = written.base_fingerprint.get(module)
-        if reason := mismatch(layers[module].pristine, cur.basis, claimed):
-            problems.append(f"{module}: {reason}")
     if problems:
-        more = f" (and {len(problems) - 1} more modules)" if len(problems) > 1 else ""
-        raise BaseMismatchError(
-            f"the adapter was trained on another base ({written.base_model_name_or_path}): "
-            f"{problems[0]}{more}. Load it on that base, or train it again on this one"
-        )
+        trained_on = written.base_model_name_or_path
+        raise BaseMismatchError(mismatch_message("the adapter", trained_on, problems, "Load it on"))
+
+
+@dataclass(frozen=True)
+class _Pristine:
+    """The weights under the layers, by module."""
+
+    layers: Mapping[str, SecuraLayer]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        rows, cols = self.layers[module].pristine.shape
+        return rows, cols
+
+    def weight(self, module: str) -> Tensor:
+        return self.layers[module].pristine
 
 
 def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:

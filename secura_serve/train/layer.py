@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secura_serve.adapter import CURModule
 from secura_serve.errors import UnservableError
-from secura_serve.method import Basis, MagNorm, delta, rho_max, write
+from secura_serve.method import Basis, MagNorm, delta, write
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.state import AdapterState
 
@@ -50,11 +50,10 @@ class SecuraLayer(AdapterState):
             UnservableError: they differ, or are several with one that takes one adapter.
         """
         norms = {self.secura_norm[n] for n in names}
-        mode = next(iter(norms)).mode
-        if len(norms) > 1 or (len(names) > 1 and mode not in ("none", "bounded")):
+        if len(norms) > 1 or (len(names) > 1 and not next(iter(norms)).combinable):
             raise UnservableError(
                 f"{self.module}: adapters {', '.join(names)} cannot be combined: S-MagNorm acts on "
-                "the total update, so mode and tau must agree, and only 'none' and 'bounded' take "
+                "the total update, so mode and parameters must agree, and not every mode takes "
                 "more than one adapter"
             )
         return next(iter(norms))
@@ -109,15 +108,14 @@ class SecuraLayer(AdapterState):
         """The adapter's tensors as they go to disk."""
         peak = None
         norm = self.secura_norm[name]
-        if norm.mode == "published":
-            update = self.total_delta([name])
-            peak = float(rho_max(self.pristine.to(update.dtype), update, norm.eps))
+        if norm.needs_rho_max:
+            peak = norm.rho_max_of(self.pristine, self.total_delta([name]))
         basis = self.basis(name)
         return CURModule(
             U=self.core(name).detach().to("cpu", torch.float32).clone(),
             rows=basis.rows.to("cpu", torch.int32),
             cols=basis.cols.to("cpu", torch.int32),
-            rho_max=peak,
+            rho_max=None if peak is None else float(peak),
         )
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secura_serve.errors import ConfigError
-from secura_serve.method import columns, normed
+from secura_serve.method import apply_to_activations, columns
 from secura_serve.train.autograd import added, folded
 from secura_serve.train.config import SecuraConfig
 from secura_serve.train.layer import SecuraLayer
@@ -36,16 +36,16 @@ class SecuraLinear(nn.Module, SecuraLayer):
             plain: Tensor = self.base_layer(x, *args, **kwargs)
             return plain
         norm, (basis, core) = self.common_norm(names), self.total(names)
-        if norm.foldable and norm.mode != "none":
+        if norm.foldable and not norm.additive:
             return folded(x, core, self.pristine, basis, bias, norm)
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if norm.mode == "none":
+        if norm.additive:
             return added(y, core, self.pristine, basis, bias, self._dropout(names, y))
         # Reproduction only, so by autograd alone.
         C = columns(self.pristine, basis.cols)
         z = y[..., basis.rows] if bias is None else y[..., basis.rows] - bias[basis.rows]
         wide = torch.promote_types(y.dtype, core.dtype)
-        return normed(y, z.to(wide) @ core.T.to(wide) @ C.T.to(wide), norm)
+        return apply_to_activations(y, z.to(wide) @ core.T.to(wide) @ C.T.to(wide), norm)
 
     def _dropout(self, names: Sequence[str], y: Tensor) -> Tensor | None:
         """The mask of every adapter's own rate on its part of R·x; None where all rates are 0."""

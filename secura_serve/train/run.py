@@ -11,7 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
-from secura_serve.adapter import check_name, check_target
+from secura_serve.adapter import check_name
+from secura_serve.atomic import check_target
 from secura_serve.errors import ConfigError
 from secura_serve.train import memory
 from secura_serve.train.base import load_tokenizer

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secura_serve.adapter.place import replacing
+from secura_serve.atomic import atomic_folder
 from secura_serve.errors import ConfigError
 from secura_serve.train.checkpoints import RunFolder
 
@@ -39,7 +39,7 @@ class StageFolder(RunFolder):
 
     def write(self, facts: Mapping[str, Any], **tensors: Mapping[str, Tensor]) -> None:
         """Replace the state: JSON, and named collections of tensors."""
-        with replacing(self.stage) as new:
+        with atomic_folder(self.stage) as new:
             for name, held in tensors.items():
                 file = new / f"{name}.safetensors"
                 save_file({k: v.detach().contiguous() for k, v in held.items()}, file)

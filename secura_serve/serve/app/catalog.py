@@ -45,7 +45,7 @@ class Entry:
     @property
     def per_request(self) -> bool:
         """Whether it can be chosen per request, beside others; if not, it must be folded."""
-        return self.adapter is not None and self.adapter.config.magnorm.mode == "none"
+        return self.adapter is not None and self.adapter.config.magnorm.additive
 
     @property
     def status(self) -> str:
@@ -61,7 +61,7 @@ class Catalog:
 
     entries: tuple[Entry, ...]
     gains: Mapping[str, Gains] = field(default_factory=dict)
-    """:func:`base_id` -> :func:`secura_serve.adapter.gains`."""
+    """:func:`base_id` -> module -> :func:`~secura_serve.adapter.limits.update_norm_bound`."""
 
     @property
     def served(self) -> list[Adapter]:
@@ -188,7 +188,7 @@ def examine(
 def refuse_full_rank(adapter: Adapter) -> None:
     """Raise UnservableError for an adapter that is not C·U·R once its norm is applied."""
     mode = adapter.config.magnorm.mode
-    if mode != "none":
+    if not adapter.config.magnorm.additive:
         raise UnservableError(
             f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
             "chosen per request beside others. Start with --fold, or POST to /admin/fold"
@@ -229,9 +229,9 @@ class Comparison:
     gains: Gains
 
     @classmethod
-    def of(cls, found: Adapter, base: Checkpoint) -> Comparison:
-        verdict = adapters.mismatches(found, base)
-        return cls(found.outline(), verdict, {} if verdict else adapters.gains(found, base))
+    def of(cls, adapter: Adapter, base: Checkpoint) -> Comparison:
+        compared = adapters.compare_with_base(adapter, base)
+        return cls(adapter.without_weights(), compared.mismatches, compared.norm_bounds)
 
 
 def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adapter:
@@ -247,4 +247,4 @@ def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adap
     like = seen[identity]
     adapters.refuse_mismatches(found, like.mismatches)
     adapters.refuse_oversized(found, like.gains)
-    return found.outline(like.outline)
+    return found.without_weights(like.outline)

@@ -18,7 +18,7 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.errors import ConfigError, FoldError, MergeError
-from secura_serve.merge import prove
+from secura_serve.merge import verify_base
 from secura_serve.serve.app.http.admission import Admission, Refusal
 from secura_serve.serve.app.http.model_name import near_names
 from secura_serve.serve.app.snapshots import Snapshot
@@ -235,7 +235,7 @@ class Folding:
 
     def _look(self, name: str) -> str:
         try:
-            proof: str = prove(str(self.base), [str(self.paths[name])])
+            proof: str = verify_base(str(self.base), [str(self.paths[name])])
         except MergeError as error:
             raise FoldError(f"{name} cannot be folded, nothing was changed: {error}") from error
         return proof

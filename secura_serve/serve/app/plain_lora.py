@@ -157,7 +157,7 @@ def _largest_alpha(raw: Mapping[str, Any]) -> float:
 def _oversized(
     module: str, sides: dict[str, tuple[int, int]], alpha: float, norms: Mapping[str, float]
 ) -> list[str]:
-    """As for our own adapters, see :mod:`secura_serve.adapter.size`; the scale is alpha / r."""
+    """As for our own adapters, see :mod:`secura_serve.adapter.limits`; the scale is alpha / r."""
     A, B = (norms[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
     (r, wide), (tall, _) = sides["A"], sides["B"]
     rms = alpha / r * A * B / (tall * wide) ** 0.5

@@ -153,8 +153,9 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         gains = manager.shared_basis.verified.get(base_id(adapter))
         if gains is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
-            adapters.verify(adapter, base := Checkpoint(self._base_path))
-            gains = adapters.gains(adapter, base)
+            compared = adapters.compare_with_base(adapter, Checkpoint(self._base_path))
+            adapters.refuse_mismatches(adapter, compared.mismatches)
+            gains = compared.norm_bounds
         adapters.refuse_oversized(adapter, gains)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError
-from secura_serve.merge import FoldPlan, fold_stream, open_source, plan_fold, seal
+from secura_serve.merge import FoldPlan, base_stamp, fold_stream, open_source, plan_fold
 from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 
@@ -68,8 +68,8 @@ class FoldExtension:
         Args:
             cores: CPUs to fold on, where the weights are in CPU memory. vLLM binds a worker to
                 some; while the engine is paused the others have nothing to do.
-            proof: what :func:`~secura_serve.merge.prove` returned for the same base and ``spec``.
-                If it still holds, the fingerprints are not compared again.
+            proof: what :func:`~secura_serve.merge.verify_base` returned for the same base and
+                ``spec``. If it still holds, the fingerprints are not compared again.
 
         Returns:
             ``{"modules": changed, "bytes": read, "seconds": taken}``.
@@ -85,7 +85,7 @@ class FoldExtension:
         else:
             source = open_source(config.model, [spec])
             base, plan = source.checkpoint, plan_fold(source, config.dtype)
-            plan = replace(plan, checked=seal(source, plan) == proof)
+            plan = replace(plan, checked=base_stamp(source, plan) == proof)
         now = {target.module for target in plan.targets.values()}
         model = self.model_runner.get_model()
         # Kept on the worker, not by name: what lies in the adapter's folder may have changed.
@@ -100,7 +100,7 @@ class FoldExtension:
             self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
         if stream.error is not None:
             raise stream.error
-        if plan.checked and seal(source, plan) != proof:
+        if plan.checked and base_stamp(source, plan) != proof:
             raise MergeError("the base's files changed while they were read: fold again")
         self._secura_dirty = now
         taken = time.perf_counter() - start

@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "half_precision.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -39,46 +41,11 @@ struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 
 inline float wide(float x) { return x; }
-inline float wide(BF16 x)
-{
-    uint32_t u = uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-inline float wide(F16 x)
-{
-    uint32_t u = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    f *= 0x1p112f;
-    std::memcpy(&u, &f, 4);
-    u = ((x.bits & 0x7c00) == 0x7c00 ? u | 0x7f800000 : u) | sign;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
+inline float wide(BF16 x) { return from_bf16(x.bits); }
+inline float wide(F16 x) { return from_f16(x.bits); }
 inline void narrow(float &to, float x) { to = x; }
-inline void narrow(BF16 &to, float x)
-{
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    to.bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-inline void narrow(F16 &to, float x)
-{
-    uint32_t u, small, sign;
-    std::memcpy(&u, &x, 4);
-    sign = u >> 16 & 0x8000;
-    u &= 0x7fffffff;
-    float f;
-    std::memcpy(&f, &u, 4);
-    f += 0.5f;
-    std::memcpy(&small, &f, 4);
-    uint32_t h = u < 0x38800000 ? small - 0x3f000000
-                                : (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
-    h = u >= 0x477ff000 ? 0x7c00 : h;
-    to.bits = sign | (u > 0x7f800000 ? 0x7e00 : h);
-}
+inline void narrow(BF16 &to, float x) { to.bits = to_bf16(x); }
+inline void narrow(F16 &to, float x) { to.bits = to_f16(x); }
 
 template <class T> struct Step {
     T *y;

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from secura_serve.compiled import FAILURES, compiled
+from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled
 
 __all__ = ["LANES", "fits", "pairs"]
 
@@ -54,7 +54,7 @@ def _library() -> ctypes.CDLL | None:
     try:
         file = compiled(
             _SOURCE, (*flags, _ABI, f"-DMADE_FOR_{torch.__version__.translate(_NAME)}"),
-            compiler="c++", links=links,
+            compiler="c++", links=links, headers=(HALF_PRECISION,),
         )  # fmt: skip
         torch.ops.load_library(str(file))
         library = ctypes.CDLL(str(file))

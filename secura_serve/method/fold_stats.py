@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Sums", "weigh"]
+__all__ = ["FoldStats", "measure_change"]
 
 
-class Sums(NamedTuple):
-    """W' is what is written, W'₃₂ the same before rounding. A NaN or Inf in W or W' shows."""
+class FoldStats(NamedTuple):
+    """Five sums; W' is what is written, W'₃₂ the same before rounding.
+
+    A NaN or Inf in W or W' makes one of them NaN or Inf.
+    """
 
     base: float
     """‖W‖²."""
@@ -27,16 +30,18 @@ class Sums(NamedTuple):
     """max |W'−W| / |W| over the weights that are not 0."""
 
     @classmethod
-    def total(cls, blocks: Iterable[Sums]) -> Sums:
-        """Those of a matrix, from those of its parts."""
+    def total(cls, blocks: Iterable[FoldStats]) -> FoldStats:
+        """Return those of a matrix, from those of its blocks of rows."""
         base, moved, update, lost, top = zip(*blocks, strict=True)
         return cls(sum(base), sum(moved), sum(update), sum(lost), max(top))
 
 
-def weigh(W: Tensor, new: Tensor, written: Tensor) -> Sums:
-    """The sums of one block; overwrites ``new``.
+def measure_change(W: Tensor, new: Tensor, written: Tensor) -> FoldStats:
+    """Return the stats of one block; overwrites ``new``.
 
-    W and new = W'₃₂ are of the computing dtype, written = W' of the output's.
+    Args:
+        W, new: W and W'₃₂ in the computing dtype.
+        written: W' in the output's dtype.
     """
     base = _square(W)
     if written.dtype == new.dtype:
@@ -52,7 +57,7 @@ def weigh(W: Tensor, new: Tensor, written: Tensor) -> Sums:
     if not math.isfinite(top):  # 0/0 or x/0 where W is 0
         ratio = change[W != 0].abs()
         top = float(ratio.max()) if ratio.numel() else 0.0
-    return Sums(base, moved, update, lost, top)
+    return FoldStats(base, moved, update, lost, top)
 
 
 def _square(values: Tensor) -> float:

@@ -1,20 +1,24 @@
-/* W' = S-MagNorm(W, D), rounded once, and what changed: the arithmetic of magnorm.py in one pass.
+/* W' = S-MagNorm(W, D), rounded once, and what changed: the arithmetic of ../modes in one pass.
 
 A strip of elements at a time, whose float32 copies never leave the first caches; nor does D where
-it is made here, as a product of two small matrices. Compiled without contraction and without -ffast-math: `none` gives the bits of torch's W + D, the other modes differ
-from torch where the last bit of exp() shows. The loops are written for the compiler to vectorise.
+it is made here, as a product of two thin matrices. Compiled without contraction and without
+-ffast-math: `none` gives the bits of torch's W + D, the other modes differ from torch where the
+last bit of exp() shows. The loops are written for the compiler to vectorise.
 */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "half_precision.h"
+
 /* Without it every fmaf() below would be a call: torch is faster then. */
 #if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
 #error "no fused multiply-add"
 #endif
 
-enum kind { BF16, F16, F32 };
+enum dtype { BF16, F16, F32 };
+/* As FORMS in binding.py. */
 enum mode { NONE, PUBLISHED, BOUNDED, PRODUCT };
 enum { STRIP = 2048 };
 static const int size[] = {2, 2, 4};
@@ -30,51 +34,23 @@ enum { HIGH = 12, WIDE = 8 };
 /* DEEP x SPAN numbers of R stay in the second cache for TALL rows, HIGH x SPAN of D in the first. */
 enum { DEEP = 256, SPAN = 512, TALL = 16 * HIGH };
 
-static inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static inline float number(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
-
-static inline uint16_t to_bf16(float x)
-{
-    uint32_t u = bits(x);
-    return x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
-
-/* By hand: compilers do not vectorise conversions of _Float16 everywhere. */
-static inline float from_f16(uint16_t h)
-{
-    uint32_t u = (uint32_t)(h & 0x7fff) << 13;
-    uint32_t wide = bits(number(u) * 0x1p112f);           /* moves the exponent's bias */
-    return number((u >= 0x0f800000 ? u | 0x7f800000 : wide) | (uint32_t)(h & 0x8000) << 16);
-}
-
-static inline uint16_t to_f16(float x)
-{
-    uint32_t u = bits(x), sign = u >> 16 & 0x8000;
-    u &= 0x7fffffff;
-    uint32_t small = bits(number(u) + 0.5f) - 0x3f000000; /* the addition rounds a subnormal */
-    uint32_t normal = (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
-    uint32_t h = u < 0x38800000 ? small : normal;
-    h = u >= 0x477ff000 ? 0x7c00 : h;                     /* 65520 and more: infinity */
-    return sign | (u > 0x7f800000 ? 0x7e00 : h);
-}
-
-static void widen(float *restrict to, const void *restrict from, enum kind kind, int n)
+static void widen(float *restrict to, const void *restrict from, enum dtype dtype, int n)
 {
     const uint16_t *half = from;
-    if (kind == BF16)
-        for (int i = 0; i < n; i++) to[i] = number((uint32_t)half[i] << 16);
-    else if (kind == F16)
+    if (dtype == BF16)
+        for (int i = 0; i < n; i++) to[i] = from_bf16(half[i]);
+    else if (dtype == F16)
         for (int i = 0; i < n; i++) to[i] = from_f16(half[i]);
     else
         memcpy(to, from, n * sizeof *to);
 }
 
-static void narrow(void *restrict to, const float *restrict from, enum kind kind, int n)
+static void narrow(void *restrict to, const float *restrict from, enum dtype dtype, int n)
 {
     uint16_t *half = to;
-    if (kind == BF16)
+    if (dtype == BF16)
         for (int i = 0; i < n; i++) half[i] = to_bf16(from[i]);
-    else if (kind == F16)
+    else if (dtype == F16)
         for (int i = 0; i < n; i++) half[i] = to_f16(from[i]);
     else
         memcpy(to, from, n * sizeof *from);
@@ -97,7 +73,7 @@ static inline float sigmoid(float x)
     p = fmaf(p, r, 1.0f / 6);
     p = fmaf(p, r, 0.5f);
     p = fmaf(p, r * r, r) + 1;
-    return 1 / (1 + p * number((bits(shifted) << 23) + 0x3f800000));
+    return 1 / (1 + p * bits_float((float_bits(shifted) << 23) + 0x3f800000));
 }
 
 static void published(float *restrict to, const float *restrict W, const float *restrict D,
@@ -120,9 +96,9 @@ static void bounded(float *restrict to, const float *restrict W, const float *re
     }
 }
 
-/* sums: |W|^2, |W'-W|^2, |W'32-W|^2, |W'-W'32|^2 and max |W'-W|/|W|, as in stream.py. */
-static void weigh(double *sums, const float *restrict W, const float *restrict made,
-                  const float *restrict written, int n)
+/* sums: |W|^2, |W'-W|^2, |W'32-W|^2, |W'-W'32|^2 and max |W'-W|/|W|, the fields of FoldStats. */
+static void measure_change(double *sums, const float *restrict W, const float *restrict made,
+                           const float *restrict written, int n)
 {
     double base = 0, moved = 0, update = 0, lost = 0;
     float top = 0;
@@ -144,21 +120,21 @@ static void weigh(double *sums, const float *restrict W, const float *restrict m
 }
 
 /* One strip; a is tau or scale, b is eps. Adds to the five numbers in sums. */
-static void fold(void *restrict out, enum kind out_kind, const void *restrict W, enum kind kind,
+static void fold(void *restrict out, enum dtype out_dtype, const void *restrict W, enum dtype dtype,
                  const float *restrict D, int n, enum mode mode, float a, float b, float peak,
                  double *restrict sums)
 {
     float w[STRIP], made[STRIP], written[STRIP];
-    widen(w, W, kind, n);
+    widen(w, W, dtype, n);
     if (mode == PUBLISHED)
         published(made, w, D, a, b, peak, n);
     else if (mode == BOUNDED)
         bounded(made, w, D, a, n);
     else
         for (int i = 0; i < n; i++) made[i] = w[i] + D[i];
-    narrow(out, made, out_kind, n);
-    widen(written, out, out_kind, n);
-    weigh(sums, w, made, written, n);
+    narrow(out, made, out_dtype, n);
+    widen(written, out, out_dtype, n);
+    measure_change(sums, w, made, written, n);
 }
 
 /* What comes next comes from memory meanwhile; processors stop at each page by themselves. */
@@ -173,14 +149,14 @@ static void prefetch_to_write(char *to, int bytes)
 }
 
 /* out = W' of n elements. */
-void secura_fold(void *restrict out, int out_kind, const void *restrict W, int kind,
+void secura_fold(void *restrict out, int out_dtype, const void *restrict W, int dtype,
                  const float *restrict D, int64_t n, int mode, float a, float b, float peak,
                  double *restrict sums)
 {
     for (int64_t at = 0; at < n; at += STRIP) {
-        const char *from = (const char *)W + at * size[kind];
-        prefetch(from + STRIP * size[kind], STRIP * size[kind]);
-        fold((char *)out + at * size[out_kind], out_kind, from, kind, D + at,
+        const char *from = (const char *)W + at * size[dtype];
+        prefetch(from + STRIP * size[dtype], STRIP * size[dtype]);
+        fold((char *)out + at * size[out_dtype], out_dtype, from, dtype, D + at,
              n - at < STRIP ? n - at : STRIP, mode, a, b, peak, sums);
     }
 }
@@ -226,7 +202,7 @@ static void product(float (*restrict D)[SPAN], const float *restrict L, int high
 
 /* out (rows x cols) = W' for D = L R, L (rows x K) and R (K x cols); D itself where mode says so,
    then without W and sums. */
-void secura_fold_product(void *restrict out, int out_kind, const void *restrict W, int kind,
+void secura_fold_product(void *restrict out, int out_dtype, const void *restrict W, int dtype,
                          const float *restrict L, const float *restrict R, int64_t rows,
                          int64_t cols, int64_t K, int mode, float a, float b, float peak,
                          double *restrict sums)
@@ -240,15 +216,15 @@ void secura_fold_product(void *restrict out, int out_kind, const void *restrict 
                 product(D, L + row * K, high, R + left, cols, count, K);
                 for (int i = 0; i < high; i++) {
                     int64_t at = (row + i) * cols + left;
-                    char *to = (char *)out + at * size[out_kind];
-                    const char *from = (const char *)W + at * size[kind];
+                    char *to = (char *)out + at * size[out_dtype];
+                    const char *from = (const char *)W + at * size[dtype];
                     if (mode == PRODUCT) {
                         memcpy(to, D[i], count * sizeof(float));
                         continue;
                     }
-                    prefetch(from + cols * size[kind], count * size[kind]);
-                    prefetch_to_write(to + cols * size[out_kind], count * size[out_kind]);
-                    fold(to, out_kind, from, kind, D[i], count, mode, a, b, peak, sums);
+                    prefetch(from + cols * size[dtype], count * size[dtype]);
+                    prefetch_to_write(to + cols * size[out_dtype], count * size[out_dtype]);
+                    fold(to, out_dtype, from, dtype, D[i], count, mode, a, b, peak, sums);
                 }
             }
 }

@@ -6,41 +6,44 @@ the request. Weights of LLMs have a root mean square below 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from math import prod
 
-from torch import linalg
+from torch import Tensor, linalg
 
-from secura_serve.adapter.store import Adapter, WeightSource
+from secura_serve.adapter.store import Adapter
 from secura_serve.errors import AdapterFormatError
-from secura_serve.method import gather
 
-__all__ = ["LARGEST_RMS", "gains", "refuse_oversized"]
+__all__ = ["LARGEST_RMS", "refuse_oversized", "update_norm_bound"]
 
 LARGEST_RMS = 100.0
 """Of the entries of ΔW; a useful update has less than a thousandth of it."""
 
 
-def gains(adapter: Adapter, base: WeightSource) -> dict[str, float]:
-    """Module -> ‖C‖·‖R‖/√(out·in), Frobenius norms: ‖U‖ times it bounds the RMS of C·U·R."""
-    found = {}
-    for module, cur in adapter.modules.items():
-        C, R = (part.float() for part in gather(base.weight(module), cur.basis))
-        size = prod(base.shape(module)) ** 0.5
-        found[module] = float(linalg.vector_norm(C) * linalg.vector_norm(R)) / size
-    return found
+def update_norm_bound(C: Tensor, R: Tensor) -> float:
+    """Return ‖C‖·‖R‖/√(out·in), Frobenius norms: ‖U‖ times it bounds the RMS of C·U·R.
+
+    Args:
+        C, R: ``(out, r)`` and ``(r, in)``, as W holds them.
+    """
+    size = math.sqrt(C.shape[0] * R.shape[1])
+    return float(linalg.vector_norm(C.float()) * linalg.vector_norm(R.float())) / size
 
 
-def refuse_oversized(adapter: Adapter, gains: Mapping[str, float]) -> None:
+def refuse_oversized(adapter: Adapter, norm_bounds: Mapping[str, float]) -> None:
     """Raise AdapterFormatError if an update may exceed :data:`LARGEST_RMS`.
 
-    With S-MagNorm the size of U says nothing about that of W' - W, so that only ``none`` is judged.
+    Only adapters of an additive S-MagNorm mode (``none``) are judged: under the others the size
+    of U says nothing about that of W' - W.
+
+    Args:
+        norm_bounds: module -> :func:`update_norm_bound`.
     """
-    if adapter.config.magnorm.mode != "none":
+    if not adapter.config.magnorm.additive:
         return
     for module, cur in adapter.modules.items():
         # In float64: the square of a float32 may overflow.
-        rms = float(linalg.vector_norm(cur.U.double())) * gains[module]
+        rms = float(linalg.vector_norm(cur.U.double())) * norm_bounds[module]
         if rms > LARGEST_RMS:
             raise AdapterFormatError(
                 f"{adapter.name}: {module}: the entries of C·U·R may reach {rms:.1e} in root mean "

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from secura_serve.method import Basis, MagNorm, Sums, gather, write
+from secura_serve.merge.io.buffers import buffer
+from secura_serve.method import Basis, FoldStats, MagNorm, gather, write
 
-__all__ = ["Change", "Part", "Target", "buffer", "factors", "fold"]
+__all__ = ["Change", "Part", "Target", "factors", "fold_weight"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Part:
     weight: float
     U: Tensor
     basis: Basis
-    print: str
-    """The fingerprint of the base that it was trained on, see :mod:`secura_serve.adapter`."""
+    fingerprint: str
+    """Of the weight that the adapter was trained on, see :mod:`secura_serve.adapter`."""
     rho_max: float | None = None
 
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor that changes."""
+    """One tensor of the base that changes."""
 
     module: str
     parts: tuple[Part, ...]
@@ -54,9 +54,9 @@ class Change:
     """‖W'₃₂ − W‖."""
 
     @classmethod
-    def of(cls, sums: Sums) -> Change:
-        """What the sums over a whole weight say."""
-        base, moved, update, lost, top = sums
+    def of(cls, stats: FoldStats) -> Change:
+        """Return what the stats of a whole weight say."""
+        base, moved, update, lost, top = stats
         return cls(
             relative=math.sqrt(moved / base) if base else 0.0,
             largest=top,
@@ -66,28 +66,19 @@ class Change:
         )
 
     @classmethod
-    def together(cls, changes: Iterable[Change]) -> Change:
-        """The same of several weights taken as one."""
+    def combined(cls, changes: Iterable[Change]) -> Change:
+        """Return the change of several weights taken as one."""
         parts = (
-            Sums(
+            FoldStats(
                 c.norm**2, (c.relative * c.norm) ** 2, c.update**2, (c.lost * c.update) ** 2,
                 c.largest,
             )
             for c in changes
         )  # fmt: skip
-        return cls.of(Sums.total(parts))
+        return cls.of(FoldStats.total(parts))
 
 
-def buffer(nbytes: int) -> Tensor:
-    """Uninitialised bytes on the CPU, ``(nbytes,)`` uint8.
-
-    NumPy asks the kernel for huge pages, without which the page faults of a fresh buffer cost
-    more than what is done with it.
-    """
-    return torch.from_numpy(np.empty(nbytes, np.uint8))
-
-
-def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> Tensor:
+def _allocate_like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> Tensor:
     if W.device.type != "cpu":
         return torch.empty(W.shape, dtype=dtype, device=W.device)
     return allocate(W.numel() * dtype.itemsize).view(dtype).view(W.shape)
@@ -96,7 +87,7 @@ def _like(W: Tensor, dtype: torch.dtype, allocate: Callable[[int], Tensor]) -> T
 def factors(
     parts: Iterable[Part], gathered: Iterable[tuple[Tensor, Tensor]], wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R.
+    """Return L ``(out, Σr)`` and R ``(Σr, in)`` in ``wide`` with Σ wᵢ·Cᵢ·Uᵢ·Rᵢ = L·R.
 
     Args:
         gathered: C ``(out, r)`` and R ``(r, in)`` of each part, as W holds them.
@@ -110,7 +101,7 @@ def factors(
 
 
 @torch.no_grad()
-def fold(
+def fold_weight(
     W: Tensor,
     target: Target,
     norm: MagNorm,
@@ -120,16 +111,16 @@ def fold(
     allocate: Callable[[int], Tensor] = buffer,
     gathered: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Change | None]:
-    """W' of one weight, rounded once to ``dtype``.
+    """Return W' of one weight, rounded once to ``dtype``.
 
     The update is one product L·R with inner dimension Σr, made and applied a few rows at a time:
-    W is read once, W' written once, everything between stays in cache.
+    W is read once, W' is written once, and everything between stays in cache.
 
     Args:
-        W: pristine, ``(out, in)``, or ``(in, out)`` where the target says ``transposed``.
-        measure: also say what changed; where torch folds, it costs as much as the fold itself.
-        allocate: gives the CPU memory of W', so many bytes, ``(nbytes,)`` uint8.
-        gathered: C and R of each part, where they are at hand already.
+        W: pristine, ``(out, in)``, or ``(in, out)`` where the target is ``transposed``.
+        measure: also return what changed; where torch folds, it costs as much as the fold itself.
+        allocate: returns CPU memory for W': from a number of bytes, ``(nbytes,)`` uint8.
+        gathered: C and R of each part, where they are gathered already.
 
     Returns:
         W' in W's orientation, contiguous, and its :class:`Change` where it was asked for or free.
@@ -137,12 +128,12 @@ def fold(
     Peak memory: W, W', L and R (``Σr·(out + in)`` float32), where torch folds a few MiB more.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
-    result = _like(W, dtype, allocate)
+    result = _allocate_like(W, dtype, allocate)
     if gathered is None:
         rows = W.T if target.transposed else W
         gathered = [gather(rows, part.basis) for part in target.parts]
     L, R = factors(target.parts, gathered, wide)
     # As W lies in memory: (L·R)ᵀ = Rᵀ·Lᵀ, number by number the same sums.
     update = (R.T.contiguous(), L.T.contiguous()) if target.transposed else (L, R)
-    sums = write(result, W, update, norm, peak=target.parts[0].rho_max, measure=measure)
-    return result, None if sums is None else Change.of(sums)
+    stats = write(result, W, update, norm, peak=target.parts[0].rho_max, measure=measure)
+    return result, None if stats is None else Change.of(stats)

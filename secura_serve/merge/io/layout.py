@@ -1,7 +1,7 @@
-"""Where each tensor lies in its safetensors file, and where it will lie in the file to come.
+"""Where each tensor lies in its safetensors file, and where it will lie in the output file.
 
 A safetensors file is 8 bytes (header length, little-endian), a JSON header and the tensors' bytes
-without gaps. Knowing both layouts before any data moves lets untouched tensors travel as bytes.
+without gaps. Knowing both layouts before any data moves lets untouched tensors be copied as bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["FLOATS", "Shard", "Stored", "read_shard", "relaid"]
+__all__ = ["FLOATS", "Shard", "Stored", "read_shard", "with_dtype"]
 
 FLOATS: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
@@ -61,7 +61,7 @@ class Shard:
 
 
 def read_shard(path: Path) -> Shard:
-    """The layout of a file that :class:`~secura_serve.checkpoint.Checkpoint` has checked."""
+    """Read the layout of a file that :class:`~secura_serve.checkpoint.Checkpoint` has checked."""
     with path.open("rb") as file:
         prefix = file.read(8)
         head = file.read(struct.unpack("<Q", prefix)[0])
@@ -77,8 +77,8 @@ def read_shard(path: Path) -> Shard:
     )
 
 
-def relaid(shard: Shard, dtype: torch.dtype | None) -> Shard:
-    """The same tensors, names and order with every plain float in ``dtype`` (None keeps all)."""
+def with_dtype(shard: Shard, dtype: torch.dtype | None) -> Shard:
+    """Return the layout with every plain float in ``dtype``; None keeps all."""
     at, moved = 0, []
     for tensor in shard.tensors:
         code = tensor.code if dtype is None or tensor.dtype is None else _CODES[dtype]

@@ -1,0 +1,1 @@
+"""Files of a merge: tensor layouts, buffers, overlapping reads and writes, the output folder."""
