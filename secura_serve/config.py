@@ -29,7 +29,7 @@ T = TypeVar("T")
 def option(
     help: str,
     default: Any = MISSING,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Any:
     """Return a dataclass field with its ``--help`` line.

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from secura_serve.errors import DataError
 from secura_serve.train.data import IGNORE, encode
+from secura_serve.train.data.records import read, read_jsonl
 from secura_serve.train.main import main
-from secura_serve.train.records import read, read_jsonl
 
 TinyBase = Callable[[str], Path]
 COLUMNS = {"prompt": "question", "completion": "answer"}
