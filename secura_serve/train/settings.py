@@ -79,7 +79,8 @@ class TrainConfig:
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
         "S-MagNorm mode (default: by method). none is served per request, published and bounded "
-        "folded; activation and reference are reproduction only, cannot be merged or served",
+        "are served folded; activation and reference are for reproduction only and cannot be "
+        "merged or served",
         None,
         ("none", "published", "bounded", *REPRODUCTION_ONLY),
     )
@@ -90,9 +91,11 @@ class TrainConfig:
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
     fusion_step: int = option(
-        "core ab: every so many steps A·B goes into a running sum and B starts again; 0: never", 0
+        "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never", 0
     )
-    dropout: float = option("on the low-rank intermediate; curlora and secura: magnorm none", 0.0)
+    dropout: float = option(
+        "dropout on the low-rank intermediate; curlora, secura: with magnorm none only", 0.0
+    )
     lora_alpha: float | None = option("lora, dora: scale numerator (default: twice the rank)", None)
     learning_rate: float | None = option(
         "peak learning rate; magnorm bounded needs one about 1/tau times higher (default: "
@@ -112,7 +115,7 @@ class TrainConfig:
         0.05,
         aliases=("warmup", "warmup-ratio"),
     )
-    weight_decay: float = option("AdamW weight decay on what is trained", 0.0)
+    weight_decay: float = option("AdamW weight decay of the trainable parameters", 0.0)
     num_train_epochs: float = option("passes over the data", 1.0, aliases=("epochs",))
     max_steps: int = option("stop after this many steps; -1: follow --num-train-epochs", -1)
     per_device_train_batch_size: int = option(
@@ -127,7 +130,9 @@ class TrainConfig:
         "error",
         ("error", "truncate", "skip"),
     )
-    packing: bool = option("lay the examples of a batch end to end instead of padding them", False)
+    packing: bool = option(
+        "put the examples of a batch end to end in one row instead of padding them", False
+    )
     dtype: str = option(
         "dtype of the frozen base; adapters are always float32. full: weights are float32, and "
         "bfloat16 computes under autocast and writes bfloat16",
@@ -144,8 +149,10 @@ class TrainConfig:
     run_dir: str | None = option(
         "folder of the checkpoints (default: .NAME.run beside --out)", None
     )
-    resume: str | None = option("continue: auto = the newest whole checkpoint, or its folder", None)
-    overwrite: bool = option("replace an existing folder and forget its checkpoints", False)
+    resume: str | None = option(
+        "continue a stopped run: auto = its newest complete checkpoint, or the folder of one", None
+    )
+    overwrite: bool = option("replace an existing folder and delete its checkpoints", False)
 
     def __post_init__(self) -> None:
         method = get_method(self.method)

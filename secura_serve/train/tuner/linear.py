@@ -79,8 +79,8 @@ def _check_dense(layer: nn.Module, module: str) -> None:
     if packed:
         raise ConfigError(
             f"{module}: {class_name} holds no dense W ({packed[0]}). C and R are columns and rows "
-            "of the dense W, so a quantised or sharded layer cannot be adapted. Train on the base in "
-            "bfloat16 or float32: load it without quantization_config, or call "
+            "of the dense W, so a quantised or sharded layer cannot be adapted. Train on the base "
+            "in bfloat16 or float32: load it without quantization_config, or call "
             "model.dequantize(), whose weights are then the base that the adapter belongs to"
         )
     if not isinstance(layer, (nn.Linear, Conv1D)):
