@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
+from secura_serve.train.checks import (
+    contradictions,
+    layer_ranges,
+    not_supported,
+    out_of_bounds,
+    settings_not_supported_by,
+)
 from secura_serve.train.methods.registry import METHODS, get_method
 
 __all__ = ["REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
@@ -28,12 +34,7 @@ _SET_BY_METHOD = (
 
 def not_taken_over(method: str) -> set[str]:
     """Return the settings that a run of ``method`` cannot take from another method's recipe."""
-    return {*_SET_BY_METHOD, *_not_supported_by(method)}
-
-
-def _not_supported_by(method: str) -> set[str]:
-    """Return the settings that some methods support and this one does not."""
-    return set().union(*(m.settings for m in METHODS.values())) - get_method(method).settings
+    return {*_SET_BY_METHOD, *settings_not_supported_by(method)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TrainConfig:
     )
     weight_decay: float = option("AdamW weight decay of the trainable parameters", 0.0)
     num_train_epochs: float = option("passes over the data", 1.0, aliases=("epochs",))
-    max_steps: int = option("stop after this many steps; -1: follow --num-train-epochs", -1)
+    max_steps: int = option("stop after this many steps; -1: at the end of the last epoch", -1)
     per_device_train_batch_size: int = option(
         "sequences per batch and device", 8, aliases=("batch-size",)
     )
@@ -165,107 +166,13 @@ class TrainConfig:
             raise ConfigError("the training settings are not valid:", problems)
 
     def _not_supported(self) -> list[str]:
-        """Report settings that were given and that the method does not support."""
-        unsupported = _not_supported_by(self.method)
-        return [
-            f"{item.name}: not supported by method {self.method}; leave it out"
-            for item in fields(self)
-            if item.name in unsupported and getattr(self, item.name) != item.default
-        ]
+        return not_supported(self)
 
     def _out_of_bounds(self) -> list[str]:
-        """Report settings whose value is not allowed."""
-        bounds = [
-            ("rank", self.rank >= 1, ">= 1"),
-            ("num_train_epochs", 0 < self.num_train_epochs < inf, "> 0 and finite"),
-            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or >= 1"),
-            (
-                "learning_rate",
-                self.learning_rate is None or 0 < self.learning_rate < inf,
-                "> 0 and finite",
-            ),
-            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, ">= 1"),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, ">= 1"),
-            ("max_length", self.max_length >= 8, ">= 8"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-            ("tau", 0 < self.tau < inf, "> 0 and finite"),
-            ("weight_decay", 0 <= self.weight_decay < inf, ">= 0 and finite"),
-            ("lora_alpha", 0 < (self.lora_alpha or 1) < inf, "> 0 and finite"),
-            ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
-            (
-                "warmup_steps",
-                0 <= self.warmup_steps < 1
-                or (self.warmup_steps >= 1 and self.warmup_steps.is_integer()),
-                "a share in [0, 1) or a whole number of steps",
-            ),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("inner_rank", (self.inner_rank or self.rank) >= self.rank, ">= rank"),
-        ]
-        for name in ("eval_steps", "patience", "fusion_step", "save_steps"):
-            bounds.append((name, getattr(self, name) >= 0, ">= 0"))
-        problems = [
-            f"{name}: got {getattr(self, name)!r}, must be {bound}"
-            for name, fine, bound in bounds
-            if not fine
-        ]
-        try:
-            fine = self.alpha == "auto" or 0 < float(self.alpha) < inf
-        except ValueError:
-            fine = False
-        if not fine:
-            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
-        for name in ("targets", "exclude"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                problems.append(f"{name}: not a regular expression: {error}")
-        if self.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
-            problems.append(f"layers: got {self.layers!r}, must be like 0,2,8-11")
-        elif self.layers and any(first > last for first, last in _ranges(self.layers)):
-            problems.append(f"layers: got {self.layers!r}, a range must go upwards, like 1-3")
-        columns = self.data_columns
-        if columns and not re.fullmatch(
-            r"(prompt|completion|messages)=[^,=]+(,\w+=[^,=]+)*", columns
-        ):
-            problems.append(
-                f"data_columns: got {columns!r}, must be like prompt=question,completion=answer"
-            )
-        return problems
+        return out_of_bounds(self)
 
     def _contradictions(self) -> list[str]:
-        """Report settings that do not go together; ``core`` and ``magnorm`` are no longer None."""
-        held_out = bool(self.eval_data or self.eval_split)
-        changed = {i.name for i in fields(self) if getattr(self, i.name) != i.default}
-        return [
-            problem
-            for wrong, problem in (
-                (self.fusion_step and self.core != "ab", "fusion_step: needs core ab"),
-                (self.inner_rank and self.core == "u", "inner_rank: needs core ab"),
-                ("init" in changed and self.core == "u", "init: needs core ab"),
-                (
-                    "tau" in changed and self.magnorm != "bounded",
-                    f"tau: needs magnorm bounded, got {self.magnorm}",
-                ),
-                (
-                    self.dropout and self.magnorm not in (None, "none"),
-                    f"dropout: needs magnorm none, got {self.magnorm}",
-                ),
-                (
-                    get_method(self.method).trains_all_weights and self.dtype == "float16",
-                    f"dtype: {self.method} takes bfloat16 or float32; float16 gradients underflow",
-                ),
-                (
-                    self.eval_steps and not held_out,
-                    "eval_steps: give --eval-data or --eval-split to evaluate on",
-                ),
-                (self.patience and not self.eval_steps, "patience: needs --eval-steps"),
-                (
-                    self.layers and self.target_modules() == "all-linear",
-                    "layers: needs --targets by name, as in PEFT",
-                ),
-            )
-            if wrong
-        ]
+        return contradictions(self)
 
     def sources(self) -> dict[str, str]:
         """Return where the data come from: setting -> file or hub id."""
@@ -298,12 +205,7 @@ class TrainConfig:
         """Return the numbers of ``layers``, sorted; None for all."""
         if not self.layers:
             return None
-        return sorted({n for a, b in _ranges(self.layers) for n in range(a, b + 1)})
-
-
-def _ranges(text: str) -> list[tuple[int, int]]:
-    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return [(end[0], end[-1]) for end in ends]
+        return sorted({n for a, b in layer_ranges(self.layers) for n in range(a, b + 1)})
 
 
 def _names(text: str) -> str | list[str]:

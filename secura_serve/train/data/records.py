@@ -7,21 +7,18 @@ data set that the ``datasets`` library finds.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import DataError
+from secura_serve.train.data.sources import json_rows, raw_rows
 
 __all__ = ["Record", "digest", "parse_columns", "read", "read_jsonl"]
 
 _ROLES = ("system", "user", "assistant")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -57,21 +54,12 @@ def read(
     Raises:
         DataError: listing file, line (or row) and field of every fault (the first 20 of them).
     """
-    file, mapped, allowed = Path(source), columns or {}, set(labels)
-    if file.suffix in _DELIMITERS:
-        rows = _csv_rows(file, _DELIMITERS[file.suffix])
-    elif file.suffix == ".parquet":
-        rows = _parquet_rows(_existing(file))
-    elif file.is_file() or file.suffix in (".jsonl", ".json"):
-        rows = _json_rows(file)
-    else:
-        rows = _hub_rows(source)
-    return _records(source, rows, mapped, allowed)
+    return _records(source, raw_rows(source), columns or {}, set(labels))
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
     """Read and check a JSONL file, see :func:`read`."""
-    return _records(str(path), _json_rows(Path(path)), {}, set())
+    return _records(str(path), json_rows(Path(path)), {}, set())
 
 
 def _records(
@@ -103,108 +91,6 @@ def _records(
 
 def _quoted(field: str, columns: Mapping[str, str]) -> str:
     return f"field {columns.get(field, field)!r}"
-
-
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise DataError(f"{file}: cannot be read: no such file")
-    return file
-
-
-def _text(file: Path) -> str:
-    try:
-        content = file.read_bytes()
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        at = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): a raw U+2028 may stand inside a JSON string.
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        raw: Any
-        try:
-            raw = json.loads(line, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raw = ValueError(f"not valid JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:
-            raw = error
-        yield f"{file.name}:{number}", raw
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; refuse equal keys, of which json would keep the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice!r} is given twice")
-    return fields
-
-
-def _csv_rows(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""), delimiter=delimiter, strict=True)
-    line = 2
-    try:
-        head = reader.fieldnames or []
-        if len(set(head)) < len(head):
-            yield f"{file.name}:1", ValueError(f"a column name is given twice: {head}")
-            return
-        for row in reader:
-            row_or_error: Any = row
-            # csv puts the values beyond the last column under None.
-            if more := row.pop(None, ()):
-                row_or_error = ValueError(
-                    f"{len(head) + len(more)} values for {len(head)} columns; quote a value that "
-                    f"holds {delimiter!r}"
-                )
-            yield f"{file.name}:{line}", row_or_error
-            line = reader.line_num + 1
-    except csv.Error as error:
-        yield f"{file.name}:{line}", DataError(f"{file.name}:{line}: {error}")
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file.name} row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(f"{file}: not a whole parquet file: {reason}") from error
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise DataError(f"{source}: must be id[:config][:split]")
-    split = rest[-1] if rest else "train"
-    import datasets
-
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        dataset = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{source}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
-            "JSONL, CSV or parquet file, or a hub id[:config][:split]"
-        ) from error
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
-    for number, row in enumerate(dataset, 1):
-        yield f"{source} row {number}", row
 
 
 def _record(raw: Any, where: str, columns: Mapping[str, str]) -> Record:
