@@ -124,7 +124,7 @@ def test_what_is_on_no_hub_is_refused(tmp_path: Path) -> None:
     "line, said",
     [
         ('{"prompt": "a", "completion": ', "not valid JSON: Expecting value at column 31"),
-        ('{"prompt": "a", "completion": "b", "completion": "c"}', "field 'completion' is given twice"),
+        ('{"prompt": "a", "completion": "b", "completion": "c"}', "'completion' is given twice"),
         ('{"prompt": "a"}', "no field 'completion'; there are 'prompt'"),
         ('{"prompt": "a", "messages": []}', "holds field 'messages' and 'prompt' or 'completion'"),
         ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant",'
