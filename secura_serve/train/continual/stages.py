@@ -41,9 +41,9 @@ class StageFolder(RunFolder):
     def write(self, facts: Mapping[str, Any], **tensors: Mapping[str, Tensor]) -> None:
         """Replace the state by ``facts`` (JSON) and named collections of tensors."""
         with replacing(self.stage) as new:
-            for name, collection in tensors.items():
+            for name, held in tensors.items():
                 file = new / f"{name}.safetensors"
-                save_file({k: v.detach().contiguous() for k, v in collection.items()}, file)
+                save_file({k: v.detach().contiguous() for k, v in held.items()}, file)
             (new / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     def read(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -118,13 +118,13 @@ class _Folded(torch.autograd.Function):
         bias: Tensor | None,
         norm: MagNorm,
     ) -> Tensor:
-        ctx.norm, ctx.rho = norm, None
+        ctx.norm, ctx.peak = norm, None
         L, R = _factors(W, core, basis)
         if norm.mode == "published":
-            ctx.rho = rho_max(W.to(R.dtype), product(L, R), norm.eps)
-        write(new_W := torch.empty_like(W, dtype=x.dtype), W, (L, R), norm, peak=ctx.rho)
+            ctx.peak = rho_max(W.to(R.dtype), product(L, R), norm.eps)
+        write(made := torch.empty_like(W, dtype=x.dtype), W, (L, R), norm, peak=ctx.peak)
         ctx.save_for_backward(x, core, W, *basis)
-        return F.linear(x, new_W, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, made, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -135,17 +135,17 @@ class _Folded(torch.autograd.Function):
         L, R = _factors(W, core, Basis(rows, cols))
         dx = dcore = None
         if ctx.needs_input_grad[0]:
-            new_W = torch.empty_like(W, dtype=x.dtype)
-            write(new_W, W, (L, R), ctx.norm, peak=ctx.rho)
-            dx = (g @ new_W).view_as(x)
+            made = torch.empty_like(W, dtype=x.dtype)
+            write(made, W, (L, R), ctx.norm, peak=ctx.peak)
+            dx = (g @ made).view_as(x)
         if ctx.needs_input_grad[1]:
-            # dU = Cᵀ·(∂W'/∂Δ ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
+            # dU = Cᵀ·(slope ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
             dcore = torch.zeros_like(core, dtype=R.dtype)
-            tokens, g_T = x.flatten(0, -2), g.T.contiguous()
+            tokens, turned = x.flatten(0, -2), g.T.contiguous()
             for at, delta in blocks(L, R):
-                dW = slope(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.rho)
-                dW.mul_(g_T[at] @ tokens)
-                dcore.addmm_(C[at].T.to(R.dtype), dW @ R.T)
+                steep = slope(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.peak)
+                steep.mul_(turned[at] @ tokens)
+                dcore.addmm_(C[at].T.to(R.dtype), steep @ R.T)
             dcore = dcore.to(core.dtype)
         return dx, dcore, None, None, None, None
 

@@ -107,17 +107,17 @@ class SecuraLayer(AdapterState):
     @torch.no_grad()
     def export(self, name: str) -> CURModule:
         """Return the adapter's tensors as they are written to disk."""
-        rho = None
+        peak = None
         norm = self.secura_norm[name]
         if norm.mode == "published":
             update = self.total_delta([name])
-            rho = float(rho_max(self.pristine.to(update.dtype), update, norm.eps))
+            peak = float(rho_max(self.pristine.to(update.dtype), update, norm.eps))
         basis = self.basis(name)
         return CURModule(
             U=self.core(name).detach().to("cpu", torch.float32).clone(),
             rows=basis.rows.to("cpu", torch.int32),
             cols=basis.cols.to("cpu", torch.int32),
-            rho_max=rho,
+            rho_max=peak,
         )
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ class SecuraLinear(nn.Module, SecuraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if norm.mode == "none":
             return add_update(y, core, self.pristine, basis, bias, self._dropout(names, y))
-        # For reproduction only, so autograd is good enough.
+        # Reproduction only, so by autograd alone.
         C = columns(self.pristine, basis.cols)
         z = y[..., basis.rows] if bias is None else y[..., basis.rows] - bias[basis.rows]
         wide = torch.promote_types(y.dtype, core.dtype)
