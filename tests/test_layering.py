@@ -14,6 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"lazy"},
     "errors": set(),
     "lazy": set(),
+    "registry": {"errors"},
     "config": {"errors"},
     "bases": FOUNDATION,
     "checkpoint": FOUNDATION,
@@ -22,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapter": FOUNDATION | {"bases", "checkpoint", "compiled", "method"},
 }
 ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter"}
-ALLOWED["train"] = ALLOWED["merge"]
+ALLOWED["train"] = ALLOWED["merge"] | {"registry"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["merge"] | {"merge"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}

@@ -16,7 +16,7 @@ from secura_serve.adapter import fingerprint, replacing, save
 from secura_serve.train import curves
 from secura_serve.train.checkpoints import processes
 from secura_serve.train.data.records import digest
-from secura_serve.train.methods.registry import get_method
+from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 from secura_serve.train.tuner import adapter_layers
@@ -82,7 +82,7 @@ def card(name: str, facts: dict[str, Any], section: str = "") -> str:
     data = _data(facts)
     scores = "\n".join(f"| {key} | {value:.4g} |" for key, value in facts["scores"].items())
     note = f"\n{REPRODUCTION_NOTE}\n" if settings["magnorm"] in REPRODUCTION_ONLY else ""
-    method = get_method(settings["method"])
+    method = METHODS[settings["method"]]
     # The hub expects an id there; a folder of this machine is none.
     header = "" if os.path.isabs(base) else f"base_model: {base}\n"
     return f"""---

@@ -7,7 +7,7 @@ from dataclasses import fields
 from math import inf
 from typing import TYPE_CHECKING
 
-from secura_serve.train.methods.registry import METHODS, get_method
+from secura_serve.train.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from secura_serve.train.settings import TrainConfig
@@ -23,7 +23,7 @@ __all__ = [
 
 def settings_not_supported_by(method: str) -> set[str]:
     """Return the settings that some methods support and this one does not."""
-    return set().union(*(m.settings for m in METHODS.values())) - get_method(method).settings
+    return set().union(*(m.settings for m in METHODS.values())) - METHODS[method].settings
 
 
 def not_supported(config: TrainConfig) -> list[str]:
@@ -113,7 +113,7 @@ def contradictions(config: TrainConfig) -> list[str]:
                 f"dropout: needs magnorm none, got {config.magnorm}",
             ),
             (
-                get_method(config.method).trains_all_weights and config.dtype == "float16",
+                METHODS[config.method].trains_all_weights and config.dtype == "float16",
                 f"dtype: {config.method} takes bfloat16 or float32; float16 gradients underflow",
             ),
             (

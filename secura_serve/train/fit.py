@@ -24,7 +24,7 @@ from secura_serve.train.data import Collate, Collator, Rows
 from secura_serve.train.data.packing import packer
 from secura_serve.train.loss import ExtraLoss
 from secura_serve.train.methods.prepared import PreparedModel
-from secura_serve.train.methods.registry import get_method
+from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.settings import TrainConfig
 from secura_serve.train.trainer import AnswerTrainer
 
@@ -197,7 +197,7 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, evaluate: bool) -> 
         logging_steps=1,
         logging_nan_inf_filter=False,
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        bf16=get_method(config.method).trains_all_weights and config.dtype == "bfloat16",
+        bf16=METHODS[config.method].trains_all_weights and config.dtype == "bfloat16",
         dataloader_pin_memory=False,
         # All that is trained takes part in every step.
         ddp_find_unused_parameters=False,

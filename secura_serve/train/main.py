@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line of ``secura-train``."""
+    """The command line of ``secura-train``."""
     made = argparse.ArgumentParser(
         prog="secura-train",
         description="Train a CUR adapter, a LoRA or DoRA adapter, or all weights of a model.",
@@ -55,12 +55,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(argv: Sequence[str] | None) -> TrainConfig:
-    """Return the settings of a command line: flags win over ``--set``, which wins over the file.
+    """The settings of a command line: flags over ``--set`` over the file.
 
-    They are a :class:`SequenceConfig` if one of its own settings is among them.
+    They are a :class:`SequenceConfig` where one of its own settings is among them.
 
     Raises:
-        ConfigError: listing every problem of all three.
+        ConfigError: with every problem of all three.
     """
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file, changes = given.pop("config"), given.pop("set")
@@ -70,46 +70,42 @@ def settings(argv: Sequence[str] | None) -> TrainConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+    """Run the command; returns the exit status."""
     try:
         config = settings(argv)
-        # torch and transformers take seconds to import; --help and wrong flags must not wait.
+        # torch and transformers take seconds to import: --help and typing errors must not wait.
         from secura_serve.train.card import REPRODUCTION_NOTE, is_written, write
         from secura_serve.train.fit import Interrupted
         from secura_serve.train.run import train
 
         if config.resume == "auto" and not config.overwrite and is_written(config):
-            # A job that is started again and again may then always be given --resume auto.
-            _print_once(
-                f"secura-train: {config.out} is finished already, with these settings and data"
-            )
+            # So that a job which is started again and again may always say --resume auto.
+            _say(f"secura-train: {config.out} is finished, with these settings and data")
             return 0
         try:
             if isinstance(config, SequenceConfig):
                 from secura_serve.train.continual import train_sequence, write_sequence
 
-                run, results = train_sequence(config)
-                folder = write_sequence(config, run, results)
+                run, course = train_sequence(config)
+                folder = write_sequence(config, run, course)
             else:
                 run = train(config)
                 folder = write(config, run) if is_main_process() else Path()
         except Interrupted as stop:
-            _print_once(f"\nsecura-train: {stop}; {config.out} was not written")
+            _say(f"\nsecura-train: {stop}; {config.out} was not written")
             if stop.checkpoint:
-                _print_once(
-                    f"secura-train: {stop.checkpoint} is complete; --resume auto goes on from there"
-                )
+                _say(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
             return 130
         if not is_main_process():
             return 0
     except SecuraError as error:
-        _print_once(f"secura-train: {error}")
+        _say(f"secura-train: {error}")
         return 2
     except OSError as error:
-        _print_once(f"secura-train: {error}; {config.out} was not written")
+        _say(f"secura-train: {error}; {config.out} was not written")
         return 2
     except KeyboardInterrupt:
-        _print_once("\nsecura-train: interrupted; nothing was written")
+        _say("\nsecura-train: interrupted; nothing was written")
         return 130
     scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
     print(f"{folder}: {scores}")
@@ -118,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_once(text: str) -> None:
-    """Print to stderr from the main process only."""
+def _say(text: str) -> None:
     if is_main_process():
         print(text, file=sys.stderr)
 

@@ -17,7 +17,7 @@ from secura_serve.train.checks import (
     out_of_bounds,
     settings_not_supported_by,
 )
-from secura_serve.train.methods.registry import METHODS, get_method
+from secura_serve.train.methods.registry import METHODS
 
 __all__ = ["REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
 
@@ -156,7 +156,7 @@ class TrainConfig:
     overwrite: bool = option("replace an existing folder and delete its checkpoints", False)
 
     def __post_init__(self) -> None:
-        method = get_method(self.method)
+        method = METHODS[self.method]
         problems = self._not_supported() + self._out_of_bounds()
         for name, value in method.defaults.items():
             if getattr(self, name) is None:

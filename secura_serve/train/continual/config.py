@@ -9,7 +9,7 @@ from typing import Any
 
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
-from secura_serve.train.continual.strategies import STRATEGIES, get_strategy_entry
+from secura_serve.train.continual.strategies import STRATEGIES
 from secura_serve.train.settings import TrainConfig
 
 __all__ = ["SCORES", "SequenceConfig", "SequenceTask"]
@@ -68,7 +68,7 @@ class SequenceConfig(TrainConfig):
     )
 
     def _not_supported(self) -> list[str]:
-        supported = get_strategy_entry(self.strategy).settings
+        supported = STRATEGIES[self.strategy].settings
         others = {name for entry in STRATEGIES.values() for name in entry.settings}
         return super()._not_supported() + [
             f"{item.name}: not supported by strategy {self.strategy}; leave it out"
@@ -104,7 +104,7 @@ class SequenceConfig(TrainConfig):
         ]
         problems += [
             f"{name}: not with strategy {self.strategy}: {reason}"
-            for name, reason in get_strategy_entry(self.strategy).conflicts.items()
+            for name, reason in STRATEGIES[self.strategy].conflicts.items()
             if getattr(self, name)
         ]
         try:

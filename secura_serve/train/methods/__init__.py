@@ -12,7 +12,7 @@ from secura_serve.lazy import lazy
 from secura_serve.train.methods.cur import CURLORA, SECURA
 from secura_serve.train.methods.full import FULL
 from secura_serve.train.methods.lora import DORA, LORA
-from secura_serve.train.methods.registry import METHODS, Method, get_method, register_method
+from secura_serve.train.methods.registry import METHODS, Method, register_method
 
 if TYPE_CHECKING:
     from secura_serve.train.methods.base import load_base, load_tokenizer
@@ -28,7 +28,6 @@ __all__ = [
     "Method",
     "PreparedModel",
     "checkpoint_tensors",
-    "get_method",
     "load_base",
     "load_tokenizer",
     "prepare",

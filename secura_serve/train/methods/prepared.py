@@ -10,7 +10,7 @@ from peft import get_peft_model
 from secura_serve.bases import EMBEDDED
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.train.methods.base import load_base
-from secura_serve.train.methods.registry import Method, get_method
+from secura_serve.train.methods.registry import METHODS, Method
 from secura_serve.train.settings import TrainConfig
 
 __all__ = ["PreparedModel", "prepare"]
@@ -29,7 +29,7 @@ class PreparedModel:
     @property
     def method(self) -> Method:
         """The method of ``config``."""
-        return get_method(self.config.method)
+        return METHODS[self.config.method]
 
     @property
     def trainable_parameters(self) -> int:
@@ -44,7 +44,7 @@ def prepare(config: TrainConfig) -> PreparedModel:
         BaseModelError: the base cannot be loaded.
         ConfigError: the targets do not fit the base.
     """
-    method = get_method(config.method)
+    method = METHODS[config.method]
     # Full training keeps float32 weights: bfloat16 swallows steps under 1/256 of a weight.
     dtype = "float32" if method.trains_all_weights else config.dtype
     model, tokenizer, model_id = load_base(config.base, dtype, config.device)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from secura_serve.errors import ConfigError
+from secura_serve.registry import Registry
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
     from secura_serve.train.settings import TrainConfig
 
-__all__ = ["ADAPTER_SETTINGS", "METHODS", "Method", "get_method", "register_method"]
+__all__ = ["ADAPTER_SETTINGS", "METHODS", "Method", "register_method"]
 
 ADAPTER_SETTINGS = frozenset({"rank", "targets", "exclude", "layers", "layers_pattern", "dropout"})
 """Settings that every method with an adapter supports."""
@@ -50,8 +50,8 @@ class Method:
         return self.peft_config is None
 
 
-METHODS: dict[str, Method] = {}
-"""Name -> method, in the order in which they were registered."""
+METHODS = Registry[Method]("method")
+"""The registered methods by name; an unknown name raises."""
 
 
 def register_method(name: str, method: Method) -> None:
@@ -60,17 +60,4 @@ def register_method(name: str, method: Method) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    if METHODS.get(name, method) is not method:
-        raise ConfigError(f"method {name!r} is registered already; choose another name")
-    METHODS[name] = method
-
-
-def get_method(name: str) -> Method:
-    """Return the method called ``name``.
-
-    Raises:
-        ConfigError: there is none; the message lists those there are.
-    """
-    if name not in METHODS:
-        raise ConfigError(f"method: got {name!r}, allowed: {', '.join(METHODS)}")
-    return METHODS[name]
+    METHODS.add(name, method)

@@ -9,11 +9,10 @@ from secura_serve.train.continual.strategies.registry import (
     STRATEGIES,
     StrategyEntry,
     get_strategy,
-    get_strategy_entry,
     register_strategy,
 )
 
-__all__ = ["STRATEGIES", "StrategyEntry", "get_strategy", "get_strategy_entry", "register_strategy"]
+__all__ = ["STRATEGIES", "StrategyEntry", "get_strategy", "register_strategy"]
 
 _HERE = __name__
 

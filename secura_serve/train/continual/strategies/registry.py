@@ -8,12 +8,12 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from secura_serve.errors import ConfigError
+from secura_serve.registry import Registry
 
 if TYPE_CHECKING:
     from secura_serve.train.continual.strategies.base import Strategy
 
-__all__ = ["STRATEGIES", "StrategyEntry", "get_strategy", "get_strategy_entry", "register_strategy"]
+__all__ = ["STRATEGIES", "StrategyEntry", "get_strategy", "register_strategy"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class StrategyEntry:
     conflicts: Mapping[str, str]
 
 
-STRATEGIES: dict[str, StrategyEntry] = {}
-"""Name -> entry, in the order in which they were registered."""
+STRATEGIES = Registry[StrategyEntry]("strategy")
+"""The registered strategies by name; an unknown name raises."""
 
 
 def register_strategy(
@@ -50,30 +50,16 @@ def register_strategy(
     Raises:
         ConfigError: the name is taken.
     """
-    entry = StrategyEntry(strategy, summary, settings, conflicts)
-    if STRATEGIES.get(name, entry) != entry:
-        raise ConfigError(f"strategy {name!r} is registered already; choose another name")
-    STRATEGIES[name] = entry
-
-
-def get_strategy_entry(name: str) -> StrategyEntry:
-    """Return what was registered as ``name``.
-
-    Raises:
-        ConfigError: there is none; the message lists those there are.
-    """
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy: got {name!r}, allowed: {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    STRATEGIES.add(name, StrategyEntry(strategy, summary, settings, conflicts))
 
 
 def get_strategy(name: str) -> type[Strategy]:
     """Return the class of the strategy called ``name``.
 
     Raises:
-        ConfigError: there is none; the message lists those there are.
+        ConfigError: there is none; the message lists the names that are allowed.
     """
-    strategy = get_strategy_entry(name).strategy
+    strategy = STRATEGIES[name].strategy
     if isinstance(strategy, str):
         module, _, attribute = strategy.partition(":")
         imported: type[Strategy] = getattr(import_module(module), attribute)
