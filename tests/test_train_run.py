@@ -264,7 +264,7 @@ def test_a_torn_checkpoint_is_passed_over(
     os.truncate(run / "checkpoint-6" / torn, 100)
     assert main([*argv, "--resume", "auto", "--overwrite"]) == 0
     told = capfd.readouterr().err
-    assert "left aside, damaged: checkpoint-6" in told and "goes on from" in told
+    assert "damaged, so not used: checkpoint-6" in told and "goes on from" in told
     assert all(torch.equal(first[k], v) for k, v in tensors(tmp_path / "a").items())
     assert main([*argv, "--resume", str(run / "checkpoint-5"), "--overwrite"]) == 2
 

@@ -71,7 +71,7 @@ def _train(
     digests = {name: digest(path) for name, path in config.sources().items()}
     start = folder.open(digests, processes())
     for damage in folder.damaged:
-        log(f"left aside, damaged: {damage}")
+        log(f"damaged, so not used: {damage}")
     if config.resume and start is None:
         log(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
     set_seed(config.seed)
