@@ -28,13 +28,13 @@ from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
 from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.data import Collator, Rows, encode, mix
-from secura_serve.train.data.packing import packer
 from secura_serve.train.data.records import read_jsonl
 from secura_serve.train.fit import fit
 from secura_serve.train.loss import answer_logits, score_rows, summed_cross_entropy
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import checkpoint_tensors, prepare, restore
+from secura_serve.train.packing import packer
 
 TinyBase = Callable[[str], Path]
 

@@ -21,10 +21,10 @@ from transformers import (
 from secura_serve.train.callbacks import Divergence, Fusion, Interrupt, Progress
 from secura_serve.train.checkpoints import processes
 from secura_serve.train.data import Collate, Collator, Rows
-from secura_serve.train.data.packing import packer
 from secura_serve.train.loss import ExtraLoss
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.registry import METHODS
+from secura_serve.train.packing import packer
 from secura_serve.train.settings import TrainConfig
 from secura_serve.train.trainer import AnswerTrainer
 

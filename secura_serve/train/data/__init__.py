@@ -1,7 +1,4 @@
-"""Training data: records read from files or the hub, encoded into rows, put into batches.
-
-:mod:`packing` is imported by its own name, because it needs the loss.
-"""
+"""Training data: records read from files or the hub, encoded into rows, put into batches."""
 
 from __future__ import annotations
 
