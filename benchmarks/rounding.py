@@ -32,7 +32,7 @@ from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
 from secura_serve.evaluate.data.prose import neutral_texts
 from secura_serve.merge import fold_weight, open_source, plan_fold
-from secura_serve.train.base import load_base
+from secura_serve.train.methods.base import load_base
 
 ROOT = Path(__file__).resolve().parents[1]
 Rounding = Callable[[Tensor], Tensor]

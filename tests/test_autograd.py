@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secura_serve.method import Basis, MagNorm, apply, columns, delta, derivative
-from secura_serve.train.autograd import added, folded
+from secura_serve.train.tuner.autograd import add_update, folded_linear
 
 OUT, IN, R = 11, 9, 3
 NORMS = (MagNorm("bounded", tau=0.3), MagNorm("published"), MagNorm())
@@ -41,7 +41,7 @@ def test_added(biased: bool, masked: bool) -> None:
     y = F.linear(x, W, b).detach().requires_grad_()
 
     def run(y: Tensor, U: Tensor) -> Tensor:
-        return added(y, U, W, BASIS, b, kept)
+        return add_update(y, U, W, BASIS, b, kept)
 
     torch.testing.assert_close(run(y, U), plain_added(y, U, W, b, kept))
     assert torch.autograd.gradcheck(run, (y, U))
@@ -53,12 +53,14 @@ def test_folded(norm: MagNorm, turned: bool) -> None:
     W, U, x, bias = case()
     W = W.T.contiguous().T if turned else W
     plain = F.linear(x, apply(W, delta(W, BASIS, U, dtype=W.dtype), norm), bias)
-    found = folded(x, U, W, BASIS, bias, norm)
+    found = folded_linear(x, U, W, BASIS, bias, norm)
     torch.testing.assert_close(found, plain)
     wanted = torch.autograd.grad(plain.square().sum(), (U, x))
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), (U, x)), wanted)
     if norm.mode != "published":  # whose divisor is a constant to it, and not to gradcheck
-        assert torch.autograd.gradcheck(lambda x, U: folded(x, U, W, BASIS, bias, norm), (x, U))
+        assert torch.autograd.gradcheck(
+            lambda x, U: folded_linear(x, U, W, BASIS, bias, norm), (x, U)
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.mode)
@@ -68,9 +70,11 @@ def test_a_bfloat16_base_keeps_a_float32_core(norm: MagNorm, dtype: torch.dtype)
     low = [t.to(dtype).requires_grad_() for t in (W, x, bias)]
     core = U.float().requires_grad_()
     if norm.mode == "none":
-        found = added(F.linear(low[1], low[0], low[2]), core, low[0].detach(), BASIS, low[2], None)
+        found = add_update(
+            F.linear(low[1], low[0], low[2]), core, low[0].detach(), BASIS, low[2], None
+        )
     else:
-        found = folded(low[1], core, low[0].detach(), BASIS, low[2].detach(), norm)
+        found = folded_linear(low[1], core, low[0].detach(), BASIS, low[2].detach(), norm)
     got = torch.autograd.grad(found.float().square().sum(), (core, low[1]))
     assert found.dtype == got[1].dtype == dtype and got[0].dtype == torch.float32
 

@@ -25,20 +25,20 @@ from training import PAIRS, command, environment, flags, same, tensors, write
 from transformers import TrainerCallback
 
 from secura_serve import adapter
-from secura_serve.accuracy_matrix import AccuracyMatrix
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.continual import train_sequence, write_sequence
+from secura_serve.train.continual.config import SequenceConfig
+from secura_serve.train.continual.metrics import AccuracyMatrix
+from secura_serve.train.continual.stages import StageFolder
+from secura_serve.train.continual.strategies.er import Replay, Reservoir
+from secura_serve.train.continual.strategies.ewc import EWC, fisher_diagonal
+from secura_serve.train.continual.strategies.ilora import ILoRA
 from secura_serve.train.data import Collator, encode
-from secura_serve.train.ewc import EWC, fisher_diagonal
+from secura_serve.train.data.records import read_jsonl
 from secura_serve.train.fit import Interrupted
-from secura_serve.train.loss import answer_logits, held_out
+from secura_serve.train.loss import answer_logits, score_rows
 from secura_serve.train.main import main, settings
-from secura_serve.train.methods import kept_tensors, prepare
-from secura_serve.train.records import read_jsonl
-from secura_serve.train.replay import Replay, Reservoir
-from secura_serve.train.sequence import SequenceConfig
-from secura_serve.train.slow_copy import SlowCopy
-from secura_serve.train.stages import StageFolder
+from secura_serve.train.methods import checkpoint_tensors, prepare
 
 TinyBase = Callable[[str], Path]
 
@@ -168,7 +168,7 @@ def test_replay_has_its_share_and_goes_on_alike_after_a_load() -> None:
 
 def test_the_slow_copy_is_a_moving_average() -> None:
     model = Two(1.0, -2.0)
-    copy = SlowCopy(model, 5, 0.2, seed=0, decay=0.9, weight=1.0)
+    copy = ILoRA(model, 5, 0.2, seed=0, decay=0.9, weight=1.0)
     by_hand = [1.0, -2.0]
     for step in range(7):
         with torch.no_grad():
@@ -183,7 +183,7 @@ def test_the_slow_copy_is_a_moving_average() -> None:
 
 def test_the_distance_is_between_the_logits_of_replayed_rows() -> None:
     model, gamma = Two(0.4, 0.1), 0.99
-    copy = SlowCopy(model, 5, 0.2, seed=0, decay=0.9, weight=gamma)
+    copy = ILoRA(model, 5, 0.2, seed=0, decay=0.9, weight=gamma)
     with torch.no_grad():
         model.a.fill_(0.9)
         model.b.fill_(-0.3)
@@ -231,7 +231,7 @@ def test_exact_match_is_that_of_greedy_decoding(tiny_base: TinyBase, tmp_path: P
             input_ids=torch.tensor([prompt]), max_new_tokens=4, do_sample=False, pad_token_id=0
         )[0].tolist()
         row |= {"input_ids": greedy, "labels": [-100] * len(prompt) + greedy[len(prompt) :]}
-    found = held_out(model, rows, Collator(tokenizer.pad_token_id), 4)
+    found = score_rows(model, rows, Collator(tokenizer.pad_token_id), 4)
     assert found["exact_match"] == 0.5 and 0.5 < found["token_accuracy"] < 1
 
 
@@ -256,7 +256,7 @@ def _argv(base: Path, folder: Path, out: Path, *more: str) -> list[str]:
 
 
 SEQUENCES = [
-    ("full", "seq", ["--lr", "0.001"]),
+    ("full", "seq", ["--learning-rate", "0.001"]),
     ("dora", "er", ["--replay", "6", "--replay-share", "0.5"]),
     ("lora", "ewc", ["--ewc-lambda", "10"]),
     ("secura", "ilora", ["--ema-decay", "0.5", "--replay-share", "1"]),
@@ -301,7 +301,7 @@ def test_a_sequence_stopped_between_tasks_ends_in_the_same_numbers(
         main(argv)
     monkeypatch.undo()
     assert not parts.exists()
-    assert main(argv) == 2 and main([*argv, "--resume", "auto", "--lr", "0.5"]) == 2
+    assert main(argv) == 2 and main([*argv, "--resume", "auto", "--learning-rate", "0.5"]) == 2
     assert main([*argv, "--resume", "auto"]) == 0
     assert same(whole, parts)
     again = json.loads((parts / "continual.json").read_text())
@@ -315,7 +315,7 @@ def test_a_killed_process_goes_on_and_stages_are_kept(
     more = ["--strategy", "er", "--keep-stages", "--max-steps", "2", "--score", "token_accuracy"]
     argv = _argv(tiny_base("llama"), folder, out, *more)
     code = (
-        "import os, sys, secura_serve.train.stages as s; w = s.StageFolder.write;"
+        "import os, sys, secura_serve.train.continual.stages as s; w = s.StageFolder.write;"
         "s.StageFolder.write = lambda *a, **k: (w(*a, **k), os.kill(os.getpid(), 9));"
         "from secura_serve.train.main import main; main(sys.argv[1:])"
     )
@@ -356,7 +356,7 @@ def test_an_interrupted_task_leaves_the_finished_ones(
     config = settings(argv)
     assert isinstance(config, SequenceConfig)
     with pytest.raises(Interrupted, match="step 1 of 3") as stop:
-        train_sequence(config, log=[_CtrlC()])
+        train_sequence(config, callbacks=[_CtrlC()])
     assert stop.value.checkpoint == tmp_path / ".o.run" / "stage"
     assert main([*argv, "--resume", "auto"]) == 0
     stages = json.loads((tmp_path / "o" / "continual.json").read_text())["stages"]
@@ -376,13 +376,13 @@ def test_what_is_written_is_the_slow_copy(
         asked = []
 
         def scorer(tuned: Any, task: str, rows: Any, asked: list[Any] = asked) -> dict[str, float]:
-            held = kept_tensors(tuned.model).items()
+            held = checkpoint_tensors(tuned.model).items()
             asked.append({n: t.detach().clone() for n, t in held if n.endswith("secura_U.default")})
             return {"exact_match": 0.5}
 
         run, course = train_sequence(config, scorer=scorer)
         assert len(asked) == 6 and course.summary()["average_accuracy"] == 0.5
-        now = kept_tensors(run.model)
+        now = checkpoint_tensors(run.model)
         assert all(torch.equal(now[name], value) for name, value in asked[-1].items())
         write_sequence(config, run, course)
         results.append(sum(float(t.norm()) for t in asked[-1].values()))
@@ -406,7 +406,7 @@ def test_the_slow_copy_answers_as_the_model_would(
     held = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for value in held.values():
         value.data += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
-    copy = SlowCopy(model, 5, 0.2, seed=0, decay=0.9, weight=2.0)
+    copy = ILoRA(model, 5, 0.2, seed=0, decay=0.9, weight=2.0)
     before, wanted = answer_logits(model, batch)
     assert copy.extra_loss(model, batch, before).item() < 1e-9
     for value in held.values():
@@ -425,7 +425,7 @@ def test_ewc_holds_what_the_first_task_needs(
     moved = []
     for weight in ("1e-6", "1e4"):
         more = ["--strategy", "ewc", "--ewc-lambda", weight, "--max-steps", "15"]
-        more += ["--lr", "0.003"]
+        more += ["--learning-rate", "0.003"]
         config = settings(_argv(tiny_base("llama"), folder, tmp_path / weight, *more))
         assert isinstance(config, SequenceConfig)
         seen: list[dict[str, Tensor]] = []
@@ -454,7 +454,7 @@ def test_what_a_sequence_refuses(folder: Path, tmp_path: Path) -> None:
     tasks = ["--tasks", "sums,words", "--tasks-dir", str(folder)]
     text = refused(*tasks, "--ewc-lambda", "3", "--data", "x", "--replay-share", "0")
     for part in (
-        "ewc_lambda: means nothing to strategy seq",
+        "ewc_lambda: not supported by strategy seq",
         "data: not with --tasks",
         "replay_share: got 0.0",
     ):

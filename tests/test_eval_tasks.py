@@ -19,7 +19,7 @@ from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate import TASKS, load_task, score, write_data
 from secura_serve.evaluate.data import dictionary, prose
 from secura_serve.evaluate.data.split import SPLITS, jsonl
-from secura_serve.train.records import read_jsonl
+from secura_serve.train.data.records import read_jsonl
 
 HERE = [name for name, task in TASKS.items() if task.missing() is None]
 

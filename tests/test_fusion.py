@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from secura_serve.errors import ConfigError
 from secura_serve.train import SecuraConfig, adapter_layers
-from secura_serve.train.fusion import Fusion
-from secura_serve.train.methods import kept_tensors, restore
+from secura_serve.train.callbacks.fusion import Fusion
+from secura_serve.train.methods import checkpoint_tensors, restore
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -130,7 +130,7 @@ def test_what_a_checkpoint_keeps_is_exact(core: str) -> None:
 
 
 def _kept(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in kept_tensors(model).items()}
+    return {name: value.detach().clone() for name, value in checkpoint_tensors(model).items()}
 
 
 def _A(kept: dict[str, torch.Tensor], module: str) -> torch.Tensor:

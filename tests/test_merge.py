@@ -63,7 +63,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def peft_merged(base: Path, adapter: Path, dtype: torch.dtype) -> Any:
     from peft import PeftModel
 
-    import secura_serve.train.model  # noqa: F401 - registers the PEFT method
+    import secura_serve.train.tuner.model  # noqa: F401 - registers the PEFT method
 
     return PeftModel.from_pretrained(load(base, dtype), adapter).merge_and_unload()
 

@@ -15,12 +15,18 @@ import pytest
 import yaml
 from training import PAIRS, ROOT, write
 
+from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.main import main, settings
-from secura_serve.train.sequence import SequenceConfig
 
 RECIPES = sorted((ROOT / "benchmarks" / "recipes").glob("*.yaml"))
 # What a tiny model needs otherwise.
-SMALL = {"batch_size": 2, "max_steps": 1, "dtype": "float32", "device": "cpu", "rank": 8}
+SMALL = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "rank": 8,
+}
 
 
 def _arch(recipe: Path) -> str:
@@ -57,8 +63,8 @@ def test_a_recipe_parses_and_starts(
     sets = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     assert main([*argv, *sets]) == 0
     facts = json.loads((tmp_path / "out" / "train.json").read_text())
-    kept = {"lr": asked.lr, "warmup": asked.warmup, "fusion_step": asked.fusion_step}
-    assert kept.items() <= facts["config"].items()
+    for name in ("learning_rate", "warmup_steps", "fusion_step"):
+        assert facts["config"][name] == getattr(asked, name)
     assert facts["scores"]["steps"] == (3 if isinstance(asked, SequenceConfig) else 1)
 
 
@@ -70,14 +76,15 @@ def test_the_recipes_say_what_the_papers_say(data: Path) -> None:
     secura = [c for name, c in found.items() if c.method == "secura"]
     assert len(secura) == 5 == len({c.base for c in secura})
     for c in secura:
-        assert (c.rank, c.inner_rank, c.lr, c.fusion_step) == (150, 200, 1e-3, 1)
+        assert (c.rank, c.inner_rank, c.learning_rate, c.fusion_step) == (150, 200, 1e-3, 1)
         assert c.target_modules() == ["q_proj", "v_proj"]
     for model, batch, longest in (("mistral-7b", 8, 512), ("gpt2-large", 32, 256)):
         ours, lora = found[f"curlora-{model}"], found[f"curlora-baseline-lora-{model}"]
         for c in (ours, lora):
             assert isinstance(c, SequenceConfig) and c.strategy == "seq"
             assert [t.name for t in c.task_list()] == ["mrpc", "sst2", "sentiment140"]
-            assert (c.lr, c.warmup, c.schedule, c.epochs) == (2.5e-4, 500, "cosine", 3)
-            assert (c.batch_size, c.max_length, c.rank) == (batch, longest, 16)
+            assert (c.learning_rate, c.warmup_steps, c.num_train_epochs) == (2.5e-4, 500, 3)
+            assert (c.per_device_train_batch_size, c.max_length) == (batch, longest)
+            assert (c.lr_scheduler_type, c.rank) == ("cosine", 16)
             assert c.targets == ours.targets and c.base == ours.base
         assert ours.alpha == "1"

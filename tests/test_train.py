@@ -26,9 +26,9 @@ from secura_serve import adapter
 from secura_serve.config import build
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.data import IGNORE, Collator, encode
-from secura_serve.train.loss import answer_logits, summed
+from secura_serve.train.data.records import digest, read_jsonl
+from secura_serve.train.loss import answer_logits, summed_cross_entropy
 from secura_serve.train.main import main, parser, settings
-from secura_serve.train.records import digest, read_jsonl
 from secura_serve.train.settings import TrainConfig
 
 TinyBase = Callable[[str], Path]
@@ -99,7 +99,7 @@ def test_training_lowers_the_loss(tiny_base: TinyBase, data: Path, tmp_path: Pat
     losses = []
     for steps in ("1", "40"):
         out = tmp_path / f"steps-{steps}"
-        more = ["--eval-data", str(data), "--max-steps", steps, "--lr", "0.1"]
+        more = ["--eval-data", str(data), "--max-steps", steps, "--learning-rate", "0.1"]
         assert main(flags(tiny_base("llama"), data, out, *more)) == 0
         losses.append(json.loads((out / "train.json").read_text())["scores"]["held_out_loss"])
     assert losses[1] < 0.8 * losses[0]
@@ -115,7 +115,7 @@ def test_the_loss_is_that_of_the_answers_alone(tiny_base: TinyBase, data: Path, 
     rows[0]["input_ids"], rows[0]["labels"] = rows[0]["input_ids"][5:], rows[0]["labels"][5:]
     with torch.no_grad():
         logits, labels = answer_logits(model, Collator(tokenizer.pad_token_id)(rows))
-        found, count = summed(logits, labels), (labels != IGNORE).sum()
+        found, count = summed_cross_entropy(logits, labels), (labels != IGNORE).sum()
         wanted = torch.zeros(())
         for row in rows:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
@@ -206,7 +206,7 @@ GOOD = {"base": "b", "data": "d", "out": "o"}
         ({"core": "x"}, "core: got 'x', allowed: u, ab"),
         ({"alpha": "fast"}, "alpha: got 'fast'"),
         ({"eval_split": 1.0}, "eval_split"),
-        ({"warmup": 1.5}, "warmup: got 1.5, must be a share"),
+        ({"warmup_steps": 1.5}, "warmup_steps: got 1.5, must be a share"),
         ({"inner_rank": 8, "rank": 16}, "inner_rank"),
     ],
 )
@@ -221,12 +221,12 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"rnak": 3, "epoch": 1}, "rnak: unknown; did you mean 'rank'"),
-        ({"rnak": 3, "epoch": 1}, "epoch: unknown; did you mean 'epochs'"),
-        ({"qqqq": 3, "zzzz": 4}, "allowed: accumulate, "),
-        ({"lora_alpha": 8}, "lora_alpha: means nothing to method curlora"),
-        ({"method": "lora", "magnorm": "bounded"}, "magnorm: means nothing to method lora"),
-        ({"method": "dora", "fusion_step": 2}, "fusion_step: means nothing to method dora"),
-        ({"method": "full", "rank": 8}, "rank: means nothing to method full"),
+        ({"rnak": 3, "num_epochs": 1}, "num_epochs: unknown; did you mean 'num_train_epochs'"),
+        ({"qqqq": 3, "zzzz": 4}, "allowed: alpha, base, "),
+        ({"lora_alpha": 8}, "lora_alpha: not supported by method curlora"),
+        ({"method": "lora", "magnorm": "bounded"}, "magnorm: not supported by method lora"),
+        ({"method": "dora", "fusion_step": 2}, "fusion_step: not supported by method dora"),
+        ({"method": "full", "rank": 8}, "rank: not supported by method full"),
         ({"fusion_step": 2}, "fusion_step: needs core ab"),
         ({"method": "secura", "dropout": 0.1}, "dropout: needs magnorm none, got bounded"),
         ({"eval_steps": 5}, "eval_steps: give --eval-data"),
@@ -254,7 +254,7 @@ def test_a_method_is_a_set_of_defaults() -> None:
         ({"method": "lora"}, None, None),
     ):
         config = build(TrainConfig, GOOD | given)
-        assert (config.core, config.magnorm) == (core, norm) and config.lr
+        assert (config.core, config.magnorm) == (core, norm) and config.learning_rate
         assert build(TrainConfig, asdict(config)) == config
     layers = build(TrainConfig, GOOD | {"targets": "q_proj", "layers": "0,3-5"})
     assert layers.layer_numbers() == [0, 3, 4, 5] and layers.target_modules() == ["q_proj"]
@@ -264,23 +264,23 @@ def test_a_method_is_a_set_of_defaults() -> None:
 def test_flags_win_over_set_and_set_over_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "base: b\ndata: d\nout: o\nlr: 1e-3\nalpha: 0.5\ntargets: [q_proj, v_proj]\n"
-        "seed: 1\nrank: 4\nepochs: 2\n"
+        "base: b\ndata: d\nout: o\nlearning_rate: 1e-3\nalpha: 0.5\ntargets: [q_proj, v_proj]\n"
+        "seed: 1\nrank: 4\nnum_train_epochs: 2\n"
     )
     argv = ["--config", str(recipe), "--set", "seed=2", "--set", "rank=5", "--rank", "6"]
     config = settings([*argv, "--set", "eval-data=null"])
-    assert (config.seed, config.rank, config.lr, config.alpha) == (2, 6, 1e-3, "0.5")
-    assert config.target_modules() == ["q_proj", "v_proj"] and config.epochs == 2.0
+    assert (config.seed, config.rank, config.learning_rate, config.alpha) == (2, 6, 1e-3, "0.5")
+    assert config.target_modules() == ["q_proj", "v_proj"] and config.num_train_epochs == 2.0
     with pytest.raises(ConfigError) as caught:
-        settings([*argv, "--set", "sede=1", "--set", "lr=fast"])
+        settings([*argv, "--set", "sede=1", "--set", "learning_rate=fast"])
     assert len(caught.value.problems) == 2 and "'seed'" in caught.value.problems[0]
     with pytest.raises(ConfigError, match="must be KEY=VALUE"):
         settings([*argv, "--set", "seed"])
     recipe.write_text("[1, 2")
     with pytest.raises(ConfigError, match="cannot be read"):
         settings(["--config", str(recipe)])
-    recipe.write_text("lr: 1\nlr: 2")
-    with pytest.raises(ConfigError, match=r"lr stands there twice(.|\n)*recipe.yaml.*line 2"):
+    recipe.write_text("seed: 1\nseed: 2")
+    with pytest.raises(ConfigError, match=r"seed is given twice(.|\n)*recipe.yaml.*line 2"):
         settings(["--config", str(recipe)])
     recipe.write_text("text")
     with pytest.raises(ConfigError, match="must hold a mapping"):
@@ -295,7 +295,9 @@ def test_the_shipped_recipes_are_still_recipes(recipe: Path) -> None:
     named = {k: before[k] for k in ("data", "eval_data") if before[k]}
     argv = [part for k, v in named.items() for part in (f"--{k.replace('_', '-')}", v)]
     config = settings(["--config", str(recipe), *argv])
-    assert before.items() <= asdict(config).items() and config.method == "curlora"
+    assert (
+        TrainConfig.upgrade(before).items() <= asdict(config).items() and config.method == "curlora"
+    )
 
 
 def test_a_recipe_for_another_method_or_other_data(tmp_path: Path) -> None:
@@ -305,13 +307,15 @@ def test_a_recipe_for_another_method_or_other_data(tmp_path: Path) -> None:
         recipe.write_text(json.dumps({"config": asdict(build(TrainConfig, GOOD | given))}))
         return ["--config", str(recipe)]
 
-    argv = [*keep(rank=7, seed=3, selection_seed=2, lr=0.5), "--data", "d"]
+    argv = [*keep(rank=7, seed=3, selection_seed=2, learning_rate=0.5), "--data", "d"]
     for method in ("secura", "lora", "dora", "full"):
         config, plain = settings([*argv, "--method", method]), build(TrainConfig, GOOD)
         fresh = build(TrainConfig, GOOD | {"method": method})
-        assert (config.core, config.magnorm, config.lr) == (fresh.core, fresh.magnorm, fresh.lr)
+        for name in ("core", "magnorm", "learning_rate"):
+            assert getattr(config, name) == getattr(fresh, name)
         assert config.seed == 3 and config.rank == (7 if method != "full" else plain.rank)
-    assert settings(argv).lr == 0.5 and settings([*argv, "--method", "secura"]).selection_seed == 2
+    assert settings(argv).learning_rate == 0.5
+    assert settings([*argv, "--method", "secura"]).selection_seed == 2
     back = settings([*keep(method="lora", lora_alpha=3.0), "--data", "d", "--method", "curlora"])
     assert back.core == "u" and back.lora_alpha is None
     recipe.write_text("base: b\nout: o\ntasks: a,b\ntasks_dir: nowhere\nstrategy: er\nreplay: 9\n")
@@ -323,8 +327,8 @@ def test_every_setting_is_a_flag_with_help() -> None:
     for item in fields(TrainConfig):
         assert f"--{item.name.replace('_', '-')}" in text
         assert item.metadata["help"] in text
-    config = build(TrainConfig, GOOD | {"lr": 1})
-    assert config.lr == 1.0 and build(TrainConfig, asdict(config)) == config
+    config = build(TrainConfig, GOOD | {"learning_rate": 1})
+    assert config.learning_rate == 1.0 and build(TrainConfig, asdict(config)) == config
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from secura_serve.errors import DataError
 from secura_serve.train.data import IGNORE, encode
+from secura_serve.train.data.records import read, read_jsonl
 from secura_serve.train.main import main
-from secura_serve.train.records import read, read_jsonl
 
 TinyBase = Callable[[str], Path]
 COLUMNS = {"prompt": "question", "completion": "answer"}
@@ -84,7 +84,7 @@ def test_faults_are_named_by_row_and_field(tmp_path: Path) -> None:
     for text, said in (
         ("prompt,completion\nSay, please: hi,hi\n", "ragged.csv:2: 3 values for 2 columns; quote"),
         ("prompt,completion\na,b\nc\n", "ragged.csv:3: field 'completion' must be a non-empty"),
-        ("prompt,prompt,completion\na,b,c\n", "ragged.csv:1: a column name stands there twice"),
+        ("prompt,prompt,completion\na,b,c\n", "ragged.csv:1: a column name is given twice"),
         ("prompt;completion\na;b\n", "there are 'prompt;completion'"),
     ):
         (tmp_path / "ragged.csv").write_text(text)
@@ -124,7 +124,7 @@ def test_what_is_on_no_hub_is_refused(tmp_path: Path) -> None:
     "line, said",
     [
         ('{"prompt": "a", "completion": ', "not valid JSON: Expecting value at column 31"),
-        ('{"prompt": "a", "completion": "b", "completion": "c"}', "field 'completion' stands"),
+        ('{"prompt": "a", "completion": "b", "completion": "c"}', "'completion' is given twice"),
         ('{"prompt": "a"}', "no field 'completion'; there are 'prompt'"),
         ('{"prompt": "a", "messages": []}', "holds field 'messages' and 'prompt' or 'completion'"),
         ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant",'

@@ -28,13 +28,13 @@ from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
 from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.data import Collator, Rows, encode, mix
+from secura_serve.train.data.records import read_jsonl
 from secura_serve.train.fit import fit
-from secura_serve.train.loss import answer_logits, held_out, summed
+from secura_serve.train.loss import answer_logits, score_rows, summed_cross_entropy
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
-from secura_serve.train.methods import kept_tensors, prepare, restore
+from secura_serve.train.methods import checkpoint_tensors, prepare, restore
 from secura_serve.train.packing import packer
-from secura_serve.train.records import read_jsonl
 
 TinyBase = Callable[[str], Path]
 
@@ -49,7 +49,9 @@ def test_other_methods_write_plain_folders(
     tiny_base: TinyBase, data: Path, tmp_path: Path, method: str
 ) -> None:
     base, out = tiny_base("llama"), tmp_path / method
-    argv = flags(base, data, out, "--method", method, "--lr", "0.001", "--max-steps", "3")
+    argv = flags(
+        base, data, out, "--method", method, "--learning-rate", "0.001", "--max-steps", "3"
+    )
     if method == "full":
         argv = [a for a in argv if a not in ("--rank", "8")]
     assert main(argv) == 0
@@ -68,7 +70,7 @@ def test_other_methods_write_plain_folders(
     records = read_jsonl(data)
     rows = encode(records, AutoTokenizer.from_pretrained(base), 512)[:4]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    after, before = (held_out(m, rows, Collator(0), 4)["loss"] for m in (tuned, plain))
+    after, before = (score_rows(m, rows, Collator(0), 4)["loss"] for m in (tuned, plain))
     assert after < before
     again = tmp_path / "again"
     recipe = ["--config", str(out / "train.json"), "--base", str(base), "--data", str(data)]
@@ -103,10 +105,12 @@ def test_overwrite_replaces_an_adapter_and_nothing_else(
 def test_a_training_that_diverges_stops_before_its_next_checkpoint(
     tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    argv = flags(tiny_base("llama"), data, tmp_path / "d", "--lr", "1e30", "--save-steps", "2")
-    assert main([*argv, "--warmup", "0"]) == 2
+    argv = flags(
+        tiny_base("llama"), data, tmp_path / "d", "--learning-rate", "1e30", "--save-steps", "2"
+    )
+    assert main([*argv, "--warmup-steps", "0"]) == 2
     err = capfd.readouterr().err
-    assert "the loss of step 2 is" in err and "Lower --lr (now 1e+30)" in err
+    assert "the loss of step 2 is" in err and "Lower --learning-rate (now 1e+30)" in err
     assert not list(tmp_path.glob(".d.run/checkpoint-*")) and not (tmp_path / "d").exists()
 
 
@@ -116,7 +120,6 @@ def test_a_training_that_diverges_stops_before_its_next_checkpoint(
         ("--layers 3-1 --targets q_proj", "a range must go upwards"),
         ("--seed -1", "seed: got -1, must be in [0, 2**32)"),
         ("--init svd", "init: needs core ab"),
-        ("--accumulation m2", "accumulation: needs --fusion-step"),
         ("--tau 0.1", "tau: needs magnorm bounded, got none"),
         ("--method secura --tau 0", "tau: got 0.0, must be > 0"),
         ("--eval-split 0.01", "0.01 of 16 examples leaves nothing to evaluate on"),
@@ -124,7 +127,7 @@ def test_a_training_that_diverges_stops_before_its_next_checkpoint(
         ("--exclude q_proj,nosuch", "--exclude: the base has no module nosuch"),
         ("--targets q_proj --layers 0,7", "--layers: the base has layers 0-1, got [7]"),
         ("--alpha nan", "alpha: got 'nan', must be"),
-        ("--lr inf", "lr: got inf, must be > 0 and finite"),
+        ("--learning-rate inf", "learning_rate: got inf, must be > 0 and finite"),
         ("--max-steps 0", "max_steps: got 0, must be -1 or >= 1"),
         ("--magnorn none", "did you mean --magnorm?"),
     ],
@@ -224,7 +227,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     # Without the word it is refused, and so are other settings.
     assert main(argv) == 2
-    assert main([*argv, "--resume", "auto", "--lr", "0.5"]) == 2
+    assert main([*argv, "--resume", "auto", "--learning-rate", "0.5"]) == 2
     assert main([*argv, "--resume", "auto"]) == 0
     before = parts.stat()
     assert main([*argv, "--resume", "auto"]) == 0 and parts.stat() == before
@@ -243,7 +246,7 @@ def test_a_run_that_is_all_warm_up_says_so(
 ) -> None:
     for warmup, said in (("0.05", True), ("0", False)):
         out = tmp_path / f"warmup-{warmup}"
-        argv = flags(tiny_base("llama"), data, out, "--max-steps", "1", "--warmup", warmup)
+        argv = flags(tiny_base("llama"), data, out, "--max-steps", "1", "--warmup-steps", warmup)
         assert main(argv) == 0
         assert ("nothing was learnt" in capsys.readouterr().err) is said
         assert any(t.any() for k, t in tensors(out).items() if k.endswith("_U")) is not said
@@ -261,7 +264,7 @@ def test_a_torn_checkpoint_is_passed_over(
     os.truncate(run / "checkpoint-6" / torn, 100)
     assert main([*argv, "--resume", "auto", "--overwrite"]) == 0
     told = capfd.readouterr().err
-    assert "left aside, damaged: checkpoint-6" in told and "goes on from" in told
+    assert "damaged, so not used: checkpoint-6" in told and "goes on from" in told
     assert all(torch.equal(first[k], v) for k, v in tensors(tmp_path / "a").items())
     assert main([*argv, "--resume", str(run / "checkpoint-5"), "--overwrite"]) == 2
 
@@ -286,16 +289,21 @@ def prepared(base: Path, data: Path, *more: str) -> tuple[Any, Rows]:
 
 
 def trained(tuned: Any) -> dict[str, torch.Tensor]:
-    return {k: v.detach().clone() for k, v in kept_tensors(tuned.model).items()}
+    return {k: v.detach().clone() for k, v in checkpoint_tensors(tuned.model).items()}
 
 
-@pytest.mark.parametrize("more", [["--batch-size", "4", "--accumulate", "2"], ["--packing"]])
+@pytest.mark.parametrize(
+    "more",
+    [["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"], ["--packing"]],
+)
 def test_accumulated_and_packed_batches_are_the_same_step(
     tiny_base: TinyBase, data: Path, more: list[str]
 ) -> None:
     results = []
     for given in ([], more):
-        tuned, rows = prepared(tiny_base("llama"), data, "--batch-size", "8", *given)
+        tuned, rows = prepared(
+            tiny_base("llama"), data, "--per-device-train-batch-size", "8", *given
+        )
         fit(tuned, rows)
         results.append(trained(tuned))
     for name, value in results[0].items():
@@ -346,7 +354,7 @@ def test_one_model_learns_task_after_task(tiny_base: TinyBase, data: Path) -> No
             assert logits.ndim == 3 and "labels" in batch
             far = [
                 (p - after_first[n]).square().sum()
-                for n, p in kept_tensors(tuned.model).items()
+                for n, p in checkpoint_tensors(tuned.model).items()
                 if p.requires_grad
             ]
             return weight * torch.stack(far).sum()
@@ -355,7 +363,7 @@ def test_one_model_learns_task_after_task(tiny_base: TinyBase, data: Path) -> No
             tuned,
             mix(second, first, 0.5, seed=0),
             config=replace(tuned.config, max_steps=6),
-            held=first,
+            held_out=first,
             extra_loss=stay,
         )
         assert found.steps == 6 and set(found.held_out) >= {"loss", "token_accuracy"}
@@ -379,8 +387,8 @@ def test_early_stopping_keeps_the_best(
 ) -> None:
     out = tmp_path / "early"
     # So large a rate that it only gets worse after some steps.
-    more = ["--max-steps", "60", "--eval-steps", "2", "--patience", "2", "--lr", "0.3"]
-    more += ["--schedule", "constant", "--warmup", "0"]
+    more = ["--max-steps", "60", "--eval-steps", "2", "--patience", "2", "--learning-rate", "0.3"]
+    more += ["--lr-scheduler-type", "constant", "--warmup-steps", "0"]
     assert main(flags(tiny_base("llama"), data, out, *more)) == 0
     held = json.loads((out / "curves.json").read_text())["held_out"]
     scores = json.loads((out / "train.json").read_text())["scores"]
@@ -399,7 +407,7 @@ def test_two_processes_make_the_step_of_a_doubled_batch(
     one, two = tmp_path / "one", tmp_path / "two"
     more = ["--max-steps", "3", "--eval-split", "0", "--eval-data", str(data)]
     subprocess.run(
-        command(*flags(tiny_base("llama"), data, one, *more, "--batch-size", "8")),
+        command(*flags(tiny_base("llama"), data, one, *more, "--per-device-train-batch-size", "8")),
         env=environment(),
         check=True,
     )
@@ -442,7 +450,7 @@ def test_the_activations_are_estimated(tiny_base: TinyBase, data: Path, method: 
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        loss = summed(*answer_logits(tuned.model, Collator(0)(rows)))
+        loss = summed_cross_entropy(*answer_logits(tuned.model, Collator(0)(rows)))
     found = estimate(tuned, rows)
     assert loss.requires_grad and 0.6 < found.activations / sum(kept.values()) < 1.8
     trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from secura_serve import adapter
 from secura_serve.errors import TrainingError
 from secura_serve.train import SecuraConfig, adapter_layers
-from secura_serve.train.methods import kept_tensors
-from secura_serve.train.resume import ExactResume
+from secura_serve.train.callbacks.resume import ExactResume
+from secura_serve.train.methods import checkpoint_tensors
 
 ROWS = [
     {
@@ -113,7 +113,7 @@ def test_exact_resume(core: str, tiny_base: Callable[[str], Path], tmp_path: Pat
     trainer("parts", 2, ExactResume()).train()
     resumed = trainer("parts", 4, ExactResume())
     resumed.train(resume_from_checkpoint=True)
-    wanted, found = (kept_tensors(t.model) for t in (whole, resumed))
+    wanted, found = (checkpoint_tensors(t.model) for t in (whole, resumed))
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 

@@ -29,7 +29,8 @@ def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
     """A short float32 run; ``more`` adds flags or repeats them with other values."""
     return [
         *("--base", str(base), "--data", str(data), "--out", str(out), "--rank", "8"),
-        *("--dtype", "float32", "--device", "cpu", "--lr", "0.03", "--batch-size", "4"),
+        *("--dtype", "float32", "--device", "cpu", "--learning-rate", "0.03"),
+        *("--per-device-train-batch-size", "4"),
         *("--eval-split", "0.25", "--max-steps", "6"),
         *more,
     ]

@@ -30,8 +30,8 @@ from peft import PeftModel
 from benchmarks.adapters import make_data
 from secura_serve.evaluate import answers, retention, score
 from secura_serve.evaluate.data.prose import neutral_texts
-from secura_serve.train.base import load_base
 from secura_serve.train.card import write
+from secura_serve.train.methods.base import load_base
 from secura_serve.train.run import train
 from secura_serve.train.settings import TrainConfig
 
@@ -164,8 +164,9 @@ def run(task: str, seeds: list[int], work: Path) -> None:
     def trained(lr: float, seed: int) -> Path:
         out = work / "out" / f"{lr:g}" / str(seed) / task
         config = TrainConfig(
-            base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, lr=lr,
-            max_steps=recipe.steps, batch_size=8, max_length=160, seed=seed, device="cpu",
+            base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, learning_rate=lr,
+            max_steps=recipe.steps, per_device_train_batch_size=8, max_length=160, seed=seed,
+            device="cpu",
             core=recipe.core, magnorm=recipe.magnorm,
         )  # fmt: skip
         if not out.exists():
@@ -229,7 +230,7 @@ def _variants(task: str) -> str:
             continue
         facts = json.loads(file.read_text())
         found = facts["evaluation"]
-        rate = f"{facts['config']['lr']:g}"
+        rate = f"{TrainConfig.upgrade(facts['config'])['learning_rate']:g}"
         if tuned := found.get("validation_accuracy_by_lr"):
             rate += f" of {', '.join(tuned)}"
         kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {rate}"
@@ -258,7 +259,9 @@ def _questions(task: str) -> str:
 
 
 def _card(task: str, facts: dict[str, Any]) -> str:
-    recipe, found, settings = RECIPES[task], facts["evaluation"], facts["config"]
+    recipe, found = RECIPES[task], facts["evaluation"]
+    settings = TrainConfig.upgrade(facts["config"])
+    rate = settings["learning_rate"]
     shipped, base = found["seeds"]["0"], found["base"]
     n = len(found["seeds"])
     examples = json.loads((ADAPTERS / "examples.json").read_text())
@@ -318,8 +321,8 @@ Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings[
 {core}, S-MagNorm {norm}. Basis `{settings["selection"]}` with seed
 {settings["selection_seed"]} (shared by all adapters here),
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
-Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at
-{settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
+Training: {settings["max_steps"]} steps of {settings["per_device_train_batch_size"]} examples at
+{rate:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
 Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
 
 **Limits.** {recipe.limits}

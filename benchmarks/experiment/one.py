@@ -23,7 +23,7 @@ from benchmarks.experiment.run import PLAN, RESULTS, Job, continual, specs, test
 from secura_serve.evaluate import answers, load_task, retention, wilson
 from secura_serve.evaluate.data.prose import neutral_texts
 from secura_serve.evaluate.run import KNOWLEDGE
-from secura_serve.train.methods import Tuned
+from secura_serve.train.methods import PreparedModel
 from secura_serve.train.run import Run, train
 from secura_serve.train.settings import TrainConfig
 
@@ -39,7 +39,7 @@ def rows(task: str, split: str, file: Path, count: int | None = None) -> Path:
 
 def config(job: Job, work: Path) -> dict[str, Any]:
     found = PLAN["common"] | job.settings | {
-        "base": PLAN["base"], "out": str(work / "out" / job.name), "lr": job.lr,
+        "base": PLAN["base"], "out": str(work / "out" / job.name), "learning_rate": job.lr,
         "seed": job.seed, "save_steps": 0, "overwrite": True,
     }  # fmt: skip
     if found["method"] == "full":
@@ -47,7 +47,7 @@ def config(job: Job, work: Path) -> dict[str, Any]:
     return found
 
 
-def accuracy(tuned: Tuned, task: str, split: str, count: int) -> dict[str, Any]:
+def accuracy(tuned: PreparedModel, task: str, split: str, count: int) -> dict[str, Any]:
     wanted = load_task(task)
     pairs = wanted.rows(split)[:count]
     said = answers(
@@ -57,7 +57,9 @@ def accuracy(tuned: Tuned, task: str, split: str, count: int) -> dict[str, Any]:
     return {"score": found.accuracy, "interval": [found.low, found.high], "items": len(pairs)}
 
 
-def base_of(tuned: Tuned, pristine: dict[str, Any]) -> Callable[[], AbstractContextManager[Any]]:
+def base_of(
+    tuned: PreparedModel, pristine: dict[str, Any]
+) -> Callable[[], AbstractContextManager[Any]]:
     """A context in which the model is its base."""
     if tuned.config.method != "full":
         return tuned.model.disable_adapter
@@ -72,7 +74,7 @@ def base_of(tuned: Tuned, pristine: dict[str, Any]) -> Callable[[], AbstractCont
     return swapped
 
 
-def knowledge(tuned: Tuned, without: Any) -> dict[str, Any]:
+def knowledge(tuned: PreparedModel, without: Any) -> dict[str, Any]:
     """General-knowledge answers before and after."""
     said: dict[bool, list[str]] = {True: [], False: []}
     right: dict[bool, list[bool]] = {True: [], False: []}
@@ -97,7 +99,7 @@ def knowledge(tuned: Tuned, without: Any) -> dict[str, Any]:
     return {"unchanged": asdict(wilson(unchanged)), "still_right": asdict(wilson(still))}
 
 
-def fold(tuned: Tuned) -> None:
+def fold(tuned: PreparedModel) -> None:
     """Put W' in place where there is one: generation is faster, and the same."""
     if tuned.config.method != "full" and tuned.config.magnorm not in ("activation", "reference"):
         tuned.model.merge_adapter()
@@ -109,12 +111,12 @@ def single(job: Job, work: Path) -> dict[str, Any]:
     settings = TrainConfig(**config(job, work), data=str(data))
     pristine: dict[str, Any] = {}
     if settings.method == "full":
-        from secura_serve.train.base import load_base
+        from secura_serve.train.methods.base import load_base
 
         model, _, _ = load_base(settings.base, "float32", "cpu")
         pristine = model.state_dict()
     run: Run = train(settings)
-    tuned = run.tuned
+    tuned = run.prepared
     found: dict[str, Any] = {
         "trained_parameters": sum(p.numel() for p in tuned.model.parameters() if p.requires_grad),
         "train_loss": run.scores["train_loss"],
@@ -133,7 +135,7 @@ def single(job: Job, work: Path) -> dict[str, Any]:
 
 def sequence(job: Job, work: Path) -> dict[str, Any]:
     from secura_serve.train.continual import train_sequence
-    from secura_serve.train.sequence import SequenceConfig
+    from secura_serve.train.continual.config import SequenceConfig
 
     plan, folder = PLAN["continual"], work / "data" / job.name
     for task in plan["tasks"]:
@@ -147,9 +149,9 @@ def sequence(job: Job, work: Path) -> dict[str, Any]:
         strategy=job.strategy,
     )  # fmt: skip
     run, course = train_sequence(settings)
-    model = run.tuned.model.eval()
+    model = run.prepared.model.eval()
     texts = neutral_texts().texts
-    kept = retention(model, run.tuned.tokenizer, texts, without=base_of(run.tuned, {}))
+    kept = retention(model, run.prepared.tokenizer, texts, without=base_of(run.prepared, {}))
     course_facts = {k: v for k, v in course.to_json().items() if k != "history"}
     found = course_facts | course.summary() | {"matrix": course.matrix().rows}
     return found | {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}

@@ -1,9 +1,9 @@
 """Scores of a base and its adapters: tasks, how much of the base is kept, ``secura-eval``.
 
 A task is rows and a way to score them (:func:`load_task`); a model is asked through an endpoint
-or in this process; what an adapter costs elsewhere is :func:`retention`. What a sequence
-of trainings forgets is :class:`secura_serve.accuracy_matrix.AccuracyMatrix`. The names load on
-first use, so that ``secura-eval --help`` does not wait for torch.
+or in this process; what an adapter costs elsewhere is :func:`retention`. What a run over
+several tasks forgets is :class:`secura_serve.train.continual.metrics.AccuracyMatrix`. The names
+load on first use, so that ``secura-eval --help`` does not wait for torch.
 """
 
 from __future__ import annotations

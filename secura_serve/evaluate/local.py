@@ -17,10 +17,10 @@ from secura_serve.errors import AdapterError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.generate import answers
 from secura_serve.evaluate.models import NEUTRAL_TOKENS, Moved
+from secura_serve.evaluate.plain_lora import LoRAs
 from secura_serve.evaluate.retention import retention
 from secura_serve.train import SecuraConfig, SecuraLayer, SecuraModel, adapter_layers
-from secura_serve.train.base import load_base
-from secura_serve.train.plain import LoRAs
+from secura_serve.train.methods.base import load_base
 
 __all__ = ["Local"]
 

@@ -1,37 +1,94 @@
 """Training of CUR adapters: a PEFT tuner, and ``secura-train`` on top of it.
 
-The names below load on first use, and any of them makes PEFT know the method: import one before
-``PeftModel.from_pretrained``. The package itself stays instant for ``secura-train --help``.
+The names below load on first use, so that the package itself stays instant for
+``secura-train --help``. Any name of the tuner (``SecuraConfig`` to ``extend_peft_type``) makes PEFT
+know the method: import one before ``PeftModel.from_pretrained``.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from secura_serve.lazy import lazy
 
 if TYPE_CHECKING:
-    from secura_serve.train.config import SecuraConfig
-    from secura_serve.train.layer import SecuraLayer
-    from secura_serve.train.linear import SecuraLinear
-    from secura_serve.train.model import SecuraModel, adapter_layers
-    from secura_serve.train.peft_type import extend_peft_type
+    from secura_serve.train.callbacks import ExactResume, Fusion
+    from secura_serve.train.card import write
+    from secura_serve.train.continual import (
+        AccuracyMatrix,
+        SequenceConfig,
+        Strategy,
+        register_strategy,
+        train_sequence,
+        write_sequence,
+    )
+    from secura_serve.train.methods import (
+        Method,
+        PreparedModel,
+        load_base,
+        prepare,
+        register_method,
+    )
+    from secura_serve.train.run import Run, train
+    from secura_serve.train.settings import TrainConfig
+    from secura_serve.train.tuner import (
+        SecuraConfig,
+        SecuraLayer,
+        SecuraLinear,
+        SecuraModel,
+        adapter_layers,
+        extend_peft_type,
+    )
 
 __all__ = [
+    "AccuracyMatrix",
+    "ExactResume",
+    "Fusion",
+    "Method",
+    "PreparedModel",
+    "Run",
     "SecuraConfig",
     "SecuraLayer",
     "SecuraLinear",
     "SecuraModel",
+    "SequenceConfig",
+    "Strategy",
+    "TrainConfig",
     "adapter_layers",
     "extend_peft_type",
+    "load_base",
+    "prepare",
+    "register_method",
+    "register_strategy",
+    "train",
+    "train_sequence",
+    "write",
+    "write_sequence",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name, and with it the registration at the end of ``model.py``.
-
-    Raises:
-        AttributeError: ``name`` is not public.
-    """
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("secura_serve.train.model"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(("ExactResume", "Fusion"), "callbacks"),
+        **dict.fromkeys(
+            (
+                *("AccuracyMatrix", "SequenceConfig", "Strategy", "register_strategy"),
+                *("train_sequence", "write_sequence"),
+            ),
+            "continual",
+        ),
+        **dict.fromkeys(
+            ("Method", "PreparedModel", "load_base", "prepare", "register_method"), "methods"
+        ),
+        **dict.fromkeys(("Run", "train"), "run"),
+        "TrainConfig": "settings",
+        "write": "card",
+        **dict.fromkeys(
+            (
+                *("SecuraConfig", "SecuraLayer", "SecuraLinear", "SecuraModel"),
+                *("adapter_layers", "extend_peft_type"),
+            ),
+            "tuner",
+        ),
+    },
+)

@@ -1,4 +1,4 @@
-"""Writing a finished run: its tensors, ``train.json``, its curves and its card ``README.md``."""
+"""Writing a finished run: its tensors, ``train.json``, its curves and its card (``README.md``)."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from secura_serve.adapter import fingerprint, save
 from secura_serve.atomic import atomic_folder
 from secura_serve.train import curves
 from secura_serve.train.checkpoints import processes
-from secura_serve.train.model import adapter_layers
-from secura_serve.train.records import digest
+from secura_serve.train.data.records import digest
+from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
+from secura_serve.train.tuner import adapter_layers
 
-__all__ = ["REPRODUCTION_NOTE", "card", "is_written", "recipe", "write"]
+__all__ = ["REPRODUCTION_NOTE", "card", "is_written", "run_facts", "write"]
 
 REPRODUCTION_NOTE = (
     "For reproduction only: its S-MagNorm mode acts on activations, so it cannot be "
+    "merged or served."
 )
-REPRODUCTION_NOTE += "merged or served."
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
-def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
-    """Everything that is needed to train the same again, and what was measured."""
+def run_facts(config: TrainConfig, run: Run) -> dict[str, Any]:
+    """Return the content of ``train.json``: how to train the same again, and what was measured."""
     facts = {
         "config": config.portable(),
-        "base": run.tuned.model_id,
+        "base": run.prepared.model_id,
         "data_sha256": _digests(config),
-        "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "trainable_parameters": run.prepared.trainable_parameters,
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
         "device": str(next(run.model.parameters()).device.type),
@@ -45,7 +46,7 @@ def recipe(config: TrainConfig, run: Run) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "scores": run.scores,
     }
-    if run.tuned.is_cur:
+    if run.prepared.method.is_cur:
         layers = adapter_layers(run.model, "default")
         facts["alpha_per_module"] = {
             m: layer.secura_alpha["default"] for m, layer in layers.items()
@@ -58,56 +59,42 @@ def _digests(config: TrainConfig) -> dict[str, str | None]:
 
 
 def is_written(config: TrainConfig) -> bool:
-    """Whether ``--out`` is the outcome of these very settings and data."""
+    """Return whether ``--out`` was written by a run with these settings and data."""
     try:
         facts = json.loads((Path(config.out) / "train.json").read_text(encoding="utf-8"))
-        told = facts["config"] | {"overwrite": config.overwrite}, facts["data_sha256"]
+        written = type(config).upgrade(facts["config"]) | {"overwrite": config.overwrite}
+        digests = facts["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(told == (config.portable(), _digests(config)))
-
-
-def _sentence(settings: dict[str, Any], base: str) -> str:
-    if settings["method"] == "full":
-        return f"All weights of `{base}` trained"
-    if settings["method"] in ("lora", "dora"):
-        name = {"lora": "LoRA", "dora": "DoRA"}[settings["method"]]
-        return f"A plain PEFT {name} adapter for `{base}`, rank {settings['rank']}"
-    return (
-        f"A CUR adapter (ΔW = C·U·R, only U trained) for `{base}`: rank {settings['rank']}, core "
-        f"`{settings['core']}`, S-MagNorm `{settings['magnorm']}`"
-    )
+    return bool(written == config.portable() and digests == _digests(config))
 
 
 def _data(facts: dict[str, Any]) -> str:
     settings, digests = facts["config"], facts["data_sha256"]
     if "tasks" in settings:
         return f"`{settings['tasks']}` one after another (strategy {settings['strategy']})"
-    found = digests["data"]
-    return f"`{settings['data']}`" + (f" (SHA-256 `{found[:16]}…`)" if found else "")
+    sha256 = digests["data"]
+    return f"`{settings['data']}`" + (f" (SHA-256 `{sha256[:16]}…`)" if sha256 else "")
 
 
 def card(name: str, facts: dict[str, Any], section: str = "") -> str:
-    """The text of ``README.md`` for a run without further evaluation; it ends with ``section``."""
+    """Return the text of ``README.md``, which ends with ``section``."""
     settings, base = facts["config"], facts["base"]
     data = _data(facts)
     scores = "\n".join(f"| {key} | {value:.4g} |" for key, value in facts["scores"].items())
     note = f"\n{REPRODUCTION_NOTE}\n" if settings["magnorm"] in REPRODUCTION_ONLY else ""
-    library, tags = {
-        "full": ("transformers", "[]"),
-        "lora": ("peft", "[lora]"),
-        "dora": ("peft", "[dora]"),
-    }.get(settings["method"], ("secura-serve", "[secura, cur, peft]"))
-    # The hub wants an id there, and a folder of this machine is none.
+    method = METHODS[settings["method"]]
+    # The hub expects an id there; a folder of this machine is none.
     header = "" if os.path.isabs(base) else f"base_model: {base}\n"
     return f"""---
-{header}library_name: {library}
-tags: {tags}
+{header}library_name: {method.library}
+tags: [{", ".join(method.tags)}]
 ---
 # {name}
 
-{_sentence(settings, base)}, {facts["trainable_parameters"]:,} trained numbers, trained on {data}.
-The exact recipe is in `train.json`, the course of the training in `curves.json`.
+{method.describe(settings, base)}, {facts["trainable_parameters"]:,} trainable parameters, trained
+on {data}.
+The exact recipe is in `train.json`; loss and scores by step are in `curves.json`.
 {note}
 | measured | value |
 |---|---|
@@ -122,27 +109,31 @@ def write(
     files: Mapping[str, str | bytes] | None = None,
     section: str = "",
 ) -> Path:
-    """Write ``--out``, all of it or nothing, then forget the run's checkpoints.
+    """Write ``--out``, all of it or nothing, then remove the run's checkpoints.
 
     ``curlora`` and ``secura`` give this project's adapter folder, ``lora`` and ``dora`` a plain
-    PEFT one, ``full`` a checkpoint that loads like its base. ``extra`` goes into ``train.json``,
-    ``section`` at the end of the card, ``files`` beside them.
+    PEFT one, ``full`` a checkpoint that loads like its base.
+
+    Args:
+        extra: added to ``train.json``.
+        files: further files, name -> content.
+        section: the end of the card.
 
     Raises:
         ConfigError: the folder exists and ``overwrite`` is off.
     """
     out = Path(os.path.abspath(config.out))
-    facts = recipe(config, run) | (extra or {})
-    course = curves.points(run.history)
+    facts = run_facts(config, run) | (extra or {})
+    points = curves.points(run.history)
     written: dict[str, str | bytes] = {
         **(files or {}),
         "train.json": json.dumps(facts, indent=1) + "\n",
         "README.md": card(out.name, facts, section),
-        "curves.json": json.dumps(course) + "\n",
+        "curves.json": json.dumps(points) + "\n",
     }
-    if picture := curves.draw(course, out.name) if course["train"] else None:
+    if picture := curves.draw(points, out.name) if points["train"] else None:
         written["curves.png"] = picture
-    if run.tuned.is_cur:
+    if run.prepared.method.is_cur:
         _save_cur(out, config, run, written)
     else:
         check_out(config)
@@ -168,13 +159,13 @@ def _save_cur(out: Path, config: TrainConfig, run: Run, files: dict[str, str | b
 
 
 def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:
-    if config.method != "full":
+    if not run.prepared.method.trains_all_weights:
         run.model.save_pretrained(new)
         return
     dtype = getattr(torch, config.dtype)
     state = {name: value.to(dtype) for name, value in run.model.state_dict().items()}
     run.model.save_pretrained(new, state_dict=state)
-    # It was float32 while it was trained, and says so.
+    # The model was float32 while it was trained, and its configuration says so.
     file = new / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": config.dtype}, indent=2))
-    run.tuned.tokenizer.save_pretrained(new)
+    run.prepared.tokenizer.save_pretrained(new)

@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints, and which settings they belong to."""
+"""The folder of a run: its checkpoints, and the settings that they belong to."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ from secura_serve.train.settings import TrainConfig
 __all__ = ["TENSORS", "RunFolder", "is_main_process", "processes"]
 
 TENSORS = "trained.safetensors"
-"""What is trained, in a checkpoint."""
+"""The file of a checkpoint with the trained tensors."""
 _RUN, _LOCK = "run.json", "lock"
-# What may change between the parts of a run without changing its outcome.
-_FREE: tuple[str, ...] = ("out", "overwrite", "run_dir", "resume", "save_steps", "device")
-# What the digests of the data stand for.
-_FREE += ("data", "eval_data", "tasks", "tasks_dir")
+# Settings that a resumed run may change, because they do not change its outcome; those of the last
+# line are compared by the content of the files.
+_MAY_CHANGE = (
+    *("out", "overwrite", "run_dir", "resume", "save_steps", "device"),
+    *("data", "eval_data", "tasks", "tasks_dir"),
+)
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process of a launch that writes and speaks."""
+    """Return whether this is the process of a launch that writes files and messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class RunFolder:
-    """Where a run keeps its checkpoints: ``--run-dir``, or ``.NAME.run`` beside ``--out``.
+    """The folder of a run's checkpoints: ``--run-dir``, or ``.NAME.run`` beside ``--out``.
 
-    A checkpoint (``checkpoint-STEP``) holds the trained tensors themselves, the optimiser, the
-    schedule and the random numbers: nothing of a frozen base.
+    A checkpoint (``checkpoint-STEP``) holds the trained tensors, the optimiser, the schedule and
+    the state of the random numbers, but nothing of a frozen base.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -51,14 +53,14 @@ class RunFolder:
         self.config = config
         self.path = Path(os.path.abspath(config.run_dir or out.parent / f".{out.name}.run"))
         self.damaged: list[str] = []
-        """Newer checkpoints than the one that :meth:`open` found, with what is wrong with them."""
+        """The checkpoints newer than the one that :meth:`open` returned, with their faults."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other run out of the folder, which is made.
+        """Make the folder and keep every other run out of it for the length of the block.
 
         Raises:
-            ConfigError: another run is in it, or it cannot be written.
+            ConfigError: another run is at work in it, or it cannot be written.
         """
         if not is_main_process():
             yield
@@ -80,27 +82,32 @@ class RunFolder:
             lock.release()
 
     def open(self, digests: Mapping[str, str | None], world_size: int = 1) -> Path | None:
-        """Return the checkpoint to go on from, if any; call it :meth:`locked`.
+        """Return the checkpoint to go on from, if any; call it inside :meth:`locked`.
+
+        Args:
+            digests: name of a data file -> SHA-256 of its content.
+            world_size: number of processes.
 
         Raises:
-            ConfigError: it holds another run, or an unfinished one that nobody asked to resume.
+            ConfigError: the folder holds a run with other settings, or an unfinished run and
+                neither ``resume`` nor ``overwrite`` is given.
         """
         config = self.config
-        facts = {k: v for k, v in asdict(config).items() if k not in _FREE}
+        facts = {k: v for k, v in asdict(config).items() if k not in _MAY_CHANGE}
         facts |= {f"content of {name}": value for name, value in digests.items()}
         facts["processes"] = world_size
         start = self._start(world_size)
         if start is not None:
-            self._same_run(start.parent / _RUN, facts)
+            self._check_same_run(start.parent / _RUN, facts)
         elif self._unfinished() and not config.resume:
             if not config.overwrite:
                 raise ConfigError(
                     f"{self.path} holds the checkpoints of an unfinished run; --resume auto goes "
-                    "on with it, --overwrite forgets it"
+                    "on with it, --overwrite deletes it"
                 )
             if is_main_process():
                 self._clear()
-        # Another process may be comparing the file with its own settings just now.
+        # On --resume, another process may be reading the file at this moment.
         if is_main_process() and (start is None or start.parent != self.path):
             try:
                 (self.path / _RUN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -111,11 +118,11 @@ class RunFolder:
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(
             f"{self.path}, where checkpoints go, cannot be written: {error.strerror}; name another "
-            "place with --run-dir"
+            "folder with --run-dir"
         )
 
     def _clear(self) -> None:
-        """Forget another run; the lock stays, because we hold it."""
+        """Delete another run's files, except the lock, which we hold."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -130,22 +137,22 @@ class RunFolder:
             return None
         if self.config.resume != "auto":
             given = Path(os.path.abspath(self.config.resume))
-            if lack := _lack(given, world_size):
+            if fault := _fault(given, world_size):
                 raise ConfigError(
-                    f"--resume {given}: not a whole checkpoint of {world_size} processes: {lack}"
+                    f"--resume {given}: no complete checkpoint of {world_size} processes: {fault}"
                 )
             return given
-        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        for checkpoint in reversed(found):
-            if not (lack := _lack(checkpoint, world_size)):
+        checkpoints = self.path.glob("checkpoint-*")
+        for checkpoint in sorted(checkpoints, key=_step, reverse=True):
+            if not (fault := _fault(checkpoint, world_size)):
                 return checkpoint
-            self.damaged.append(f"{checkpoint.name}: {lack}")
+            self.damaged.append(f"{checkpoint.name}: {fault}")
         return None
 
-    def _same_run(self, file: Path, facts: dict[str, Any]) -> None:
+    def _check_same_run(self, file: Path, facts: dict[str, Any]) -> None:
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before = type(self.config).upgrade(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
             raise ConfigError(f"--resume: {file} cannot be read: {error}") from error
         changed = [
             f"{key}: was {before.get(key)!r}, is {facts.get(key)!r}"
@@ -161,8 +168,12 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _lack(folder: Path, world_size: int) -> str:
-    """What a checkpoint lacks, or nothing: a kill or a power cut may leave any file of it short."""
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _fault(folder: Path, world_size: int) -> str:
+    """Return what is wrong with a checkpoint, or ""; a kill may leave any of its files short."""
     ranks = (
         ["rng_state.pth"] if world_size == 1 else [f"rng_state_{n}.pth" for n in range(world_size)]
     )
@@ -172,8 +183,8 @@ def _lack(folder: Path, world_size: int) -> str:
             pass
     except (OSError, ValueError, SafetensorError) as error:
         return str(error)
-    # What torch saves is a zip file, whose table of contents stands at its end.
+    # torch saves zip files; their table of contents is at the end, so a short file has none.
     short = [
         n for n in [*ranks, "optimizer.pt", "scheduler.pt"] if not zipfile.is_zipfile(folder / n)
     ]
-    return f"{', '.join(short)} missing or not whole" if short else ""
+    return f"{', '.join(short)} missing or incomplete" if short else ""

@@ -1,4 +1,4 @@
-"""Fitting a prepared model to rows: once in a run, once per task in continual learning."""
+"""Training a prepared model on rows: once in a run, once per task in continual learning."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from transformers import (
     TrainingArguments,
 )
 
-from secura_serve.train.callbacks import Divergence, Interrupt, Progress
+from secura_serve.train.callbacks import Divergence, Fusion, Interrupt, Progress
 from secura_serve.train.checkpoints import processes
 from secura_serve.train.data import Collate, Collator, Rows
 from secura_serve.train.loss import ExtraLoss
-from secura_serve.train.methods import Tuned
+from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.packing import packer
 from secura_serve.train.settings import TrainConfig
 from secura_serve.train.trainer import AnswerTrainer
 
-__all__ = ["Fit", "Interrupted", "fit"]
+__all__ = ["FitResult", "Interrupted", "fit"]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What one :func:`fit` measured."""
+class FitResult:
+    """What was measured in one :func:`fit`."""
 
     steps: int
     train_loss: float
     """Mean over the steps of the mean cross-entropy per answer token, and of any extra loss."""
     held_out: dict[str, float]
     best: int | None
-    """The step that was kept, with ``patience``."""
+    """With ``patience``: the step whose weights were kept."""
     seconds: float
     tokens: int
     history: list[dict[str, Any]]
@@ -47,7 +48,7 @@ class Fit:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run ended early on a signal; ``checkpoint`` is where it can go on from."""
+    """The run was ended by a signal; it can go on from ``checkpoint``, if there is one."""
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
         super().__init__(f"interrupted at step {step} of {steps}")
@@ -55,25 +56,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 def fit(
-    tuned: Tuned,
+    prepared: PreparedModel,
     rows: Rows,
     *,
     config: TrainConfig | None = None,
-    held: Rows | None = None,
+    held_out: Rows | None = None,
     extra_loss: ExtraLoss | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     run_dir: Path | None = None,
     resume: Path | None = None,
-) -> Fit:
-    """Train ``tuned.model`` in place on ``rows``, from the weights it has, with a fresh optimiser.
+) -> FitResult:
+    """Train ``prepared.model`` in place on ``rows``, with a new optimiser.
 
-    It can be called again and again on one model: that is continual learning, one list of rows
-    per task. Its building blocks::
+    It can be called several times on one model, with the rows of one task each; that is continual
+    learning::
 
-        tuned = prepare(config)                              # base and adapter, once
+        prepared = prepare(config)                              # base and adapter, once
         for task in tasks:
-            rows = encode(read(task), tuned.tokenizer, config.max_length)
-            fit(tuned, mix(rows, seen, 0.2, seed=0),         # replay: a share of earlier rows
+            rows = encode(read(task), prepared.tokenizer, config.max_length)
+            fit(prepared, mix(rows, seen, 0.2, seed=0),         # replay: a share of earlier rows
                 extra_loss=lambda model, batch, logits: ...)  # EWC, distillation
             seen += rows
 
@@ -83,39 +84,39 @@ def fit(
     depends on ``config.seed`` and the epoch alone.
 
     Args:
-        config: settings of this call, ``tuned.config`` by default. Only what concerns the
-            training is read: steps, batches, learning rate, seed, evaluation, checkpoints.
-        held: held-out rows, for ``eval_steps``, ``patience`` and the scores at the end.
+        config: settings of this call, ``prepared.config`` by default. Only those of the training
+            are read: steps, batches, learning rate, seed, evaluation, checkpoints.
+        held_out: rows to evaluate on, for ``eval_steps``, ``patience`` and the scores at the end.
         callbacks: further transformers callbacks.
-        run_dir: folder of checkpoints; None writes none.
-        resume: checkpoint to go on from.
+        run_dir: folder of the checkpoints; None writes none.
+        resume: the checkpoint to go on from.
 
     Raises:
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint where there is a ``run_dir``.
         ConfigError: ``resume`` belongs to another method or base, or the model cannot be packed.
-        TrainingError: the loss is no number any more, or a checkpoint cannot be written.
+        TrainingError: the loss is NaN or infinite, or a checkpoint cannot be written.
     """
-    config, held = config or tuned.config, held or []
-    padded = Collator(tuned.tokenizer.pad_token_id)
-    collate: Collate = packer(tuned.model, rows, padded) if config.packing else padded
+    config, held_out = config or prepared.config, held_out or []
+    padded = Collator(prepared.tokenizer.pad_token_id)
+    collate: Collate = packer(prepared.model, rows, padded) if config.packing else padded
     bar = Progress()
-    watch = [*callbacks, bar, Divergence(), *_fusion(config)]
+    all_callbacks = [*callbacks, bar, Divergence(), *_fusion(config)]
     if config.patience:
-        watch.append(EarlyStoppingCallback(config.patience))
+        all_callbacks.append(EarlyStoppingCallback(config.patience))
     alone = processes() == 1
     interrupt = Interrupt()
     with (
         nullcontext(str(run_dir)) if run_dir else tempfile.TemporaryDirectory() as folder,
-        # Several processes could not agree on the step to stop at: there a signal acts at once.
+        # Several processes could not agree on a step to stop at, so there a signal acts at once.
         interrupt if alone else nullcontext(),
     ):
         trainer = AnswerTrainer(
-            model=tuned.model,
-            args=_arguments(config, folder, bool(run_dir), bool(held)),
+            model=prepared.model,
+            args=_arguments(config, folder, bool(run_dir), bool(held_out)),
             train_dataset=rows,
-            eval_dataset=held or None,
+            eval_dataset=held_out or None,
             data_collator=collate,
-            callbacks=[*watch, interrupt],
+            callbacks=[*all_callbacks, interrupt],
             padded=padded,
             extra_loss=extra_loss,
         )
@@ -131,14 +132,14 @@ def fit(
             raise Interrupted(state.global_step, state.max_steps, at)
         at_best = state.best_model_checkpoint if config.patience else None
         best = int(at_best.rpartition("-")[2]) if at_best else None
-        scores = _scores_at(best or state.global_step, state) if held else {}
-        if held and not scores:
+        scores = _scores_at(best or state.global_step, state) if held_out else {}
+        if held_out and not scores:
             scores = trainer.held_out_scores()
             state.log_history.append(
                 {"step": state.global_step} | {f"eval_{k}": v for k, v in scores.items()}
             )
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    return Fit(
+    return FitResult(
         best=best,
         steps=state.global_step,
         train_loss=sum(losses) / len(losses),
@@ -150,44 +151,40 @@ def fit(
 
 
 def _scores_at(step: int, state: TrainerState) -> dict[str, float]:
-    """What the evaluation after ``step`` found; empty if there was none."""
+    """Return the scores of the evaluation after ``step``; empty if there was none."""
     for entry in state.log_history:
         if entry["step"] == step and "eval_loss" in entry:
-            found = {k: v for k, v in entry.items() if k.startswith("eval_")}
-            return {key.removeprefix("eval_"): value for key, value in found.items()}
+            scores = {k: v for k, v in entry.items() if k.startswith("eval_")}
+            return {key.removeprefix("eval_"): value for key, value in scores.items()}
     return {}
 
 
 def _fusion(config: TrainConfig) -> list[TrainerCallback]:
-    if not config.fusion_step:
-        return []
-    from secura_serve.train.fusion import Fusion
-
-    return [Fusion(config.fusion_step)]
+    return [Fusion(config.fusion_step)] if config.fusion_step else []
 
 
-def _arguments(config: TrainConfig, folder: str, keep: bool, held: bool) -> TrainingArguments:
-    best = bool(config.patience and held)
+def _arguments(config: TrainConfig, folder: str, keep: bool, evaluate: bool) -> TrainingArguments:
+    best = bool(config.patience and evaluate)
     every = config.eval_steps if best else config.save_steps
     return TrainingArguments(
         output_dir=folder,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
-        num_train_epochs=config.epochs,
+        num_train_epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         seed=config.seed,
         remove_unused_columns=False,
-        eval_strategy="steps" if held and config.eval_steps else "no",
+        eval_strategy="steps" if evaluate and config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
-        # The best model comes back from its checkpoint.
+        # The best model is loaded back from its checkpoint.
         save_strategy="steps" if (keep and config.save_steps) or best else "no",
         save_steps=max(every, 1),
-        # The newest may be half written when a run is killed.
+        # Two, because the newest may be half written when a run is killed.
         save_total_limit=2,
         load_best_model_at_end=best,
         metric_for_best_model="loss" if best else None,
@@ -195,13 +192,13 @@ def _arguments(config: TrainConfig, folder: str, keep: bool, held: bool) -> Trai
         restore_callback_states_from_checkpoint=True,
         include_num_input_tokens_seen="non_padding",
         report_to=[],
-        # Progress is the bar, and would be taken for the trainer's own.
+        # Progress shows the bar; as a subclass it would be removed with the trainer's own.
         disable_tqdm=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
         use_cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        bf16=config.method == "full" and config.dtype == "bfloat16",
+        bf16=METHODS[config.method].trains_all_weights and config.dtype == "bfloat16",
         dataloader_pin_memory=False,
-        # Whatever is trained takes part in every step.
+        # All that is trained takes part in every step.
         ddp_find_unused_parameters=False,
     )

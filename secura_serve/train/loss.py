@@ -1,4 +1,4 @@
-"""The loss on the answers alone, for training and on held-out data."""
+"""The loss on the answers only, in training and on held-out data."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from tqdm import tqdm
 from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data import IGNORE, Batch, Collate, Rows
 
-__all__ = ["ExtraLoss", "answer_logits", "held_out", "summed"]
+__all__ = ["ExtraLoss", "answer_logits", "score_rows", "summed_cross_entropy"]
 
 ExtraLoss = Callable[[nn.Module, Batch, Tensor], Tensor]
 """``(model, batch, logits) -> scalar``, added to the mean cross-entropy of each step.
 
-``logits`` are those of :func:`answer_logits`, so a second model's on the same batch are had by
-calling that; ``batch`` comes from the collator, labels included.
+``logits`` are those of :func:`answer_logits`; call that for the logits of a second model on the
+same batch. ``batch`` comes from the collator, with its labels.
 """
 
 
 def answer_logits(
     model: nn.Module, batch: Batch, forward: Callable[..., Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The logits that predict the answers of one batch, and the tokens they should predict.
+    """Return the logits that predict the answers of one batch, and the tokens they should predict.
 
-    The output layer runs on the columns that hold a label and on the one before them only.
+    The output layer runs only on the columns that hold a label and on the one before them.
 
     Args:
         forward: called in place of ``model``, with its arguments.
@@ -45,7 +45,7 @@ def answer_logits(
     inputs.pop("replayed", None)
     first = int((labels != IGNORE).any(dim=0).nonzero()[0])
     keep = labels.shape[1] - first + 1
-    # Of the class: accelerate wraps the method of the instance under autocast.
+    # The class is asked, because accelerate wraps the method of the instance under autocast.
     accepted = inspect.signature(type(_causal_lm(model)).forward).parameters
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = keep  # type: ignore[assignment]
@@ -55,38 +55,38 @@ def answer_logits(
     return logits, labels[:, first:]
 
 
-def summed(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy summed over the labels, float32."""
+def summed_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return the cross-entropy summed over the labels, float32."""
     return F.cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
     )
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:
-    """The model under the wrappers of several processes and of PEFT."""
+    """Return the model inside the wrappers of several processes and of PEFT."""
     inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     return inner
 
 
 @torch.no_grad()
-def held_out(
+def score_rows(
     model: nn.Module,
     rows: Rows,
     collate: Collate,
     batch_size: int,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> dict[str, float]:
-    """How well a model predicts held-out answers.
+    """Measure how well a model predicts the answers of ``rows``.
 
     Args:
-        reduce: adds up five sums (float64) over the processes that hold other rows.
+        reduce: adds up five sums (float64) over the processes, which have different rows.
 
     Returns:
         ``loss``: mean per answer token. ``token_accuracy``: share of answer tokens that are the
-        most likely one. ``exact_match``: share of answers of which all are, the end-of-sequence
-        token included; those are the answers that greedy decoding gives token for token, since it
-        goes wrong where the first token is not the most likely one.
+        most likely one. ``exact_match``: share of answers all of whose tokens are, the
+        end-of-sequence token included. Those are the answers that greedy decoding gives token for
+        token, because it departs from an answer where a token is not the most likely one.
     """
     training = model.training
     model.eval()
@@ -99,7 +99,7 @@ def held_out(
         batch = collate(ordered[start : start + batch_size])
         logits, wanted = answer_logits(model, {k: v.to(device) for k, v in batch.items()})
         real, right = wanted != IGNORE, logits.argmax(-1) == wanted
-        parts = [summed(logits, wanted), (right & real).sum(), real.sum()]
+        parts = [summed_cross_entropy(logits, wanted), (right & real).sum(), real.sum()]
         whole = (right | ~real).all(1)
         parts += [whole.sum(), torch.tensor(len(whole))]
         total += torch.tensor([float(p) for p in parts], dtype=torch.float64)

@@ -12,15 +12,15 @@ from typing import Any
 from secura_serve.config import add_flags, brief_errors, build
 from secura_serve.errors import SecuraError
 from secura_serve.train.checkpoints import is_main_process
+from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.recipe import SEQUENCE_ONLY, parse_changes, read_recipe
-from secura_serve.train.sequence import SequenceConfig
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
 __all__ = ["main", "parser"]
 
 _EXAMPLES = """examples:
   secura-train --base smollm2-135m --data mine.jsonl --out adapters/mine --eval-split 0.1
-  secura-train --config recipe.yaml --set lr=0.002 --seed 1 --out adapters/mine-1
+  secura-train --config recipe.yaml --set learning_rate=0.002 --seed 1 --out adapters/mine-1
   secura-train --config adapters/mine/train.json --data mine.jsonl --method lora --out lora/mine
   secura-train --base gpt2-large --tasks mrpc,sst2 --tasks-dir data --strategy er --out adapters/two
   accelerate launch --multi_gpu --num_processes 2 -m secura_serve.train.main --config recipe.yaml

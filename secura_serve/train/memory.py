@@ -1,4 +1,4 @@
-"""What a run needs in memory: estimated before it starts, measured at its end."""
+"""The memory of a run: estimated before it starts, measured at its end."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secura_serve.train.data import IGNORE, Rows
-from secura_serve.train.methods import Tuned
+from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.settings import REPRODUCTION_ONLY
 
 __all__ = ["Memory", "available", "estimate", "peak", "resident"]
 
 GIB = 2**30
-# What a CPU process grew by beyond its tensors in runs of SmolLM2-135M: libraries loaded on first
-# use, kernels' scratch, memory that the allocator keeps.
+# By how much a CPU process grew beyond its tensors in runs of SmolLM2-135M: libraries loaded on
+# first use, scratch memory of kernels, memory that the allocator keeps.
 _CPU_OVERHEAD = GIB
 
 
@@ -33,7 +33,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.weights + self.training + self.activations + self.overhead
 
     def __str__(self) -> str:
@@ -44,14 +44,14 @@ class Memory:
         )
 
 
-def estimate(tuned: Tuned, rows: Rows) -> Memory:
-    """Memory of one step with the longest batch that ``rows`` can give.
+def estimate(prepared: PreparedModel, rows: Rows) -> Memory:
+    """Estimate the memory of one step with the longest batch that ``rows`` can give.
 
     With b bytes per number of the base, B sequences of T tokens (the longest row), A answer
-    columns, V words and n = B·T:
+    columns, V entries of the vocabulary and n = B·T:
 
     - weights: all parameters and buffers.
-    - training: 12 bytes per trained number, a float32 gradient and two Adam moments.
+    - training: 12 bytes per trainable parameter, a float32 gradient and two Adam moments.
     - activations, kept for the backward pass: n·out·b per linear layer; n·h·4 per norm, which
       computes in float32 (with ``full`` n·h·(4 + b)); B·A·V·(b + 12) for the logits; with eager
       attention 2·b·n·T per head. Per adapted linear: n·r·b; S-MagNorm on weights n·in·b, and once
@@ -62,16 +62,16 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
 
     A rule of thumb, not a promise: allocators, other architectures and kernels differ.
     """
-    model, config = tuned.model, tuned.config
-    inner = model.get_base_model() if config.method != "full" else model
-    full = config.method == "full"
+    model, config = prepared.model, prepared.config
+    full = prepared.method.trains_all_weights
+    inner = model if full else model.get_base_model()
     b = 2 if full and config.dtype == "bfloat16" else inner.dtype.itemsize
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = prepared.trainable_parameters
     longest = max(len(row["input_ids"]) for row in rows)
     answer = max(sum(v != IGNORE for v in row["labels"]) for row in rows)
-    n, rank = config.batch_size * longest, config.rank
+    n, rank = config.per_device_train_batch_size * longest, config.rank
     saved = largest = 0
     for module in inner.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():
@@ -83,7 +83,7 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
             saved += n * module.weight.numel() * (4 + (b if full else 0))
         elif hasattr(module, "base_layer"):
             outside, inside = module.out_features, module.in_features
-            if not tuned.is_cur:
+            if not prepared.method.is_cur:
                 saved += 4 * n * (inside if b < 4 else inside // 2)
             elif config.magnorm in REPRODUCTION_ONLY:
                 saved += 16 * n * outside
@@ -95,27 +95,27 @@ def estimate(tuned: Tuned, rows: Rows) -> Memory:
     if inner.config._attn_implementation == "eager":
         heads = inner.config.num_attention_heads * inner.config.num_hidden_layers
         saved += 2 * b * n * longest * heads
-    saved += config.batch_size * answer * inner.config.vocab_size * (b + 12)
+    saved += config.per_device_train_batch_size * answer * inner.config.vocab_size * (b + 12)
     overhead = 0 if torch.cuda.is_available() else _CPU_OVERHEAD
     return Memory(weights, 12 * trained, saved + largest, overhead)
 
 
 def resident() -> int:
-    """Bytes that this process holds now: on its GPU, or in main memory."""
+    """Return the bytes that this process holds now, on its GPU or in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
-    """Largest :func:`resident` since the process began."""
+    """Return the largest :func:`resident` since the process began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def available() -> int:
-    """Bytes that can still be taken: of the GPU, or of main memory."""
+    """Return the bytes that are still free, on the GPU or in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return int(psutil.virtual_memory().available)

@@ -1,7 +1,7 @@
 """Packing: the examples of a batch laid end to end in one row, without padding.
 
-Each token sees its own example alone: positions start again at 0 with every example, and
-transformers builds its attention mask from that. Whether a model does is tried out, not assumed.
+A token must see only its own example: positions start at 0 again with every example, and
+transformers builds its attention mask from that. Whether a model does so is tested, not assumed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from secura_serve.train.loss import answer_logits
 
 __all__ = ["packer"]
 
-_TRIED = 32
-# Far above what another order of summation does, far below what a foreign token does.
-_NEAR = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
+_TEST_TOKENS = 32
+# Far above the effect of another order of summation, far below that of a token of another example.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.3}
 
 
 def packer(model: Any, rows: Rows, padded: Collator) -> Collate:
-    """The collator of packed batches: ``input_ids``, ``labels``, ``position_ids`` (1, tokens).
+    """Return a collator of packed batches: ``input_ids``, ``labels``, ``position_ids`` (1, tokens).
 
     Raises:
-        ConfigError: the model lets examples in one row see each other. Its logits on two short
-            ones, packed, are not those of the same two in a padded batch.
+        ConfigError: the model lets examples in one row see each other: its logits on two short
+            examples differ between a packed row and a padded batch.
     """
     flatten = DataCollatorWithFlattening()
 
@@ -37,7 +37,8 @@ def packer(model: Any, rows: Rows, padded: Collator) -> Collate:
 
     # Answers throughout, so that all logits are compared.
     pair = [
-        {"input_ids": ids, "labels": ids} for ids in (r["input_ids"][:_TRIED] for r in rows[:2])
+        {"input_ids": ids, "labels": ids}
+        for ids in (r["input_ids"][:_TEST_TOKENS] for r in rows[:2])
     ]
     pair = (pair * 2)[:2]
     training = model.training
@@ -47,13 +48,13 @@ def packer(model: Any, rows: Rows, padded: Collator) -> Collate:
     with torch.no_grad():
         for batch in (collate(pair), padded([pair[1]])):
             batch["labels"][0, 0] = -100
-            found, _ = answer_logits(model, {k: v.to(device) for k, v in batch.items()})
-            logits.append(found[0, -len(pair[1]["input_ids"]) + 1 :])
+            predicted, _ = answer_logits(model, {k: v.to(device) for k, v in batch.items()})
+            logits.append(predicted[0, -len(pair[1]["input_ids"]) + 1 :])
     model.train(training)
-    apart = float((logits[0] - logits[1]).abs().max())
-    if apart > _NEAR[next(model.parameters()).dtype]:
+    difference = float((logits[0] - logits[1]).abs().max())
+    if difference > _TOLERANCE[next(model.parameters()).dtype]:
         raise ConfigError(
             f"--packing: {type(model).__name__} lets packed examples see each other (logits differ "
-            f"by {apart:.3g}); leave it out"
+            f"by {difference:.3g}); leave it out"
         )
     return collate

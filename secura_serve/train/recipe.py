@@ -1,49 +1,54 @@
-"""Recipes: settings in a YAML or JSON file, or a ``train.json``, and what flags change in them."""
+"""Recipes: settings in a YAML or JSON file or a ``train.json``, which flags change."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from secura_serve.config import current_names
 from secura_serve.errors import ConfigError
-from secura_serve.train.sequence import SequenceConfig
-from secura_serve.train.settings import TrainConfig, of_another_method
+from secura_serve.train.continual.config import SequenceConfig
+from secura_serve.train.settings import REMOVED, TrainConfig, not_taken_over
 
 __all__ = ["SEQUENCE_ONLY", "parse_changes", "read_recipe"]
 
 SEQUENCE_ONLY = {item.name for item in fields(SequenceConfig)} - {
     item.name for item in fields(TrainConfig)
 }
+"""The settings that make a run one over several tasks."""
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_recipe(file: str, over: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in ``file`` that still have a meaning once ``over`` is put on top of them.
+    """Return the settings in ``file`` that still apply once ``over`` is put on top of them.
 
-    With another ``method`` goes what belongs to the recipe's own, its learning rate included; with
-    ``data`` go the tasks of a sequence, and with ``tasks`` the data of a single run.
+    If ``over`` names another ``method``, the settings of the recipe's own method are left out, its
+    learning rate included; if it names ``data``, so are the tasks of a sequence, and if it names
+    ``tasks``, so is the data of a single run. Old names of settings are replaced, with a notice.
 
     Raises:
-        ConfigError: it cannot be read, holds something else, or names a file that is not there.
+        ConfigError: the file cannot be read, is no mapping of settings, or names a data file that
+            does not exist.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML keeps the last of equal keys and says nothing."""
+        """Refuses a key that occurs twice; PyYAML alone keeps the last one and says nothing."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set[Any]()
             for key, _ in node.value:
                 if (name := self.construct_object(key)) in seen:
-                    raise yaml.YAMLError(f"{name} stands there twice{key.start_mark}")
+                    raise yaml.YAMLError(f"{name} is given twice{key.start_mark}")
                 seen.add(name)
-            found: dict[Any, Any] = super().construct_mapping(node, deep)
-            return found
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
 
     try:
-        # Every JSON file is a YAML file. An open file has its name in YAML's messages.
+        # JSON is YAML too. Given an open file, YAML's messages name it.
         with Path(file).open(encoding="utf-8") as text:
             values = yaml.load(text, Loader)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -52,29 +57,37 @@ def read_recipe(file: str, over: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--config {file} must hold a mapping of settings")
     # A train.json is a recipe too.
     inner = values.get("config", values)
-    kept = _fitting(dict(inner) if isinstance(inner, dict) else values, over)
-    if lost := _lost(kept, over):
-        raise ConfigError(f"--config {file} is not complete:", lost)
-    return kept
+    settings = _without_removed(dict(inner) if isinstance(inner, dict) else values)
+    settings = _applicable(current_names(SequenceConfig, settings), over)
+    if missing := _missing_files(settings, over):
+        raise ConfigError(f"--config {file} is not complete:", missing)
+    return settings
 
 
-def _fitting(recipe: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    gone = set[str]()
+def _without_removed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return ``recipe`` without the settings that this version no longer has."""
+    for name in recipe.keys() & REMOVED.keys():
+        print(f"notice: {name} is ignored: {REMOVED[name]}", file=sys.stderr)
+    return {key: value for key, value in recipe.items() if key not in REMOVED}
+
+
+def _applicable(recipe: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    left_out = set[str]()
     method = over.get("method", (old := recipe.get("method", "curlora")))
     if method != old:
-        gone |= of_another_method(str(method))
+        left_out |= not_taken_over(str(method))
     if "data" in over and "tasks" not in over:
-        gone |= SEQUENCE_ONLY
+        left_out |= SEQUENCE_ONLY
     if "tasks" in over:
-        gone |= {"data", "eval_data"}
+        left_out |= {"data", "eval_data"}
     if "eval_split" in over:
-        gone |= {"eval_data"}
-    return {key: value for key, value in recipe.items() if key not in gone}
+        left_out |= {"eval_data"}
+    return {key: value for key, value in recipe.items() if key not in left_out}
 
 
-def _lost(recipe: dict[str, Any], over: Mapping[str, Any]) -> list[str]:
+def _missing_files(recipe: dict[str, Any], over: Mapping[str, Any]) -> list[str]:
     return [
-        f"{key}: {name} is not there; a train.json keeps no folders, so give "
+        f"{key}: {name} does not exist; a train.json keeps no folders, so give "
         f"--{key.replace('_', '-')} FILE"
         for key in ("data", "eval_data")
         if key not in over
@@ -85,10 +98,10 @@ def _lost(recipe: dict[str, Any], over: Mapping[str, Any]) -> list[str]:
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` of each ``--set``, the value read as YAML.
+    """Return the settings of ``KEY=VALUE`` pairs, as ``--set`` takes them; values are YAML.
 
     Raises:
-        ConfigError: with every pair that is not one.
+        ConfigError: listing every pair that is not valid.
     """
     import yaml
 
@@ -103,4 +116,4 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{pair}: must be KEY=VALUE")
     if problems:
         raise ConfigError("--set is not valid:", problems)
-    return values
+    return current_names(SequenceConfig, values)

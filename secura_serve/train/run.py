@@ -1,4 +1,4 @@
-"""One training run: settings in, a trained model and what was measured out."""
+"""One training run: settings in, a trained model and its scores out."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from secura_serve.adapter import check_name
 from secura_serve.atomic import check_target
 from secura_serve.errors import ConfigError
 from secura_serve.train import memory
-from secura_serve.train.base import load_tokenizer
 from secura_serve.train.checkpoints import RunFolder, is_main_process, processes
-from secura_serve.train.data import Rows, encode, split
+from secura_serve.train.data import Record, Rows, digest, encode, parse_columns, read, split
 from secura_serve.train.fit import fit
-from secura_serve.train.methods import Tuned, prepare
-from secura_serve.train.records import Record, digest, parse_columns, read
+from secura_serve.train.methods.base import load_tokenizer
+from secura_serve.train.methods.prepared import PreparedModel, prepare
 from secura_serve.train.settings import TrainConfig
 
-__all__ = ["Run", "announce", "check_out", "say", "train"]
+__all__ = ["Run", "check_out", "log", "log_plan", "train"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the model as it was trained, and what was measured."""
+    """A finished run: the trained model and what was measured."""
 
-    tuned: Tuned
+    prepared: PreparedModel
     scores: dict[str, float]
     seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -39,77 +38,89 @@ class Run:
     @property
     def model(self) -> Any:
         """The trained model."""
-        return self.tuned.model
+        return self.prepared.model
 
 
-def train(config: TrainConfig, *, log: Sequence[TrainerCallback] = ()) -> Run:
+def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
     """Train once; ``--out`` is not written (see :func:`secura_serve.train.card.write`).
 
     The same settings, data, thread count and versions give the same tensors, whether the run was
-    interrupted and resumed or not. ``log`` takes transformers ``TrainerCallback`` objects.
+    interrupted and resumed or not.
+
+    Args:
+        callbacks: further callbacks of transformers' Trainer.
 
     Raises:
-        ConfigError, DataError, BaseModelError: before the training starts; another run at work in
-            the same folder is a ConfigError.
+        ConfigError, DataError, BaseModelError: before the training starts. If another run is at
+            work in the same folder, that is a ConfigError.
         Interrupted: on Ctrl-C, after a checkpoint.
     """
     check_out(config)
-    records, held = _records(config)
+    records, held_out = _records(config)
     folder = RunFolder(config)
     with folder.locked():
-        return _train(config, folder, records, held, log)
+        return _train(config, folder, records, held_out, callbacks)
 
 
 def _train(
     config: TrainConfig,
     folder: RunFolder,
     records: list[Record],
-    held: list[Record],
-    log: Sequence[TrainerCallback],
+    held_out: list[Record],
+    callbacks: Sequence[TrainerCallback],
 ) -> Run:
     digests = {name: digest(path) for name, path in config.sources().items()}
     start = folder.open(digests, processes())
     for damage in folder.damaged:
-        say(f"left aside, damaged: {damage}")
+        log(f"damaged, so not used: {damage}")
     if config.resume and start is None:
-        say(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
+        log(f"no checkpoint in {folder.path} yet: the run starts from the beginning")
     set_seed(config.seed)
     hf_logging.set_verbosity_error()
-    # An example that cannot be used is told before the weights are loaded.
+    # An example that cannot be used is reported before the weights are loaded.
     tokenizer = load_tokenizer(config.base)
-    rows, kept = (_rows(part, tokenizer, config) for part in (records, held))
+    rows, eval_rows = (_rows(part, tokenizer, config) for part in (records, held_out))
     before = memory.resident()
-    tuned = prepare(config)
-    announce(tuned, rows, kept, len(records), start)
-    found = fit(tuned, rows, held=kept, callbacks=log, run_dir=folder.path, resume=start)
-    if not any(entry.get("learning_rate") for entry in found.history):
-        say("nothing was learnt: warm-up took every step, at learning rate 0; give --warmup 0")
-    if found.best is not None:
-        say(f"ended at step {found.steps}; step {found.best}, the best, is kept")
-    expected = memory.estimate(tuned, rows).total / memory.GIB
+    prepared = prepare(config)
+    log_plan(prepared, rows, eval_rows, len(records), start)
+    result = fit(
+        prepared,
+        rows,
+        held_out=eval_rows,
+        callbacks=callbacks,
+        run_dir=folder.path,
+        resume=start,
+    )
+    if not any(entry.get("learning_rate") for entry in result.history):
+        log(
+            "nothing was learnt: warm-up took every step, at learning rate 0; give --warmup-steps 0"
+        )
+    if result.best is not None:
+        log(f"ended at step {result.steps}; step {result.best}, the best, is kept")
+    expected = memory.estimate(prepared, rows).total / memory.GIB
     used = (memory.peak() - before) / memory.GIB
-    say(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
-    scores = {"train_loss": found.train_loss, "steps": float(found.steps)}
-    scores |= {f"held_out_{name}": value for name, value in found.held_out.items()}
-    return Run(tuned, scores, found.seconds, found.history, folder)
+    log(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
+    scores = {"train_loss": result.train_loss, "steps": float(result.steps)}
+    scores |= {f"held_out_{name}": value for name, value in result.held_out.items()}
+    return Run(prepared, scores, result.seconds, result.history, folder)
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records."""
+    """Read the training and the held-out records."""
     labels = [text.strip() for text in (config.labels or "").split(",") if text.strip()]
     columns = parse_columns(config.data_columns)
     records = read(config.data, columns=columns, labels=labels)
     if config.eval_data:
         return records, read(config.eval_data, columns=columns, labels=labels)
-    records, kept = split(records, config.eval_split)
+    records, held_out = split(records, config.eval_split)
     if not records:
         raise ConfigError(f"eval_split {config.eval_split} leaves no training data")
-    if config.eval_split and not kept:
+    if config.eval_split and not held_out:
         raise ConfigError(
             f"eval_split {config.eval_split} of {len(records)} examples leaves nothing to evaluate "
             f"on; give at least {1 / len(records):.2g}"
         )
-    return records, kept
+    return records, held_out
 
 
 def _rows(records: list[Record], tokenizer: Any, config: TrainConfig) -> Rows:
@@ -117,37 +128,44 @@ def _rows(records: list[Record], tokenizer: Any, config: TrainConfig) -> Rows:
 
 
 def check_out(config: TrainConfig) -> None:
-    """Refuse ``--out`` before the training, not after it.
+    """Raise before the training if ``--out`` could not be written after it.
 
     Raises:
-        ConfigError: its name cannot be an adapter's, or see :func:`check_target`.
+        ConfigError: it is not a valid name of an adapter, or see :func:`check_target`.
     """
     out = Path(config.out).absolute()
     check_name(out.name)
     check_target(out, config.overwrite, "train.json", "adapter_config.json")
 
 
-def announce(tuned: Tuned, rows: Rows, kept: Rows, read: int, start: Path | None) -> None:
-    """Say what is about to be trained, and whether its memory is there; ``read`` counts records."""
-    trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
-    skipped = f", {read - len(rows)} over-long ones left out" if len(rows) < read else ""
-    say(
-        f"{tuned.config.method}: {trained:,} trained numbers, {len(rows)} examples{skipped}, "
-        f"{len(kept)} held out"
+def log_plan(
+    prepared: PreparedModel, rows: Rows, held_out: Rows, records: int, start: Path | None
+) -> None:
+    """Log what is about to be trained, and whether there is enough memory for it.
+
+    Args:
+        records: number of training records, over-long ones included.
+        start: the checkpoint that the run goes on from.
+    """
+    skipped = f", {records - len(rows)} over-long ones left out" if len(rows) < records else ""
+    log(
+        f"{prepared.config.method}: {prepared.trainable_parameters:,} trainable parameters, "
+        f"{len(rows)} examples{skipped}, {len(held_out)} held out"
         + (f", {processes()} processes" if processes() > 1 else "")
         + (f"; goes on from {start}" if start else "")
     )
-    expected = memory.estimate(tuned, rows)
-    say(f"memory: about {expected} per process")
+    expected = memory.estimate(prepared, rows)
+    log(f"memory: about {expected} per process")
     free = memory.available()
     if expected.training + expected.activations > free:
-        say(
+        log(
             f"memory: only {free / memory.GIB:.2f} GiB are free beside the loaded weights; lower "
-            "--batch-size (and raise --accumulate) or --max-length if the run is killed"
+            "--per-device-train-batch-size (and raise --gradient-accumulation-steps) or "
+            "--max-length if the run is killed"
         )
 
 
-def say(text: str) -> None:
-    """Tell the user, once however many processes there are."""
+def log(text: str) -> None:
+    """Print a line for the user to stderr, from the main process only."""
     if is_main_process():
         print(f"secura-train: {text}", file=sys.stderr)

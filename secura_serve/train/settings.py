@@ -3,58 +3,53 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
+from secura_serve.train.checks import (
+    contradictions,
+    layer_ranges,
+    not_supported,
+    out_of_bounds,
+    settings_not_supported_by,
+)
+from secura_serve.train.methods.registry import METHODS
 
-__all__ = ["CUR_METHODS", "METHODS", "REPRODUCTION_ONLY", "TrainConfig", "of_another_method"]
+__all__ = ["REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
 
-METHODS = ("curlora", "secura", "lora", "dora", "full")
-CUR_METHODS = ("curlora", "secura")
 REPRODUCTION_ONLY = ("activation", "reference")
-
-# What a method stands for where nothing else is said.
-_CORE = {"curlora": "u", "secura": "ab"}
-_MAGNORM = {"curlora": "none", "secura": "bounded"}
-_LR = {"curlora": 4e-3, "secura": 1e-2, "lora": 1e-3, "dora": 1e-3, "full": 2e-5}
-
-_CUR_ONLY: tuple[str, ...] = ("core", "inner_rank", "init", "magnorm", "tau", "alpha")
-_CUR_ONLY += ("selection", "selection_seed", "fusion_step", "accumulation")
-_LORA_ONLY = ("lora_alpha",)
-_ADAPTERS_ONLY = ("rank", "targets", "exclude", "layers", "layers_pattern", "dropout")
-# What one method of CUR_METHODS sets differently from the other; also what hangs on core and norm.
-_METHODS_OWN = ("core", "inner_rank", "init", "magnorm", "tau", "fusion_step", "accumulation", "lr")
+"""S-MagNorm modes that act on activations: trained and evaluated here, never merged or served."""
+REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
+"""Settings of earlier versions, which old recipes still hold, and why they are ignored."""
+# What a method sets by itself, and what depends on it: not taken over from another method's recipe.
+_SET_BY_METHOD = (
+    *("core", "inner_rank", "init", "magnorm", "tau", "fusion_step"),
+    "learning_rate",
+)
 
 
-def of_another_method(method: str) -> set[str]:
-    """Settings of a recipe for another method that ``method`` cannot take over."""
-    return {*_METHODS_OWN, *_foreign_to(method)}
-
-
-def _foreign_to(method: str) -> tuple[str, ...]:
-    foreign: tuple[str, ...] = () if method in CUR_METHODS else _CUR_ONLY
-    foreign += () if method in ("lora", "dora") else _LORA_ONLY
-    return foreign + (_ADAPTERS_ONLY if method == "full" else ())
+def not_taken_over(method: str) -> set[str]:
+    """Return the settings that a run of ``method`` cannot take from another method's recipe."""
+    return {*_SET_BY_METHOD, *settings_not_supported_by(method)}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run of ``secura-train``; stored in full in the ``train.json`` it leaves.
+    """The settings of one training run; all of them are stored in the ``train.json`` it writes.
 
     Raises:
-        ConfigError: listing every setting that is out of bounds or means nothing to the method.
+        ConfigError: listing every setting that is out of bounds or not supported by the method.
     """
 
     base: str = option("base model: an alias, a hub id or a local folder")
     data: str = option("training data: a JSONL, CSV or parquet file, or a hub id[:config][:split]")
     out: str = option("folder to write; its last part is the adapter's name")
     method: str = option(
-        "what is trained: curlora = U of C·U·R, secura = the same with core ab and magnorm "
-        "bounded, lora and dora = plain PEFT, full = all weights",
+        "what is trained: " + ", ".join(f"{name} = {m.summary}" for name, m in METHODS.items()),
         "curlora",
         METHODS,
     )
@@ -74,7 +69,7 @@ class TrainConfig:
     )
     exclude: str | None = option("modules to leave alone: names or a regular expression", None)
     layers: str | None = option(
-        "layers to adapt, such as 0,2,8-11 (default: all); wants --targets by name", None
+        "layers to adapt, such as 0,2,8-11 (default: all); needs --targets by name", None
     )
     layers_pattern: str | None = option("name of the layer list, for --layers", None)
     rank: int = option("curlora, secura: rows and columns of the basis; lora, dora: the rank", 32)
@@ -85,7 +80,8 @@ class TrainConfig:
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
         "S-MagNorm mode (default: by method). none is served per request, published and bounded "
-        "folded; activation and reference are reproduction only, cannot be merged or served",
+        "are served folded; activation and reference are for reproduction only and cannot be "
+        "merged or served",
         None,
         ("none", "published", "bounded", *REPRODUCTION_ONLY),
     )
@@ -96,37 +92,48 @@ class TrainConfig:
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
     fusion_step: int = option(
-        "core ab: every so many steps A·B goes into a running sum and B starts again; 0: never", 0
+        "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never", 0
     )
-    accumulation: str = option(
-        "the paper's names for --fusion-step's sum: m1 adds it to the base, m2 to a frozen core. "
-        "C and R stay those of the pristine base here, so both are one and the same sum",
-        "m1",
-        ("m1", "m2"),
+    dropout: float = option(
+        "dropout on the low-rank intermediate; curlora, secura: with magnorm none only", 0.0
     )
-    dropout: float = option("on the low-rank intermediate; curlora and secura: magnorm none", 0.0)
     lora_alpha: float | None = option("lora, dora: scale numerator (default: twice the rank)", None)
-    lr: float | None = option(
-        "peak learning rate; bounded wants about 1/tau more (default: curlora 0.004, secura 0.01, "
-        "lora and dora 0.001, full 0.00002)",
+    learning_rate: float | None = option(
+        "peak learning rate; magnorm bounded needs one about 1/tau times higher (default: "
+        + ", ".join(f"{name} {m.defaults['learning_rate']:g}" for name, m in METHODS.items())
+        + ")",
         None,
+        aliases=("lr",),
     )
-    schedule: str = option(
-        "learning-rate schedule after warm-up", "cosine", ("cosine", "linear", "constant")
+    lr_scheduler_type: str = option(
+        "learning-rate schedule after warm-up",
+        "cosine",
+        ("cosine", "linear", "constant"),
+        aliases=("schedule",),
     )
-    warmup: float = option("share of the steps spent warming up; from 1 on, their number", 0.05)
-    weight_decay: float = option("AdamW weight decay on what is trained", 0.0)
-    epochs: float = option("passes over the data", 1.0)
-    max_steps: int = option("stop after this many steps; -1 follows --epochs", -1)
-    batch_size: int = option("sequences per step and device", 8)
-    accumulate: int = option("batches added up per optimiser step", 1)
+    warmup_steps: float = option(
+        "warm-up: a share of the steps below 1; from 1 on, the number of steps",
+        0.05,
+        aliases=("warmup", "warmup-ratio"),
+    )
+    weight_decay: float = option("AdamW weight decay of the trainable parameters", 0.0)
+    num_train_epochs: float = option("passes over the data", 1.0, aliases=("epochs",))
+    max_steps: int = option("stop after this many steps; -1: at the end of the last epoch", -1)
+    per_device_train_batch_size: int = option(
+        "sequences per batch and device", 8, aliases=("batch-size",)
+    )
+    gradient_accumulation_steps: int = option(
+        "batches added up per optimiser step", 1, aliases=("accumulate",)
+    )
     max_length: int = option("longest sequence in tokens", 512)
     over_long: str = option(
         "a longer example is an error, cut off at its end, or left out",
         "error",
         ("error", "truncate", "skip"),
     )
-    packing: bool = option("lay the examples of a batch end to end instead of padding them", False)
+    packing: bool = option(
+        "put the examples of a batch end to end in one row instead of padding them", False
+    )
     dtype: str = option(
         "dtype of the frozen base; adapters are always float32. full: weights are float32, and "
         "bfloat16 computes under autocast and writes bfloat16",
@@ -143,149 +150,62 @@ class TrainConfig:
     run_dir: str | None = option(
         "folder of the checkpoints (default: .NAME.run beside --out)", None
     )
-    resume: str | None = option("continue: auto = the newest whole checkpoint, or its folder", None)
-    overwrite: bool = option("replace an existing folder and forget its checkpoints", False)
+    resume: str | None = option(
+        "continue a stopped run: auto = its newest complete checkpoint, or the folder of one", None
+    )
+    overwrite: bool = option("replace an existing folder and delete its checkpoints", False)
 
     def __post_init__(self) -> None:
-        problems = self._foreign() + self._out_of_bounds()
-        for name, by_method in (("core", _CORE), ("magnorm", _MAGNORM), ("lr", _LR)):
+        method = METHODS[self.method]
+        problems = self._not_supported() + self._out_of_bounds()
+        for name, value in method.defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, by_method.get(self.method))
-        problems += self._at_odds()
+                object.__setattr__(self, name, value)
+        problems += self._contradictions()
         if problems:
             raise ConfigError("the training settings are not valid:", problems)
 
-    def _foreign(self) -> list[str]:
-        """Settings that differ from their default and mean nothing to the method."""
-        return [
-            f"{item.name}: means nothing to method {self.method}; leave it out"
-            for item in fields(self)
-            if item.name in _foreign_to(self.method) and getattr(self, item.name) != item.default
-        ]
+    def _not_supported(self) -> list[str]:
+        return not_supported(self)
 
     def _out_of_bounds(self) -> list[str]:
-        bounds = [
-            ("rank", self.rank >= 1, ">= 1"),
-            ("epochs", 0 < self.epochs < inf, "> 0 and finite"),
-            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "-1 or >= 1"),
-            ("lr", self.lr is None or 0 < self.lr < inf, "> 0 and finite"),
-            ("batch_size", self.batch_size >= 1, ">= 1"),
-            ("accumulate", self.accumulate >= 1, ">= 1"),
-            ("max_length", self.max_length >= 8, ">= 8"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-            ("tau", 0 < self.tau < inf, "> 0 and finite"),
-            ("weight_decay", 0 <= self.weight_decay < inf, ">= 0 and finite"),
-            ("lora_alpha", 0 < (self.lora_alpha or 1) < inf, "> 0 and finite"),
-            ("eval_split", 0 <= self.eval_split < 1, "in [0, 1)"),
-            (
-                "warmup",
-                0 <= self.warmup < 1 or (self.warmup >= 1 and self.warmup.is_integer()),
-                "a share in [0, 1) or a whole number of steps",
-            ),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("inner_rank", (self.inner_rank or self.rank) >= self.rank, ">= rank"),
-        ]
-        for name in ("eval_steps", "patience", "fusion_step", "save_steps"):
-            bounds.append((name, getattr(self, name) >= 0, ">= 0"))
-        problems = [
-            f"{name}: got {getattr(self, name)!r}, must be {bound}"
-            for name, fine, bound in bounds
-            if not fine
-        ]
-        try:
-            fine = self.alpha == "auto" or 0 < float(self.alpha) < inf
-        except ValueError:
-            fine = False
-        if not fine:
-            problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
-        for name in ("targets", "exclude"):
-            try:
-                re.compile(getattr(self, name) or "")
-            except re.error as error:
-                problems.append(f"{name}: not a regular expression: {error}")
-        if self.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", self.layers):
-            problems.append(f"layers: got {self.layers!r}, must be like 0,2,8-11")
-        elif self.layers and any(first > last for first, last in _ranges(self.layers)):
-            problems.append(f"layers: got {self.layers!r}, a range must go upwards, like 1-3")
-        columns = self.data_columns
-        if columns and not re.fullmatch(
-            r"(prompt|completion|messages)=[^,=]+(,\w+=[^,=]+)*", columns
-        ):
-            problems.append(
-                f"data_columns: got {columns!r}, must be like prompt=question,completion=answer"
-            )
-        return problems
+        return out_of_bounds(self)
 
-    def _at_odds(self) -> list[str]:
-        """Settings that are fine alone and not together; ``core`` and ``magnorm`` are known."""
-        held_out = bool(self.eval_data or self.eval_split)
-        changed = {i.name for i in fields(self) if getattr(self, i.name) != i.default}
-        return [
-            problem
-            for wrong, problem in (
-                (self.fusion_step and self.core != "ab", "fusion_step: needs core ab"),
-                (self.inner_rank and self.core == "u", "inner_rank: needs core ab"),
-                ("init" in changed and self.core == "u", "init: needs core ab"),
-                (
-                    "accumulation" in changed and not self.fusion_step,
-                    "accumulation: needs --fusion-step",
-                ),
-                (
-                    "tau" in changed and self.magnorm != "bounded",
-                    f"tau: needs magnorm bounded, got {self.magnorm}",
-                ),
-                (
-                    self.dropout and self.magnorm not in (None, "none"),
-                    f"dropout: needs magnorm none, got {self.magnorm}",
-                ),
-                (
-                    self.method == "full" and self.dtype == "float16",
-                    "dtype: full takes bfloat16 or float32; float16 gradients underflow",
-                ),
-                (
-                    self.eval_steps and not held_out,
-                    "eval_steps: give --eval-data or --eval-split to evaluate on",
-                ),
-                (self.patience and not self.eval_steps, "patience: needs --eval-steps"),
-                (
-                    self.layers and self.target_modules() == "all-linear",
-                    "layers: needs --targets by name, as in PEFT",
-                ),
-            )
-            if wrong
-        ]
+    def _contradictions(self) -> list[str]:
+        return contradictions(self)
 
     def sources(self) -> dict[str, str]:
-        """What the data come from, by name: files or hub ids."""
+        """Return where the data come from: setting -> file or hub id."""
         return {"data": self.data} | ({"eval_data": self.eval_data} if self.eval_data else {})
 
+    @classmethod
+    def upgrade(cls, written: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings that an earlier version wrote, under the names of this one."""
+        names = {old: item.name for item in fields(cls) for old in item.metadata["aliases"]}
+        return {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
+
     def portable(self) -> dict[str, Any]:
-        """The settings as a recipe keeps them: folders of this machine say nothing there."""
+        """Return the settings as a recipe keeps them, without the folders of this machine."""
         files = {k: Path(v).name if Path(v).exists() else v for k, v in self.sources().items()}
         return asdict(self) | files | {"out": Path(self.out).name, "run_dir": None, "resume": None}
 
     def alpha_value(self) -> float | str:
-        """``"auto"`` or the number."""
+        """Return ``alpha`` parsed: ``"auto"`` or the number."""
         return self.alpha if self.alpha == "auto" else float(self.alpha)
 
     def target_modules(self) -> str | list[str]:
-        """As PEFT takes it: the shorthand, a regular expression or a list of names."""
+        """Return ``targets`` for PEFT: ``all-linear``, a regular expression or a list of names."""
         return _names(self.targets)
 
     def exclude_modules(self) -> str | list[str] | None:
-        """As PEFT takes it."""
+        """Return ``exclude`` for PEFT: None, a regular expression or a list of names."""
         return _names(self.exclude) if self.exclude else None
 
     def layer_numbers(self) -> list[int] | None:
-        """``layers`` spelled out."""
+        """Return the numbers of ``layers``, sorted; None for all."""
         if not self.layers:
             return None
-        return sorted({n for a, b in _ranges(self.layers) for n in range(a, b + 1)})
-
-
-def _ranges(text: str) -> list[tuple[int, int]]:
-    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
-    return [(end[0], end[-1]) for end in ends]
+        return sorted({n for a, b in layer_ranges(self.layers) for n in range(a, b + 1)})
 
 
 def _names(text: str) -> str | list[str]:

@@ -1,4 +1,4 @@
-"""The steps of a run: transformers' Trainer with our loss, order of the data and checkpoints."""
+"""transformers' Trainer with our loss, our order of the data and our checkpoints."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from secura_serve.errors import TrainingError
-from secura_serve.train.callbacks import SamplerEpoch
 from secura_serve.train.checkpoints import TENSORS
 from secura_serve.train.data import Collate, Rows
-from secura_serve.train.loss import ExtraLoss, answer_logits, held_out, summed
-from secura_serve.train.methods import restore, save_kept
+from secura_serve.train.loss import ExtraLoss, answer_logits, score_rows, summed_cross_entropy
+from secura_serve.train.methods.tensors import restore, save_checkpoint_tensors
 
 __all__ = ["AnswerTrainer"]
 
 
-class _Order(Sampler[int]):
-    """Rows shuffled and grouped by length; the order depends on seed and epoch alone.
+class _SamplerEpoch(TrainerCallback):
+    """Tells the sampler the epoch, even when accelerate has wrapped it to skip batches."""
 
-    So a resumed run sees the rest of its epoch whatever random numbers were drawn before.
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class _Order(Sampler[int]):
+    """Shuffles the rows and groups them by length; the order depends on seed and epoch alone.
+
+    So a resumed run sees the rest of its epoch, whatever random numbers were drawn before.
     """
 
-    def __init__(self, rows: Rows, batch: int, seed: int, epoch: SamplerEpoch) -> None:
+    def __init__(self, rows: Rows, batch: int, seed: int, epoch: _SamplerEpoch) -> None:
         self.lengths = [len(row["input_ids"]) for row in rows]
         self.batch, self.seed, self.epoch = batch, seed, epoch
 
@@ -40,8 +49,8 @@ class _Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch.epoch)
-        # The number that torch's DataLoader draws first: the first epoch keeps the order that it
-        # had when torch's own generator gave it, and recipes from then their outcome.
+        # torch's DataLoader draws one number first. Drawing it here keeps the order of the first
+        # epoch, and so the outcome of recipes, as it was with torch's own generator.
         torch.empty((), dtype=torch.int64).random_(generator=generator)
         return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
 
@@ -53,10 +62,10 @@ class AnswerTrainer(Trainer):
 
     def __init__(self, *, padded: Collate, extra_loss: ExtraLoss | None, **options: Any) -> None:
         super().__init__(**options)
-        # Have the answer tokens of a step counted over its batches and processes.
+        # This makes the Trainer count the answer tokens of a step over its batches and processes.
         self.model_accepts_loss_kwargs = True
         self.padded, self.extra_loss = padded, extra_loss
-        self.sampler_epoch = SamplerEpoch()
+        self.sampler_epoch = _SamplerEpoch()
         self.add_callback(self.sampler_epoch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -74,7 +83,7 @@ class AnswerTrainer(Trainer):
         logits, wanted = answer_logits(model, inputs)
         assert num_items_in_batch is not None
         # The gradients of the processes are averaged, and the count is that of all of them.
-        loss = summed(logits, wanted) / num_items_in_batch * self.args.world_size
+        loss = summed_cross_entropy(logits, wanted) / num_items_in_batch * self.args.world_size
         if self.extra_loss is not None:
             extra = self.extra_loss(model, inputs, logits)
             loss = loss + extra / self.current_gradient_accumulation_steps
@@ -89,37 +98,37 @@ class AnswerTrainer(Trainer):
         return metrics
 
     def held_out_scores(self) -> dict[str, float]:
-        """Loss and token accuracy on the held-out rows, each process taking its share of them."""
+        """Return the scores on the held-out rows; each process takes its share of them."""
         mine = self.eval_dataset[self.args.process_index :: self.args.world_size]
 
         def over_processes(total: Tensor) -> Tensor:
             # float64 does not exist on every device; the sums are small enough on the CPU.
-            summed_up: Tensor = self.accelerator.reduce(total.to(self.args.device), "sum")
-            return summed_up
+            summed: Tensor = self.accelerator.reduce(total.to(self.args.device), "sum")
+            return summed
 
         reduce = over_processes if self.args.world_size > 1 else lambda total: total
-        return held_out(self.model, mine, self.padded, self.args.eval_batch_size, reduce)
+        return score_rows(self.model, mine, self.padded, self.args.eval_batch_size, reduce)
 
-    # A checkpoint holds what is trained, not what an adapter's file makes of it: the file has U
-    # multiplied out, and a run goes on with A, B and the running core.
+    # A checkpoint holds the trained tensors, not those of an adapter file: the file holds U
+    # multiplied out, and a run needs A, B and the running core to go on.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        # What safetensors, json and torch.save make of a full disk.
+        # What safetensors, json and torch.save raise on a full disk.
         except (OSError, SafetensorError, RuntimeError) as error:
             full = shutil.disk_usage(self.args.output_dir).free < 2**20
             reason = "no space left" if full else str(error).partition("\n")[0]
             raise TrainingError(
                 f"the checkpoint of step {self.state.global_step} could not be written to "
-                f"{self.args.output_dir}: {reason}. Make room there or "
-                "name another place with --run-dir; --resume auto goes on from the last whole one"
+                f"{self.args.output_dir}: {reason}. Make room there or name another folder with "
+                "--run-dir; --resume auto goes on from the last complete one"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_kept(self.model, folder / TENSORS)
+        save_checkpoint_tensors(self.model, folder / TENSORS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(model or self.model, load_file(Path(resume_from_checkpoint) / TENSORS))

@@ -1,0 +1,136 @@
+"""What is wrong with the settings of a run: one list of problems for each way to be wrong."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from math import inf
+from typing import TYPE_CHECKING
+
+from secura_serve.train.methods.registry import METHODS
+
+if TYPE_CHECKING:
+    from secura_serve.train.settings import TrainConfig
+
+__all__ = [
+    "contradictions",
+    "layer_ranges",
+    "not_supported",
+    "out_of_bounds",
+    "settings_not_supported_by",
+]
+
+
+def settings_not_supported_by(method: str) -> set[str]:
+    """Return the settings that some methods support and this one does not."""
+    return set().union(*(m.settings for m in METHODS.values())) - METHODS[method].settings
+
+
+def not_supported(config: TrainConfig) -> list[str]:
+    """Report settings that were given and that the method does not support."""
+    unsupported = settings_not_supported_by(config.method)
+    return [
+        f"{item.name}: not supported by method {config.method}; leave it out"
+        for item in fields(config)
+        if item.name in unsupported and getattr(config, item.name) != item.default
+    ]
+
+
+def out_of_bounds(config: TrainConfig) -> list[str]:
+    """Report settings whose value is not allowed."""
+    bounds = [
+        ("rank", config.rank >= 1, ">= 1"),
+        ("num_train_epochs", 0 < config.num_train_epochs < inf, "> 0 and finite"),
+        ("max_steps", config.max_steps == -1 or config.max_steps >= 1, "-1 or >= 1"),
+        (
+            "learning_rate",
+            config.learning_rate is None or 0 < config.learning_rate < inf,
+            "> 0 and finite",
+        ),
+        ("per_device_train_batch_size", config.per_device_train_batch_size >= 1, ">= 1"),
+        ("gradient_accumulation_steps", config.gradient_accumulation_steps >= 1, ">= 1"),
+        ("max_length", config.max_length >= 8, ">= 8"),
+        ("seed", 0 <= config.seed < 2**32, "in [0, 2**32)"),
+        ("tau", 0 < config.tau < inf, "> 0 and finite"),
+        ("weight_decay", 0 <= config.weight_decay < inf, ">= 0 and finite"),
+        ("lora_alpha", 0 < (config.lora_alpha or 1) < inf, "> 0 and finite"),
+        ("eval_split", 0 <= config.eval_split < 1, "in [0, 1)"),
+        (
+            "warmup_steps",
+            0 <= config.warmup_steps < 1
+            or (config.warmup_steps >= 1 and config.warmup_steps.is_integer()),
+            "a share in [0, 1) or a whole number of steps",
+        ),
+        ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
+        ("inner_rank", (config.inner_rank or config.rank) >= config.rank, ">= rank"),
+    ]
+    for name in ("eval_steps", "patience", "fusion_step", "save_steps"):
+        bounds.append((name, getattr(config, name) >= 0, ">= 0"))
+    problems = [
+        f"{name}: got {getattr(config, name)!r}, must be {bound}"
+        for name, fine, bound in bounds
+        if not fine
+    ]
+    try:
+        fine = config.alpha == "auto" or 0 < float(config.alpha) < inf
+    except ValueError:
+        fine = False
+    if not fine:
+        problems.append(f'alpha: got {config.alpha!r}, must be "auto" or a number > 0')
+    for name in ("targets", "exclude"):
+        try:
+            re.compile(getattr(config, name) or "")
+        except re.error as error:
+            problems.append(f"{name}: not a regular expression: {error}")
+    if config.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", config.layers):
+        problems.append(f"layers: got {config.layers!r}, must be like 0,2,8-11")
+    elif config.layers and any(first > last for first, last in layer_ranges(config.layers)):
+        problems.append(f"layers: got {config.layers!r}, a range must go upwards, like 1-3")
+    columns = config.data_columns
+    if columns and not re.fullmatch(r"(prompt|completion|messages)=[^,=]+(,\w+=[^,=]+)*", columns):
+        problems.append(
+            f"data_columns: got {columns!r}, must be like prompt=question,completion=answer"
+        )
+    return problems
+
+
+def contradictions(config: TrainConfig) -> list[str]:
+    """Report settings that do not go together; ``core`` and ``magnorm`` are no longer None."""
+    held_out = bool(config.eval_data or config.eval_split)
+    changed = {i.name for i in fields(config) if getattr(config, i.name) != i.default}
+    return [
+        problem
+        for wrong, problem in (
+            (config.fusion_step and config.core != "ab", "fusion_step: needs core ab"),
+            (config.inner_rank and config.core == "u", "inner_rank: needs core ab"),
+            ("init" in changed and config.core == "u", "init: needs core ab"),
+            (
+                "tau" in changed and config.magnorm != "bounded",
+                f"tau: needs magnorm bounded, got {config.magnorm}",
+            ),
+            (
+                config.dropout and config.magnorm not in (None, "none"),
+                f"dropout: needs magnorm none, got {config.magnorm}",
+            ),
+            (
+                METHODS[config.method].trains_all_weights and config.dtype == "float16",
+                f"dtype: {config.method} takes bfloat16 or float32; float16 gradients underflow",
+            ),
+            (
+                config.eval_steps and not held_out,
+                "eval_steps: give --eval-data or --eval-split to evaluate on",
+            ),
+            (config.patience and not config.eval_steps, "patience: needs --eval-steps"),
+            (
+                config.layers and config.target_modules() == "all-linear",
+                "layers: needs --targets by name, as in PEFT",
+            ),
+        )
+        if wrong
+    ]
+
+
+def layer_ranges(text: str) -> list[tuple[int, int]]:
+    """Return the first and last number of each part of ``0,2,8-11``."""
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    return [(end[0], end[-1]) for end in ends]

@@ -1,0 +1,46 @@
+"""The base model of a run: weights, tokenizer and the id that an adapter records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from secura_serve.bases import resolve_base
+from secura_serve.errors import BaseModelError
+
+__all__ = ["load_base", "load_tokenizer"]
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the base's tokenizer; without a padding token it pads with the end-of-sequence one."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(name).path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, str]:
+    """Return the base model, its tokenizer and the id that an adapter records.
+
+    Raises:
+        BaseModelError: no such base, or its weights are damaged.
+    """
+    base = resolve_base(name)
+    tokenizer = load_tokenizer(name)
+    softcap = getattr(AutoConfig.from_pretrained(base.path), "attn_logit_softcapping", None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=getattr(torch, dtype),
+            # Gemma 2: transformers' faster attention leaves out the soft-capping.
+            attn_implementation="eager" if softcap else None,
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BaseModelError(f"the weights in {base.path} cannot be read: {reason}") from error
+    if device == "auto" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return model, tokenizer, base.model_id
