@@ -2,6 +2,8 @@
 
 Defaults stand in the dataclass and nowhere else. :func:`add_flags` turns a dataclass into argparse
 flags and :func:`build` makes the dataclass from a mapping, refusing every key it does not know.
+A setting that was renamed keeps its old names as ``aliases``: flags and keys of configuration
+files under an old name are accepted, with a notice on stderr.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -18,31 +21,71 @@ from typing import Any, NoReturn, TypeVar
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["add_flags", "brief_errors", "build", "option"]
+__all__ = ["add_flags", "brief_errors", "build", "current_names", "option"]
 
 T = TypeVar("T")
 
 
-def option(help: str, default: Any = MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field with its ``--help`` line and, where closed, its allowed values."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field with its ``--help`` line.
+
+    Args:
+        help: what ``--help`` says; the default is added to it.
+        default: the value where none is given; without it the setting must be given.
+        choices: the allowed values, where only some are.
+        aliases: old names, as flags (``"old-name"``) or keys (``"old_name"``); still accepted.
+    """
+    names = tuple(alias.lstrip("-").replace("-", "_") for alias in aliases)
+    return field(default=default, metadata={"help": help, "choices": choices, "aliases": names})
 
 
-def _kind(hint: Any) -> tuple[type, bool]:
-    """The plain type of an annotation such as ``int | None``, and whether None is allowed."""
+def _flag(name: str) -> str:
+    """Return the flag of a setting: ``--old-name`` for ``old_name``."""
+    return "--" + name.replace("_", "-")
+
+
+def _notify(old: str, new: str) -> None:
+    print(f"{old} is now called {new}; the old name still works", file=sys.stderr)
+
+
+def _plain_type(hint: Any) -> tuple[type, bool]:
+    """Return the type of an annotation such as ``int | None``, and whether None is allowed."""
     if isinstance(hint, types.UnionType):
         inner = [t for t in typing.get_args(hint) if t is not type(None)]
         return inner[0], len(inner) < len(typing.get_args(hint))
     return typing.get_origin(hint) or hint, False
 
 
-def _listed(text: str) -> list[str]:
-    """``a,b`` as a list."""
+def _split_at_commas(text: str) -> list[str]:
+    """Return ``a,b`` as a list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _with_notice(action: type[argparse.Action], flag: str) -> type[argparse.Action]:
+    """Return ``action`` for an old flag: it says that the flag is now called ``flag``."""
+
+    class Renamed(action):  # type: ignore[valid-type, misc]
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Any,
+            option_string: str | None = None,
+        ) -> None:
+            negated = (option_string or "").startswith("--no-")
+            _notify(str(option_string), flag.replace("--", "--no-", 1) if negated else flag)
+            super().__call__(parser, namespace, values, option_string)
+
+    return Renamed
+
+
 def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[str] = ()) -> None:
-    """Add one ``--flag`` per field of ``cls`` but those in ``skip``.
+    """Add one ``--flag`` per field of ``cls`` but those in ``skip``, and its old names unlisted.
 
     A flag that is not given leaves no attribute. A field of type ``tuple[str, ...]`` takes names
     joined by commas, and its flag may be repeated.
@@ -51,22 +94,23 @@ def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[st
     for item in dataclasses.fields(cls):
         if item.name in skip:
             continue
-        kind, _ = _kind(hints[item.name])
+        type_, _ = _plain_type(hints[item.name])
         text = item.metadata["help"]
         required = item.default is MISSING
         if not required and item.default is not None and item.default != ():
             text += f" (default: {item.default})"
-        extra: dict[str, Any] = {"choices": item.metadata["choices"], "type": kind}
-        if kind is bool:
-            extra = {"action": argparse.BooleanOptionalAction}
-        elif kind is tuple:
-            extra = {"action": "extend", "type": _listed}
-        parser.add_argument(
-            "--" + item.name.replace("_", "-"),
-            help=text.replace("%", "%%"),
-            default=argparse.SUPPRESS,
-            **extra,
-        )
+        action: type[argparse.Action] = argparse._StoreAction
+        extra: dict[str, Any] = {"choices": item.metadata["choices"], "type": type_}
+        if type_ is bool:
+            action, extra = argparse.BooleanOptionalAction, {}
+        elif type_ is tuple:
+            action, extra = argparse._ExtendAction, {"type": _split_at_commas}
+        extra |= {"dest": item.name, "default": argparse.SUPPRESS}
+        flag = _flag(item.name)
+        parser.add_argument(flag, action=action, help=text.replace("%", "%%"), **extra)
+        for old in item.metadata["aliases"]:
+            renamed = _with_notice(action, flag)
+            parser.add_argument(_flag(old), action=renamed, help=argparse.SUPPRESS, **extra)
 
 
 def brief_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -90,13 +134,13 @@ def _unknown(keys: list[str], fields: Mapping[str, Any]) -> list[str]:
     return told + ([] if all(close.values()) else [f"allowed: {', '.join(sorted(fields))}"])
 
 
-def _as_written(value: Any, kind: type) -> Any:
-    """``value`` as the command line would have given it."""
-    if kind is str and isinstance(value, list):
+def _as_written(value: Any, type_: type) -> Any:
+    """Return ``value`` as the command line would have given it."""
+    if type_ is str and isinstance(value, list):
         return ",".join(map(str, value))
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if type_ is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if type_ is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
@@ -104,8 +148,35 @@ def _as_written(value: Any, kind: type) -> Any:
     return value
 
 
+def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with each key that is an old name of a setting of ``cls`` replaced.
+
+    Call it on each source of settings before one is put on top of another.
+
+    Raises:
+        ConfigError: a setting is given under its old and its new name.
+    """
+    renamed = {old: item.name for item in dataclasses.fields(cls) for old in _aliases(item)}
+    problems = [
+        f"{old} is the old name of {renamed[old]}, which is given too; leave one out"
+        for old in values
+        if old in renamed and renamed[old] in values
+    ]
+    if problems:
+        raise ConfigError("the settings are not valid:", problems)
+    for old in values:
+        if old in renamed:
+            _notify(old, renamed[old])
+    return {renamed.get(key, key): value for key, value in values.items()}
+
+
+def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
+    names: tuple[str, ...] = item.metadata.get("aliases", ())
+    return names
+
+
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """``cls(**values)`` with every unknown key, missing key and wrong type told at once.
+    """Return ``cls(**values)``, or raise with every unknown key, missing key and wrong type.
 
     What YAML reads differently from a command line is put right: a list or a number given for a
     text, and ``1e-3``, which YAML 1.1 takes for a text.
@@ -114,24 +185,25 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         ConfigError: with one problem per key.
     """
     hints = typing.get_type_hints(cls)
+    values = current_names(cls, values)
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems = _unknown([str(key) for key in values if key not in fields], fields)
     good: dict[str, Any] = {}
     for name, item in fields.items():
         if name not in values:
             if item.default is MISSING:
-                problems.append(f"{name}: missing; give --{name.replace('_', '-')}")
+                problems.append(f"{name}: missing; give {_flag(name)}")
             continue
-        value, (kind, optional) = values[name], _kind(hints[name])
-        value = _as_written(value, kind)
-        if kind is tuple and isinstance(value, list):
+        value, (type_, optional) = values[name], _plain_type(hints[name])
+        value = _as_written(value, type_)
+        if type_ is tuple and isinstance(value, list):
             value = tuple(value)
         right = (value is None and optional) or (
-            isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
         )
         allowed = item.metadata["choices"]
         if not right:
-            problems.append(f"{name}: got {value!r}, expected {kind.__name__}")
+            problems.append(f"{name}: got {value!r}, expected {type_.__name__}")
         elif allowed and value is not None and value not in allowed:
             problems.append(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
         good[name] = value
