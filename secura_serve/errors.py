@@ -11,6 +11,7 @@
     │   └── UnservableError       sound, but not in the way that was asked for
     ├── MergeError                a merge that cannot be planned, finished or confirmed
     ├── EvaluationError           an evaluation that cannot be started or finished
+    ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
@@ -34,6 +35,7 @@ __all__ = [
     "IncompatibleVLLMError",
     "MergeError",
     "SecuraError",
+    "ServeError",
     "TrainingError",
     "UnservableError",
 ]
@@ -92,6 +94,10 @@ class MergeError(SecuraError):
 
 class EvaluationError(SecuraError):
     """An evaluation that cannot be started or finished; no report was written."""
+
+
+class ServeError(SecuraError):
+    """A server that cannot start, or that ended on its own."""
 
 
 class FoldError(SecuraError):

@@ -9,12 +9,13 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "config", "lazy"}
+FOUNDATION = {"errors", "config", "command", "lazy"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": {"lazy"},
     "errors": set(),
     "lazy": set(),
     "config": {"errors"},
+    "command": {"errors"},
     "bases": FOUNDATION,
     "checkpoint": FOUNDATION,
     "accuracy_matrix": FOUNDATION,

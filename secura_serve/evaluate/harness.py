@@ -18,6 +18,7 @@ from typing import Any
 from secura_serve.errors import ConfigError, DataError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.models import Models
+from secura_serve.evaluate.tasks import TASKS, suggestion
 
 __all__ = ["HARNESS", "Benchmark", "missing", "prepare", "run"]
 
@@ -29,10 +30,8 @@ class Benchmark:
     """A task of the papers."""
 
     title: str
-    task: str | Mapping[str, Any] | None
-    """The harness's own name, a definition in its format, or None where there is neither."""
-    absent: str = ""
-    """What is missing, where there is no task."""
+    task: str | Mapping[str, Any]
+    """The harness's own name, or a definition in its format."""
 
 
 def _rouge(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
@@ -93,12 +92,6 @@ HARNESS: dict[str, Benchmark] = {
     "sst2": Benchmark("GLUE: film review, positive or negative", "sst2"),
     "sentiment140": Benchmark("tweet, positive or negative", _SENTIMENT140),
     "wikitext-2": Benchmark("perplexity of Wikipedia articles", "wikitext"),
-    "newsde": Benchmark(
-        "German news",
-        None,
-        "the harness has no such task, and SECURA (arXiv 2502.18168) does not say which data set, "
-        "prompt and labels are meant",
-    ),
 }
 
 
@@ -129,18 +122,20 @@ def prepare(name: str, config: EvalConfig) -> Any:
         EvaluationError: the harness is not installed.
     """
     known = HARNESS.get(name, Benchmark(name, name))
-    if known.task is None:
-        raise DataError(f"{name}: not available: {known.absent}")
     if reason := missing():
         raise EvaluationError(f"{name}: lm-evaluation-harness is not installed: {reason}")
     if isinstance(known.task, str) and known.task not in _manager().all_tasks:
-        raise ConfigError(f"task {name!r}: unknown to secura-eval (--list) and to the harness")
+        names = sorted([*TASKS, *HARNESS])
+        raise ConfigError(
+            f"task {name!r}: neither secura-eval (--list) nor the harness has it, "
+            f"{suggestion(name, names)}"
+        )
     spec: dict[str, Any] = {"task": known.task} if isinstance(known.task, str) else dict(known.task)
     path = config.local_data().get(name)
     if path is not None:
         spec |= _local(name, Path(path))
-    if config.shots is not None:
-        spec["num_fewshot"] = config.shots
+    if config.num_fewshot is not None:
+        spec["num_fewshot"] = config.num_fewshot
     if isinstance(known.task, str):
         # Only as a member of a group does a dict change a known task; alone it is a new one.
         spec = {"group": "secura-eval", "task": [spec]}
@@ -193,7 +188,7 @@ def _fits(name: str, task: Any, path: str | None) -> None:
         if shots and path and (Path(path).is_file() or split not in task.dataset):
             raise DataError(
                 f"{name}: {shots} examples go before each question, from {split!r} rows, which "
-                f"are not{where}; give a folder with a file of them, or --shots 0"
+                f"are not{where}; give a folder with a file of them, or --num-fewshot 0"
             )
         task.doc_to_text(task.eval_docs[0])
         task.doc_to_target(task.eval_docs[0])
@@ -217,7 +212,7 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
         found = simple_evaluate(
             model=models.harness(model),
             tasks=[task],
-            limit=config.items or None,
+            limit=config.limit or None,
             bootstrap_iters=1000,
             log_samples=False,
             verbosity="ERROR",

@@ -65,16 +65,15 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     ours: list[Task] = []
     theirs: dict[str, Any] = {}
     problems: list[str] = []
-    kind: type[SecuraError] = ConfigError
+    wrong_use = False
 
     def attempt(work: Callable[[], object]) -> None:
-        nonlocal kind
+        nonlocal wrong_use
         try:
             work()
         except SecuraError as error:
             problems.extend(error.problems)
-            if not isinstance(error, ConfigError):
-                kind = DataError
+            wrong_use |= isinstance(error, ConfigError)
 
     for name in dict.fromkeys(config.tasks):
 
@@ -95,6 +94,7 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     if config.retention:
         attempt(_retention_data)
     if problems:
+        kind = ConfigError if wrong_use else DataError
         raise kind("nothing was evaluated:", problems)
     return ours, theirs
 
@@ -129,11 +129,11 @@ def evaluate(config: EvalConfig) -> Results:
         return given[key][: len(prompts)]
 
     for task in ours:
-        rows = task.rows(config.split)[: config.items or None]  # type: ignore[arg-type]
+        rows = task.rows(config.split)[: config.limit or None]  # type: ignore[arg-type]
         wanted = [completion for _, completion in rows]
         right = {}
         for model in models.names:
-            found = ask(task, config.split, config.items, model)
+            found = ask(task, config.split, config.limit, model)
             right[model] = task.right(found, wanted)
             results.answers += [
                 {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from secura_serve.adapter import Adapter, load, verify
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import AdapterError, BaseModelError, MergeError
+from secura_serve.errors import AdapterError, BaseModelError, ConfigError, MergeError
+from secura_serve.merge.spec import split_weight
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.merge.weight import Part, Target
 from secura_serve.method import FOLDABLE, MagNorm
@@ -33,20 +33,9 @@ class Source:
 
 
 def _adapter(spec: str) -> tuple[Adapter, float]:
-    """``folder`` or ``folder*weight``."""
-    path, star, number = spec.rpartition("*")
-    weight = 1.0
-    if star:
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight) or weight == 0:
-            raise MergeError(
-                f"--adapter {spec}: {number!r} is no weight, which is a number other than 0; write "
-                "folder*0.5"
-            )
-    return load(path if star else spec), weight
+    """Load the adapter of ``folder`` or ``folder*weight``."""
+    folder, weight = split_weight(spec)
+    return load(folder), weight
 
 
 def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, list[str]]:
@@ -88,16 +77,22 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
         problems: found already; told together with what is found here.
 
     Raises:
-        MergeError: with every problem found.
+        MergeError: with every problem found; a ConfigError if one of them is how it was asked:
+            a weight that is none, or no adapter.
     """
     problems = list(problems)
     adapters: list[tuple[Adapter, float]] = []
+    wrong_use = False
     for spec in specs:
         try:
             adapters.append(_adapter(spec))
-        except (AdapterError, MergeError) as error:
+        except ConfigError as error:
+            wrong_use = True
+            problems += [str(error)]
+        except AdapterError as error:
             problems += [str(error)]
     if not specs:
+        wrong_use = True
         problems.append("no adapter is given; name at least one with --adapter")
     norm, clashes = _common_norm(adapters)
     problems += clashes
@@ -109,7 +104,7 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
     else:
         problems += [p for adapter, _ in adapters for p in _strangers(adapter, checkpoint)]
     if problems:
-        raise MergeError(NOTHING, problems)
+        raise (ConfigError if wrong_use else MergeError)(NOTHING, problems)
     # The folder names of this machine say nothing to others.
     local = Path(found.model_id).is_absolute()
     return Source(

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-from secura_serve.errors import ConfigError
+from secura_serve.errors import ServeError
 
 __all__ = ["ChatPage"]
 
@@ -58,14 +58,14 @@ class ChatPage:
         self._thread = threading.Thread(target=self._announce, daemon=True)
 
     def check_port(self) -> None:
-        """Raise ConfigError if the page could not listen; better now than after the engine."""
+        """Raise ServeError if the page could not listen; better now than after the engine."""
         if not self.enabled:
             return
         try:
             with socket.create_server((self.host, self.port)):
                 pass
         except (OSError, OverflowError) as error:
-            raise ConfigError(
+            raise ServeError(
                 f"the chat page cannot listen on {self.host}:{self.port} ({error}); choose "
                 "another --ui-port, or leave the page out with --no-ui"
             ) from error

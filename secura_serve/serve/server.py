@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.command import run_command
+from secura_serve.errors import AdapterError, ConfigError, FoldError, ServeError
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.catalog import Catalog, scan
 from secura_serve.serve.chat_page import ChatPage
 from secura_serve.serve.memory import Memory, estimate, kv_cache_gib
 from secura_serve.serve.notices import announce_fold, nothing, tell_of_slots, warn_of_width
 from secura_serve.serve.options import (
+    refuse_unknown_flags,
     refuse_what_hides_adapters,
     secura_parser,
     vllm_arguments,
@@ -41,20 +42,21 @@ _LAST_BYTES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``secura-serve``. Returns the exit status; errors go to stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if any(flag.startswith("--help=") for flag in arguments):
-            vllm_help(arguments)
-        return _run(*secura_parser().parse_known_args(arguments))
-    except SecuraError as error:
-        print(f"secura-serve: {error}", file=sys.stderr)
-        return 1
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-serve", _start, argv)
+
+
+def _start(argv: list[str]) -> int:
+    if any(flag.startswith("--help=") for flag in argv):
+        vllm_help(argv)
+    return _run(*secura_parser().parse_known_args(argv))
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     if known.adapters == "":
         raise ConfigError("--adapters is empty; name a folder, or leave the flag out")
+    if known.check and rest:
+        refuse_unknown_flags(rest)
     base = resolve_base(known.base)
     checkpoint = Checkpoint(base.path)
     names = known.served_model_name or [_name(base)]
@@ -81,7 +83,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             f"{', '.join(a.name for a in catalog.foldable) or 'none (give --adapters DIR)'}"
         )
     if known.strict and catalog.refused:
-        raise ConfigError(
+        raise AdapterError(
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
             f"served: {', '.join(e.shown for e in catalog.refused)}"
         )
@@ -179,7 +181,7 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory) -> None:
     try:
         address, socket = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
+        raise ServeError(
             f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
         ) from error
     print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
