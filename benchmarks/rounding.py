@@ -30,7 +30,7 @@ from benchmarks._report import header, out_file
 from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
-from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.merge import fold, open_source, plan_fold
 from secura_serve.train.base import load_base
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.evaluate import load_task
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.endpoint import Endpoint
-from secura_serve.evaluate.local import Local
 from secura_serve.evaluate.main import main
+from secura_serve.evaluate.models.endpoint import Endpoint
+from secura_serve.evaluate.models.local import Local
 from secura_serve.method import MagNorm
 
 TEXTS = [
@@ -156,7 +156,7 @@ def test_retention_of_a_whole_run(
     tiny_base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from secura_serve.evaluate import run
-    from secura_serve.evaluate.data.prose import Prose
+    from secura_serve.evaluate.neutral_text import Prose
 
     # A base without meaning answers at random, which is enough to see that nothing is mixed up.
     monkeypatch.setattr(run, "neutral_texts", lambda: Prose("two sentences", TEXTS))

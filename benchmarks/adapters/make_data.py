@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from secura_serve.evaluate import load_task
-from secura_serve.evaluate.data.split import jsonl
+from secura_serve.evaluate.tasks.rows import jsonl
 
 TASKS = ("sentiment", "extract", "iso-date")
 

@@ -29,7 +29,7 @@ from peft import PeftModel
 
 from benchmarks.adapters import make_data
 from secura_serve.evaluate import answers, retention, score
-from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.train.base import load_base
 from secura_serve.train.card import write
 from secura_serve.train.run import train
@@ -309,7 +309,7 @@ tags: [secura, cur, peft]
 {_questions(task)}
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
-lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.scoring`), greedy decoding of at most
+lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.SCORERS`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
 {chosen}

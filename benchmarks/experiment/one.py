@@ -21,7 +21,7 @@ import torch
 from benchmarks._report import header
 from benchmarks.experiment.run import PLAN, RESULTS, Job, continual, specs, tests, tuning
 from secura_serve.evaluate import answers, load_task, retention, wilson
-from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.evaluate.run import KNOWLEDGE
 from secura_serve.train.methods import Tuned
 from secura_serve.train.run import Run, train

@@ -17,8 +17,9 @@ from typing import Any
 
 from secura_serve.errors import ConfigError, DataError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.models import Models
-from secura_serve.evaluate.tasks import TASKS, suggestion
+from secura_serve.evaluate.models.base import Models
+from secura_serve.evaluate.tasks import TASKS
+from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["HARNESS", "Benchmark", "missing", "prepare", "run"]
 

@@ -60,7 +60,7 @@ def _listing() -> str:
     rows = [("offline task", "rows from", "scored by", "here", "what")]
     for task in TASKS.values():
         what = task.title + (f" (stands in for {task.stands_for})" if task.stands_for else "")
-        rows.append((task.name, task.source, task.kind, task.missing() or "yes", what))
+        rows.append((task.name, task.source, task.scoring, task.missing() or "yes", what))
     rows.append(("", "", "", "", ""))
     rows.append(("papers' task", "rows from", "scored by", "here", "what"))
     absent = harness.missing()

@@ -18,7 +18,7 @@ from secura_serve import __version__
 from secura_serve.adapter import check_target, replacing
 from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.interval import METHOD
+from secura_serve.evaluate.metrics.significance import METHOD
 from secura_serve.evaluate.run import Results
 
 __all__ = ["check_out", "markdown", "write_report"]

@@ -9,10 +9,11 @@ from typing import Any
 from secura_serve.errors import ConfigError, DataError, SecuraError
 from secura_serve.evaluate import harness
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.data.prose import neutral_texts
-from secura_serve.evaluate.interval import paired, wilson
-from secura_serve.evaluate.models import Models
-from secura_serve.evaluate.tasks import TASKS, Task, load_task, suggestion
+from secura_serve.evaluate.metrics.significance import paired, wilson
+from secura_serve.evaluate.models.base import Models
+from secura_serve.evaluate.neutral_text import neutral_texts
+from secura_serve.evaluate.tasks import TASKS, Task, load_task
+from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["KNOWLEDGE", "Results", "evaluate", "open_models"]
 
@@ -40,10 +41,10 @@ def open_models(config: EvalConfig) -> Models:
         EvaluationError: some cannot be asked.
     """
     if config.endpoint is not None:
-        from secura_serve.evaluate.endpoint import Endpoint
+        from secura_serve.evaluate.models.endpoint import Endpoint
 
         return Endpoint(config)
-    from secura_serve.evaluate.local import Local
+    from secura_serve.evaluate.models.local import Local
 
     return Local(config)
 
@@ -153,7 +154,7 @@ def evaluate(config: EvalConfig) -> Results:
             "split": config.split,
             "n": len(rows),
             "metric": "accuracy",
-            "scoring": task.kind,
+            "scoring": task.scoring,
             "max_new_tokens": task.max_new_tokens,
             "scores": {model: asdict(wilson(flags)) for model, flags in right.items()},
             "against_base": {

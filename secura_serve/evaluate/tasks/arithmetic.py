@@ -6,7 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from secura_serve.evaluate.data.split import Row, Splits, seeded, words
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Row, Splits, seeded, words
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["arithmetic"]
 
@@ -145,3 +147,16 @@ def arithmetic() -> Splits:
         rng.shuffle(rows)
         found[split] = rows
     return found
+
+
+register_task(
+    Task(
+        name="arithmetic",
+        title="word problem of one or two steps -> steps and answer",
+        source="made from templates",
+        scoring="number",
+        max_new_tokens=96,
+        load=arithmetic,
+        stands_for="GSM8K",
+    )
+)

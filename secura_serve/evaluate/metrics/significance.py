@@ -1,12 +1,12 @@
-"""How sure an accuracy is, and whether two models differ on the same items."""
+"""Intervals of an accuracy, and whether two models differ on the same items."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 __all__ = ["METHOD", "Interval", "Paired", "paired", "wilson"]
 
@@ -14,7 +14,6 @@ METHOD = (
     "Intervals are 95 %: Wilson's for an accuracy, a bootstrap over the items (10,000 draws) for a "
     "difference. p is McNemar's exact test on the items where two models differ."
 )
-_Z = 1.959963984540054
 _DRAWS = 10_000
 
 
@@ -30,7 +29,9 @@ class Interval:
 
 
 def wilson(right: Sequence[bool]) -> Interval:
-    """The score interval of Wilson (1927): where |p̂ − p| <= z·sqrt(p(1 − p)/n).
+    """Return the accuracy with the score interval of Wilson (1927).
+
+    Its bounds are where |p̂ − p| <= z·sqrt(p(1 − p)/n); from ``scipy.stats``.
 
     Raises:
         ValueError: no items.
@@ -38,11 +39,12 @@ def wilson(right: Sequence[bool]) -> Interval:
     n, k = len(right), sum(right)
     if not n:
         raise ValueError("an accuracy of no items")
-    p, square = k / n, _Z**2
-    middle = (p + square / (2 * n)) / (1 + square / n)
-    half = _Z * math.sqrt(p * (1 - p) / n + square / (4 * n**2)) / (1 + square / n)
+    p = k / n
+    bounds = binomtest(k, n).proportion_ci(confidence_level=0.95, method="wilson")
     # At 0 and 1 the bound is p itself; rounding must not push it beyond.
-    return Interval(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), k, n)
+    return Interval(
+        p, min(p, max(0.0, float(bounds.low))), max(p, min(1.0, float(bounds.high))), k, n
+    )
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Paired:
 
 
 def paired(model: Sequence[bool], reference: Sequence[bool]) -> Paired:
-    """Difference in accuracy, its percentile bootstrap interval, and McNemar's exact p.
+    """Return the difference in accuracy, its percentile bootstrap interval, McNemar's exact p.
 
-    p = min(1, 2·P[X <= min(better, worse)]), X ~ Binomial(better + worse, ½) (McNemar 1947).
+    p is the two-sided binomial test of ``better`` in better + worse at ½ (McNemar 1947), from
+    ``scipy.stats``; 1 where the models differ on no item.
 
     Raises:
         ValueError: no items, or not as many of one as of the other.
@@ -78,7 +81,5 @@ def paired(model: Sequence[bool], reference: Sequence[bool]) -> Paired:
     drawn = np.random.default_rng(0).multinomial(n, shares, size=_DRAWS)
     low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
     unequal = better + worse
-    tail = sum(math.comb(unequal, i) for i in range(min(better, worse) + 1)) / 2**unequal
-    return Paired(
-        float(gain.mean()), float(low), float(high), better, worse, min(1.0, float(2 * tail))
-    )
+    p = float(binomtest(better, unequal, 0.5).pvalue) if unequal else 1.0
+    return Paired(float(gain.mean()), float(low), float(high), better, worse, p)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 from functools import cache
 
-from secura_serve.evaluate.data.split import Row, Splits, seeded, three, words
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Row, Splits, seeded, three, words
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["iso_date"]
 
@@ -49,3 +51,15 @@ def iso_date() -> Splits:
 
     rows = [row(offset) for offset in days]
     return three(rows[_TEST:], rows[:_TEST])
+
+
+register_task(
+    Task(
+        name="iso-date",
+        title="date in words -> YYYY-MM-DD",
+        source="made from the calendar",
+        scoring="word",
+        max_new_tokens=48,
+        load=iso_date,
+    )
+)

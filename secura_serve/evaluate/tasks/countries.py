@@ -6,7 +6,9 @@ from functools import cache
 from importlib import metadata
 
 from secura_serve.errors import DataError
-from secura_serve.evaluate.data.split import Row, Splits, seeded
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Row, Splits, seeded
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["capitals", "currencies", "missing"]
 
@@ -90,3 +92,27 @@ def currencies() -> Splits:
             if len(codes) == 1 and len(codes[0]) == 3
         }
     )
+
+
+register_task(
+    Task(
+        name="capitals",
+        title="country -> capital",
+        source="PyPI countryinfo",
+        scoring="name",
+        max_new_tokens=48,
+        load=capitals,
+        missing=missing,
+    )
+)
+register_task(
+    Task(
+        name="currencies",
+        title="country -> ISO 4217 code of its currency",
+        source="PyPI countryinfo",
+        scoring="word",
+        max_new_tokens=48,
+        load=currencies,
+        missing=missing,
+    )
+)

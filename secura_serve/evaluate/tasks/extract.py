@@ -6,7 +6,9 @@ import json
 import random
 from functools import cache
 
-from secura_serve.evaluate.data.split import Row, Splits, seeded, three, words
+from secura_serve.evaluate.tasks.registry import register_task
+from secura_serve.evaluate.tasks.rows import Row, Splits, seeded, three, words
+from secura_serve.evaluate.tasks.task import Task
 
 __all__ = ["extract"]
 
@@ -84,3 +86,15 @@ def extract() -> Splits:
         return prompt, json.dumps(wanted)
 
     return three([row(True) for _ in range(_TRAIN)], [row(False) for _ in range(_TEST)])
+
+
+register_task(
+    Task(
+        name="extract",
+        title="order message -> JSON of name, item, quantity, city",
+        source="made from templates",
+        scoring="json",
+        max_new_tokens=96,
+        load=extract,
+    )
+)
