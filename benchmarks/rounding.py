@@ -1,13 +1,13 @@
 """What rounding a folded adapter to bfloat16 or float16 costs in task score and KL.
 
-    python benchmarks/rounding.py --data runs/data [--adapters iso-date iso-date-bounded]
+    python -m benchmarks.rounding --data runs/data [--adapters iso-date iso-date-bounded]
 
 The model computes in float32 throughout, so that only the rounding of the folded weights differs:
 ``float32`` is the fold as it is, ``nearest`` rounds once to the nearest (what secura-merge, the
 loader and the running server do), ``stochastic`` rounds up or down with the right
 expectation, ``compensated`` carries the rounding error along each row. Reported per adapter: the
 share of the update's norm that is lost, held-out accuracy, KL from the float32 fold and from the
-base on neutral English. ``--data`` is where ``benchmarks/adapters/make_data.py`` wrote.
+base on neutral English. ``--data`` is where ``benchmarks.adapters.make_data`` wrote.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +157,7 @@ def main() -> None:
     given = parser.parse_args()
     resolve_base(given.base)
     report = {
-        "command": " ".join(["python", "benchmarks/rounding.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.rounding", *sys.argv[1:]]),
         **header(("torch", "transformers")),
     }
     report["rows"] = [

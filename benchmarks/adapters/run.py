@@ -1,6 +1,6 @@
 """Train, evaluate and write the shipped adapters; every finished step is kept and not repeated.
 
-    python benchmarks/adapters/run.py --work runs [--task iso-date] [--seeds 0 1 2]
+    python -m benchmarks.adapters.run --work runs [--task iso-date] [--seeds 0 1 2]
 
 Per task: data (make_data.py), one training per seed, held-out accuracy of the base and of each
 seed with the same prompts and the same scoring, KL and perplexity against the base on neutral
@@ -16,13 +16,10 @@ import hashlib
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import PeftModel
@@ -320,7 +317,7 @@ Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings[
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["batch_size"]} examples at
 {settings["lr"]:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
-Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
+Exact recipe: `train.json`; to repeat: `python -m benchmarks.adapters.run --task {task}`.
 
 **Limits.** {recipe.limits}
 """
