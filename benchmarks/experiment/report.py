@@ -136,7 +136,7 @@ def sequences() -> str:
 
 
 def _family(name: str) -> tuple[str, str]:
-    """Return what shares a colour in the plots, and what tells a point from the others of its kind."""
+    """Return what shares a colour in the plots, and what tells its points apart."""
     kind, bounded, tau = name.partition("bounded-")
     if bounded:
         return f"{kind}bounded", f"τ {tau}"
