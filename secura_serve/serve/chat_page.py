@@ -13,18 +13,21 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
+import secura_serve
 from secura_serve.errors import ServeError
 
 __all__ = ["ChatPage"]
 
 
 def _command() -> list[str] | None:
-    """How to start the page: from a checkout or from an installed wheel; None without gradio."""
+    """Return how to start the page, from a checkout or an installed wheel; None without gradio."""
     if importlib.util.find_spec("gradio") is None:
         return None
-    script = Path(__file__).resolve().parents[2] / "demo" / "app.py"
-    if script.is_file():
-        return [sys.executable, str(script)]
+    root = Path(secura_serve.__file__).resolve().parents[1]
+    if (root / "demo" / "app.py").is_file():
+        # Without -P, Python would prefer a folder `demo` in the current one.
+        path = ["-P"] if str(root) in sys.path else []
+        return [sys.executable, *path, "-m", "demo.app"]
     if importlib.util.find_spec("secura_serve_demo") is not None:
         return [sys.executable, "-m", "secura_serve_demo.app"]
     return None
