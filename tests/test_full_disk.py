@@ -53,6 +53,17 @@ def test_a_checkpoint_that_finds_no_room(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_finds_no_room_at_first_use(tmp_path: Path, disk: Path) -> None:
+    pytest.importorskip("gguf")
+    adapter = Path(__file__).parents[1] / "adapters" / "iso-date"
+    flags = ("--base", "smollm2-135m", "--adapter", str(adapter), "--out", str(tmp_path / "out"))
+    python = ("env", f"SECURA_CACHE={disk}", sys.executable, "-c")
+    code = "from secura_serve.cli import merge; merge()"
+    done = on_small_disk(disk, "20m", *python, code, *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "No space left" in done.stderr and "SECURA_CACHE" in done.stderr
+
+
 def test_a_disk_that_fills_up(tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path) -> None:
     base = reshard(tiny_base("llama"), tmp_path / "base", 2)
     adapter = make_adapter(base, tmp_path / "a", only=("q_proj", "up_proj"))
