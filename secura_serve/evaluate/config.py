@@ -97,5 +97,5 @@ class EvalConfig:
             raise ConfigError("the settings are not valid:", problems)
 
     def local_data(self) -> dict[str, str]:
-        """Task -> path, from ``task_data``."""
+        """Return task -> path, from ``task_data``."""
         return {spec.partition("=")[0]: spec.partition("=")[2] for spec in self.task_data}

@@ -36,12 +36,12 @@ class Benchmark:
 
 
 def _rouge(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L (F1) of a summary, with Google's ``rouge_score``."""
+    """Return ROUGE-1, -2 and -L (F1) of a summary, with Google's ``rouge_score``."""
     from rouge_score import rouge_scorer
 
     kinds = ["rouge1", "rouge2", "rougeL"]
-    found = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(doc["highlights"], results[0])
-    return {kind: found[kind].fmeasure for kind in kinds}
+    scores = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(doc["highlights"], results[0])
+    return {kind: scores[kind].fmeasure for kind in kinds}
 
 
 # The harness's own task of this name also asks for BERTScore, which downloads a second model.
@@ -97,7 +97,7 @@ HARNESS: dict[str, Benchmark] = {
 
 
 def missing() -> str | None:
-    """Why the harness cannot be used here, if so."""
+    """Say why the harness cannot be used here, if so."""
     if util.find_spec("lm_eval") is None:
         return "pip install 'secura-serve[eval]'"
     return None
@@ -105,7 +105,7 @@ def missing() -> str | None:
 
 @cache
 def _manager() -> Any:
-    """The harness's index of tasks, which takes seconds to make; quiet from here on."""
+    """Return the harness's index of tasks, which takes seconds to make; quiet from here on."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -115,7 +115,7 @@ def _manager() -> Any:
 
 
 def prepare(name: str, config: EvalConfig) -> Any:
-    """The harness's task object with its data read, so that nothing is left to fail but the model.
+    """Return the harness's task object, its data read: only the model is left to fail.
 
     Raises:
         ConfigError: neither we nor the harness know ``name``.
@@ -160,7 +160,7 @@ def prepare(name: str, config: EvalConfig) -> Any:
 
 
 def _local(name: str, path: Path) -> dict[str, Any]:
-    """What makes the harness read ``path`` instead of its data set."""
+    """Return the settings by which the harness reads ``path`` in place of its data set."""
     if path.is_file():
         files = dict.fromkeys(("train", "validation", "test"), path)
     else:
@@ -202,7 +202,7 @@ def _fits(name: str, task: Any, path: str | None) -> None:
 
 
 def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) -> dict[str, Any]:
-    """Metrics of one model on one task: ``{"n", "metrics": {name: {"value", "stderr"}}}``.
+    """Measure one model on one task: ``{"n", "metrics": {name: {"value", "stderr"}}}``.
 
     Raises:
         EvaluationError: the model could not be asked.
@@ -210,7 +210,7 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
     from lm_eval import simple_evaluate
 
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=models.harness(model),
             tasks=[task],
             limit=config.limit or None,
@@ -222,7 +222,7 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
         raise
     except Exception as error:  # requests, aiohttp and tenacity below the harness
         raise EvaluationError(f"{model} on {name}: {_line(error)}") from error
-    (scores,) = found["results"].values()
+    (scores,) = results["results"].values()
     metrics = {}
     for key, value in scores.items():
         metric, comma, how = key.partition(",")
@@ -234,10 +234,10 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
             "value": float(value),
             "stderr": float(spread) if isinstance(spread, (int, float)) else None,
         }
-    (counts,) = found["n-samples"].values()
+    (counts,) = results["n-samples"].values()
     return {"n": counts["effective"], "metrics": metrics}
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Return the first line of what an exception says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,14 +25,14 @@ class Prose(NamedTuple):
 
 
 def missing() -> str | None:
-    """Why there is no neutral text here, if so."""
+    """Say why there is no neutral text here, if so."""
     if any((FORTUNES / name).is_file() for name in _FILES) or (WORDNET / "data.noun").is_file():
         return None
     return "apt-get install fortunes (or wordnet-base)"
 
 
 def neutral_texts(count: int = _COUNT) -> Prose:
-    """``count`` passages of English prose, the same ones every time.
+    """Return ``count`` passages of English prose, the same ones every time.
 
     Raises:
         DataError: neither package is installed.
@@ -53,7 +53,7 @@ def _fortunes() -> tuple[str, list[str]] | None:
 
 
 def _wordnet() -> tuple[str, list[str]]:
-    """Definitions of nouns that follow one another, put together until they are long enough."""
+    """Put together definitions of nouns that follow one another until they are long enough."""
     texts, passage = [], ""
     for line in (WORDNET / "data.noun").read_text(encoding="utf-8").splitlines():
         head, bar, gloss = line.partition(" | ")

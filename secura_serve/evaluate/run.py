@@ -35,7 +35,7 @@ class Results:
 
 
 def open_models(config: EvalConfig) -> Models:
-    """The models at the endpoint, or in this process.
+    """Open the models at the endpoint, or in this process.
 
     Raises:
         EvaluationError: some cannot be asked.
@@ -50,7 +50,7 @@ def open_models(config: EvalConfig) -> Models:
 
 
 def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
-    """The offline tasks, and those of the harness with their data.
+    """Return the offline tasks, and those of the harness with their data.
 
     Raises:
         ConfigError, DataError: every task that cannot be run, and why.
@@ -111,7 +111,7 @@ def _retention_data() -> tuple[str, list[str]]:
 
 
 def evaluate(config: EvalConfig) -> Results:
-    """Everything that ``config`` asks for.
+    """Measure everything that ``config`` asks for.
 
     Raises:
         ConfigError, DataError, EvaluationError: before the first question, wherever possible.
@@ -122,7 +122,7 @@ def evaluate(config: EvalConfig) -> Results:
     given: dict[tuple[str, str, str], list[str]] = {}
 
     def ask(task: Task, split: Any, items: int, model: str) -> list[str]:
-        """Answers, from the run's own where the same was asked before."""
+        """Return answers, from the run's own where the same was asked before."""
         prompts = [prompt for prompt, _ in task.rows(split)][: items or None]
         key = (model, task.name, split)
         if len(given.get(key, [])) < len(prompts):
@@ -134,8 +134,8 @@ def evaluate(config: EvalConfig) -> Results:
         wanted = [completion for _, completion in rows]
         right = {}
         for model in models.names:
-            found = ask(task, config.split, config.limit, model)
-            right[model] = task.right(found, wanted)
+            answers = ask(task, config.split, config.limit, model)
+            right[model] = task.right(answers, wanted)
             results.answers += [
                 {
                     "task": task.name,
@@ -145,7 +145,7 @@ def evaluate(config: EvalConfig) -> Results:
                     "answer": a,
                     "right": r,
                 }
-                for (p, w), a, r in zip(rows, found, right[model], strict=True)
+                for (p, w), a, r in zip(rows, answers, right[model], strict=True)
             ]
         results.tasks[task.name] = {
             "title": task.title,
@@ -179,19 +179,19 @@ def evaluate(config: EvalConfig) -> Results:
 def _retention(
     models: Models, ask: Callable[[Task, str, int, str], list[str]], results: Results
 ) -> None:
-    """What each model keeps of the base: neutral text, and general knowledge."""
+    """Measure what each model keeps of the base: neutral text, and general knowledge."""
     assert models.base is not None
     source, texts = neutral_texts()
     questions = [(load_task(name), load_task(name).rows("test")) for name in KNOWLEDGE]
 
     def known(model: str) -> tuple[list[str], list[bool]]:
-        found: list[str] = []
+        answers: list[str] = []
         right: list[bool] = []
         for task, rows in questions:
             said = ask(task, "test", 0, model)
-            found += said
+            answers += said
             right += task.right(said, [completion for _, completion in rows])
-        return found, right
+        return answers, right
 
     others = [name for name in models.names if name != models.base]
     if not others:

@@ -17,25 +17,25 @@ _LABELS = ("positive", "negative")
 
 
 def score_label(answer: str, wanted: str, labels: Sequence[str] = _LABELS) -> bool:
-    """The first label word in the answer, any case, is the wanted one."""
-    found = re.search(rf"\b({'|'.join(map(re.escape, labels))})\b", answer.lower())
-    return found is not None and found[1] == wanted.lower()
+    """Say whether the first label word in the answer, in any case, is the wanted one."""
+    label = re.search(rf"\b({'|'.join(map(re.escape, labels))})\b", answer.lower())
+    return label is not None and label[1] == wanted.lower()
 
 
 def score_word(answer: str, wanted: str) -> bool:
-    """The wanted number, date or word stands in the answer, not as part of a longer one."""
+    """Say whether the wanted number, date or word is in the answer, not as part of another."""
     return re.search(rf"(?<![\w-]){re.escape(wanted.lower())}(?![\w-])", answer.lower()) is not None
 
 
 def score_name(answer: str, wanted: str) -> bool:
-    """As :func:`score_word`, accents and apostrophes left aside: Lome is Lomé."""
+    """Score as :func:`score_word`, accents and apostrophes left aside: Lome is Lomé."""
     return score_word(_bare(answer), _bare(wanted))
 
 
 def score_number(answer: str, wanted: str) -> bool:
-    """The last number in the answer is the last number in the wanted one; steps are free."""
-    found, right = _last_number(answer), _last_number(wanted)
-    return found is not None and found == right
+    """Say whether the last number of both is the same; the steps before it are free."""
+    given, right = _last_number(answer), _last_number(wanted)
+    return given is not None and given == right
 
 
 def _bare(text: str) -> str:
@@ -44,12 +44,12 @@ def _bare(text: str) -> str:
 
 
 def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def score_json(answer: str, wanted: str) -> bool:
-    """A JSON object in the answer holds every wanted field, at any depth; case and spaces free.
+    """Say whether JSON in the answer holds every wanted field, at any depth, in any case.
 
     Numbers may be quoted, further fields are allowed.
     """
@@ -64,10 +64,10 @@ def score_json(answer: str, wanted: str) -> bool:
 
 
 def _leaves(value: dict[str, object]) -> list[tuple[str, str]]:
-    found = []
+    leaves = []
     for key, inner in value.items():
-        found += _leaves(inner) if isinstance(inner, dict) else [(_plain(key), _plain(inner))]
-    return found
+        leaves += _leaves(inner) if isinstance(inner, dict) else [(_plain(key), _plain(inner))]
+    return leaves
 
 
 def _plain(value: object) -> str:

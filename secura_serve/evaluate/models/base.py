@@ -41,13 +41,13 @@ class Models(Protocol):
     names: tuple[str, ...]
 
     def answers(self, model: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """One greedy answer per prompt."""
+        """Return one greedy answer per prompt."""
         ...
 
     def moved(self, model: str, texts: Sequence[str]) -> Moved:
-        """``model`` against the base, on ``texts`` cut to :data:`NEUTRAL_TOKENS`."""
+        """Compare ``model`` with the base, on ``texts`` cut to :data:`NEUTRAL_TOKENS`."""
         ...
 
     def harness(self, model: str) -> Any:
-        """The model as lm-evaluation-harness takes it."""
+        """Return the model as lm-evaluation-harness takes it."""
         ...

@@ -83,7 +83,7 @@ class Endpoint:
                 raise self._told(error) from error
 
     def _refusal(self, model: str) -> str | None:
-        """Why ``model`` does not answer, if so."""
+        """Say why ``model`` does not answer, if so."""
         try:
             self._all([0], lambda client, _: self._complete(client, model, "Hello", max_tokens=1))
         except EvaluationError as error:
@@ -91,7 +91,7 @@ class Endpoint:
         return None
 
     def _told(self, error: openai.OpenAIError) -> EvaluationError:
-        """The client's exception as one line that says what to do."""
+        """Return the client's exception as one line that says what to do."""
         if isinstance(error, openai.APITimeoutError):
             return EvaluationError(
                 f"{self.where}: no answer within {self._config.timeout:g} s, asked "
@@ -114,7 +114,7 @@ class Endpoint:
         ask: Callable[[openai.AsyncOpenAI, Any], Awaitable[T]],
         what: str | None = None,
     ) -> list[T]:
-        """``ask`` of every item, in order; the first failure ends them all."""
+        """Return ``ask`` of every item, in order; the first failure ends them all."""
 
         async def run() -> list[T]:
             gate = asyncio.Semaphore(self._config.concurrency)
@@ -144,14 +144,14 @@ class Endpoint:
     async def _complete(
         self, client: openai.AsyncOpenAI, model: str, prompt: Any, **more: Any
     ) -> Any:
-        """The first choice of a completion, as plain JSON: its logprobs can be megabytes."""
+        """Return the first choice of a completion, as plain JSON: its logprobs can be megabytes."""
         raw = await client.completions.with_raw_response.create(
             model=model, prompt=prompt, temperature=0, **more
         )
         return json.loads(raw.content)["choices"][0]
 
     def answers(self, model: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """One greedy answer per prompt.
+        """Return one greedy answer per prompt.
 
         Raises:
             EvaluationError: the server failed or was too slow.
@@ -172,7 +172,7 @@ class Endpoint:
         return self._all(prompts, ask, model)
 
     def moved(self, model: str, texts: Sequence[str]) -> Moved:
-        """``model`` against the base: perplexities on all texts, KL on the first ``kl_texts``.
+        """Compare ``model`` with the base: perplexities on all texts, KL on the first ``kl_texts``.
 
         Raises:
             EvaluationError: the server failed, or gives no logprobs of a prompt.
@@ -191,13 +191,13 @@ class Endpoint:
         )
 
     async def _ids(self, client: openai.AsyncOpenAI, text: str) -> list[int]:
-        """Token ids by the server's own tokenizer (vLLM's route beside /v1)."""
-        found = await client.post(
+        """Return token ids by the server's own tokenizer (vLLM's route beside /v1)."""
+        reply = await client.post(
             self.where.removesuffix("/v1") + "/tokenize",
             cast_to=object,
             body={"model": self.base, "prompt": text},
         )
-        ids: list[int] = found["tokens"]  # type: ignore[index]
+        ids: list[int] = reply["tokens"]  # type: ignore[index]
         return ids[:NEUTRAL_TOKENS]
 
     def _likelihood(self, model: str, rows: list[list[int]]) -> Likelihood:
@@ -215,7 +215,7 @@ class Endpoint:
         return Likelihood(nll, sum(len(ids) - 1 for ids in rows))
 
     def _kl(self, model: str, rows: list[list[int]]) -> tuple[float | None, int, str | None]:
-        """Mean KL in nats with its number of tokens, or why there is none.
+        """Return the mean KL in nats with its number of tokens, or why there is none.
 
         One request for each token and model, so that no more than ``concurrency`` distributions
         are in memory: that of a whole text would be gigabytes of objects.
@@ -229,28 +229,28 @@ class Endpoint:
 
         prefixes = [ids[:length] for ids in rows for length in range(1, len(ids))]
         try:
-            found = self._all(prefixes, ask, f"{model}, KL")
+            divergences = self._all(prefixes, ask, f"{model}, KL")
         except EvaluationError as error:
             if "logprobs" not in str(error):
                 raise
             return None, 0, _KL_REFUSED
-        return sum(found) / len(found), len(found), None
+        return sum(divergences) / len(divergences), len(divergences), None
 
     async def _next(
         self, client: openai.AsyncOpenAI, model: str | None, ids: list[int]
     ) -> dict[str, float]:
-        """log p of every token that may follow ``ids``."""
+        """Return log p of every token that may follow ``ids``."""
         assert model is not None
         # Ids, because different tokens can read the same.
         extra = {"return_tokens_as_token_ids": True}
         choice = await self._complete(
             client, model, ids, max_tokens=1, logprobs=-1, extra_body=extra
         )
-        found: dict[str, float] = choice["logprobs"]["top_logprobs"][0]
-        return found
+        logprobs: dict[str, float] = choice["logprobs"]["top_logprobs"][0]
+        return logprobs
 
     def harness(self, model: str) -> Any:
-        """The model as lm-evaluation-harness takes it: its own client of the completions API.
+        """Return the model for lm-evaluation-harness: its own client of the completions API.
 
         Raises:
             ConfigError: no tokenizer is at hand.

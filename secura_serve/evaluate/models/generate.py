@@ -21,12 +21,12 @@ def answers(
     max_new_tokens: int,
     batch_size: int = 32,
 ) -> list[str]:
-    """One greedy answer per prompt, given as the user's message through the chat template."""
+    """Return one greedy answer per prompt, asked as the user through the chat template."""
     model.eval()
     device = next(model.parameters()).device
     ids = [prompt_ids(tokenizer, [{"role": "user", "content": p}]) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found = [""] * len(ids)
+    texts_in_order = [""] * len(ids)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad(
@@ -43,5 +43,5 @@ def answers(
             out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for i, text in zip(chosen, texts, strict=True):
-            found[i] = text.strip()
-    return found
+            texts_in_order[i] = text.strip()
+    return texts_in_order

@@ -87,12 +87,12 @@ class Local:
         self._adapters.switch(None if name == self.base else name, fold)
 
     def answers(self, model: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """One greedy answer per prompt, through the chat template where there is one."""
+        """Return one greedy answer per prompt, through the chat template where there is one."""
         self._become(model)
         return answers(self._model, self._tokenizer, prompts, max_new_tokens=max_new_tokens)
 
     def moved(self, model: str, texts: Sequence[str]) -> Moved:
-        """``model`` against the base, on every text."""
+        """Compare ``model`` with the base, on every text."""
 
         @contextmanager
         def without() -> Iterator[None]:
@@ -101,20 +101,20 @@ class Local:
             self._become(model, fold=False)
 
         self._become(model, fold=False)
-        found = retention(
+        measured = retention(
             self._model, self._tokenizer, texts, max_tokens=NEUTRAL_TOKENS, without=without
         )
         return Moved(
-            found.perplexity_ratio,
-            found.base_perplexity,
-            found.tokens,
-            found.kl,
-            found.tokens,
+            measured.perplexity_ratio,
+            measured.base_perplexity,
+            measured.tokens,
+            measured.kl,
+            measured.tokens,
             None,
         )
 
     def harness(self, model: str) -> Any:
-        """The model as lm-evaluation-harness takes it, to be used before the next call."""
+        """Return the model as lm-evaluation-harness takes it, to be used before the next call."""
         from lm_eval.models.huggingface import HFLM
 
         self._become(model)
@@ -122,7 +122,7 @@ class Local:
 
 
 def _checked(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str, Path]]:
-    """The CUR adapters, each compared with the whole base; and the folders of plain LoRAs."""
+    """Return the CUR adapters, each compared with the whole base, and the folders of LoRAs."""
     checkpoint = Checkpoint(resolve_base(base).path)
     adapters, loras, problems = [], dict[str, Path](), []
     for folder in folders:

@@ -124,12 +124,12 @@ _KINDS: tuple[tuple[Callable[[random.Random], Made], Sequence[str], Sequence[str
 
 @cache
 def arithmetic() -> Splits:
-    """A word problem of one or two steps -> the steps and the answer.
+    """Make word problems of one or two steps -> the steps and the answer.
 
     Validation has the wordings of the training rows with other numbers; test has wordings, names
     and things that are nowhere else.
     """
-    found: dict[str, list[Row]] = {}
+    rows_by_split: dict[str, list[Row]] = {}
     seen: set[str] = set()
     for split, size in _SIZES.items():
         rng = seeded(f"arithmetic|{split}")
@@ -145,8 +145,8 @@ def arithmetic() -> Splits:
                 seen.add(prompt)
                 rows.append((prompt, f"{steps}. The answer is {result}."))
         rng.shuffle(rows)
-        found[split] = rows
-    return found
+        rows_by_split[split] = rows
+    return rows_by_split
 
 
 register_task(

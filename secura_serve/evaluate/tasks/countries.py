@@ -14,7 +14,7 @@ __all__ = ["capitals", "currencies", "missing"]
 
 
 def missing() -> str | None:
-    """Why the facts cannot be read here, if so."""
+    """Say why the facts cannot be read here, if so."""
     try:
         metadata.version("countryinfo")
     except metadata.PackageNotFoundError:
@@ -24,18 +24,18 @@ def missing() -> str | None:
 
 @cache
 def _facts() -> list[tuple[str, str, list[str]]]:
-    """Name, capital and currency codes of each country, by name."""
+    """Return name, capital and currency codes of each country, by name."""
     if reason := missing():
         raise DataError(f"the facts about countries are not installed: {reason}")
     from countryinfo import all_countries
 
-    found: dict[str, tuple[str, str, list[str]]] = {}
+    facts_by_code: dict[str, tuple[str, str, list[str]]] = {}
     for country in all_countries():
         name, capital = (country.name() or "").strip(), country.capital()
         # Some stand there under two names; whoever is asked for one must not be trained on the
         # other. Names such as "Palestine, State of" read badly in a question.
         if name and not set(",(") & set(name):
-            found.setdefault(
+            facts_by_code.setdefault(
                 str(country.iso()),
                 (
                     name,
@@ -43,11 +43,11 @@ def _facts() -> list[tuple[str, str, list[str]]]:
                     list(country.currencies() or []),
                 ),
             )
-    return sorted(found.values())
+    return sorted(facts_by_code.values())
 
 
 def _cut(rows: dict[str, Row]) -> Splits:
-    """Half to train on, a fifth to validate, the rest to test.
+    """Split: half to train on, a fifth to validate, the rest to test.
 
     The place of a country is drawn once for all its questions: none is trained on in one task
     and asked for in another.
@@ -61,7 +61,7 @@ def _cut(rows: dict[str, Row]) -> Splits:
 
 @cache
 def capitals() -> Splits:
-    """A country -> its capital. Places whose capital has their own name are left out.
+    """Read countries -> their capitals. Places whose capital has their own name are left out.
 
     Raises:
         DataError: the package is not installed.
@@ -77,7 +77,7 @@ def capitals() -> Splits:
 
 @cache
 def currencies() -> Splits:
-    """A country -> the ISO 4217 code of its currency. Countries with several are left out.
+    """Read countries -> the ISO 4217 code of their currencies. Countries with several are left out.
 
     Raises:
         DataError: the package is not installed.

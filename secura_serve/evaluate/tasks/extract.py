@@ -58,15 +58,18 @@ _TEST_FORMS = (
 
 
 def _invented(rng: random.Random, key: str) -> str:
-    """A word that nobody knows: without these the model recalls a likely word, and a name that
-    is rare (Brussels) comes back as one that is common (Belgium). It must learn to copy."""
+    """Make up a word that nobody knows.
+
+    Without these the model recalls a likely word, and a name that is rare (Brussels) comes back as
+    one that is common (Belgium). It must learn to copy.
+    """
     word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
     return word + "s" if key == "item" else word.capitalize()
 
 
 @cache
 def extract() -> Splits:
-    """An order in a short message -> JSON with name, item, quantity and city.
+    """Make orders in short messages -> JSON with name, item, quantity and city.
 
     In the training data every second word is invented; the held-out words are all real, and
     names, goods, places, quantities and sentences of the test rows stand in no other split.

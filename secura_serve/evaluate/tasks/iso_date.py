@@ -24,7 +24,7 @@ def _ordinal(day: int) -> str:
 
 @cache
 def iso_date() -> Splits:
-    """A date between 1900 and 2099, in one of ten styles -> YYYY-MM-DD; no date comes twice."""
+    """Make dates of 1900 to 2099 in one of ten styles -> YYYY-MM-DD; no date comes twice."""
     rng = seeded("iso-date")
     first = datetime.date(1900, 1, 1)
     days = rng.sample(range((datetime.date(2100, 1, 1) - first).days), _TEST + _TRAIN)

@@ -20,7 +20,7 @@ _VALIDATION = 200
 
 
 def seeded(task: str) -> random.Random:
-    """The generator of a task's rows. The shipped adapters were trained on what it gives."""
+    """Return a task's random generator; the shipped adapters were trained on what it gives."""
     return random.Random(f"{_SEED}|{task}")
 
 
@@ -30,7 +30,7 @@ def three(train: Sequence[Row], test: Sequence[Row], validation: int = _VALIDATI
 
 
 def jsonl(rows: Sequence[Row]) -> str:
-    """One ``{"prompt", "completion"}`` object a line, as ``secura-train --data`` reads them."""
+    """Return one ``{"prompt", "completion"}`` object a line, as ``secura-train --data`` reads."""
     return "".join(
         json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n"
         for prompt, completion in rows
@@ -38,5 +38,5 @@ def jsonl(rows: Sequence[Row]) -> str:
 
 
 def words(text: str) -> list[str]:
-    """A list written as one string."""
+    """Return the words of a list written as one string."""
     return text.split()

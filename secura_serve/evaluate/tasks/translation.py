@@ -22,13 +22,13 @@ _ENGLISH = re.compile(r"[a-z]{3,}(?: [a-z]{3,})?")
 
 
 def missing() -> str | None:
-    """Why the dictionary cannot be read here, if so."""
+    """Say why the dictionary cannot be read here, if so."""
     return None if FILE.is_file() else "apt-get install trans-de-en"
 
 
 @cache
 def translation() -> Splits:
-    """A German noun -> English, where the dictionary knows one meaning with one translation.
+    """Read German nouns -> English, where the dictionary knows one meaning with one translation.
 
     Raises:
         DataError: the dictionary is not installed.
@@ -49,11 +49,11 @@ def translation() -> Splits:
             plain.add(_NOTES.sub("", heads).strip())
     rows = []
     for noun in sorted(plain & meanings.keys()):
-        found = meanings[noun]
+        names_in_english = meanings[noun]
         if (
-            len(found) == 1
+            len(names_in_english) == 1
             and _NOUN.fullmatch(noun)
-            and _ENGLISH.fullmatch(word := next(iter(found)))
+            and _ENGLISH.fullmatch(word := next(iter(names_in_english)))
         ):
             rows.append((f"Translate this German word into English: {noun}", word))
     rows = seeded("translation-de-en").sample(rows, _TEST + _TRAIN)
