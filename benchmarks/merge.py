@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks import _peers
+from benchmarks._report import header, out_file, versions
+from benchmarks._synthetic import make_adapter, make_base, size
 
-from benchmarks import _peers  # noqa: E402
-from benchmarks._report import header, out_file, versions  # noqa: E402
-from benchmarks._synthetic import make_adapter, make_base, size  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 TARGETS = {"q,v": ("q_proj", "v_proj"), "all linears": ()}
@@ -100,7 +99,7 @@ def measure_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if mergekit == "auto":
         mergekit = str(_peers.install_mergekit(work / "mergekit"))
     report: dict[str, Any] = {
-        "command": "python benchmarks/merge.py "
+        "command": "python -m benchmarks.merge "
         f"--gib {args.gib:g} --rank {args.rank} --repeat {args.repeat}"
         + (f" --mergekit {'auto' if args.mergekit == 'auto' else 'PYTHON'}" if mergekit else ""),
         **header(LIBRARIES),

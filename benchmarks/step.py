@@ -1,6 +1,6 @@
 """The adapter step of one linear alone, against stock vLLM's LoRA step and the base GEMM.
 
-    python benchmarks/step.py [--sizes 2048 4096 8192] [--ranks 8 16 32 64 128]
+    python -m benchmarks.step [--sizes 2048 4096 8192] [--ranks 8 16 32 64 128]
         [--tokens 1 16 64 512] [--adapters 1 16 256] [--threads 1] [--out results/step.json]
 
 Square linears, bfloat16, every token of a batch with the next adapter in turn. The three are timed
@@ -18,10 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -130,7 +127,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = {
-        "command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
         **header(("torch",)),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": given.threads,

@@ -1,6 +1,6 @@
 """One training step: CUR adapters against PEFT's LoRA on the same targets, in time and in memory.
 
-    python benchmarks/train_step.py [--base smollm2-135m] [--targets q,v] [--out results/x.json]
+    python -m benchmarks.train_step [--base smollm2-135m] [--targets q,v] [--out results/x.json]
 
 A step is forward, loss on every token, backward and AdamW, on 8 sequences of 128 tokens. Times:
 all contenders live in one process and take turns, in another order each round; each ratio to LoRA
@@ -22,10 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks._report import header, out_file  # noqa: E402
+from benchmarks._report import header, out_file
 
 TARGETS: dict[str, Any] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 KINDS = ("lora", "u", "ab", "u bounded", "ab bounded")
@@ -162,7 +159,7 @@ def memory(given: argparse.Namespace, kind: str, match: str) -> float:
 def measure(given: argparse.Namespace, match: str) -> dict[str, dict[str, Any]]:
     found = times(given, match)
     for kind, row in found.items():
-        command = [sys.executable, "-P", __file__, *sys.argv[1:], "--peak"]
+        command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peak"]
         command += [given.base, given.targets, kind, match]
         peaks = []
         for _ in range(given.processes):
@@ -201,7 +198,7 @@ def main() -> None:
         print(memory(given, kind, match))
         return
     report = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.train_step", *sys.argv[1:]]),
         **header(("torch", "transformers", "peft")),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",

@@ -2,7 +2,7 @@
 
 A process of its own, which knows an endpoint's address and no more:
 
-    python demo/app.py --endpoint http://127.0.0.1:8000/v1
+    python -m demo.app --endpoint http://127.0.0.1:8000/v1
 """
 
 from __future__ import annotations
@@ -21,14 +21,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 
-if __package__:
-    from .cards import CSS, hint, status
-    from .endpoint import add_arguments, connect
-    from .page import ANY, Examples, Page
-else:
-    from cards import CSS, hint, status
-    from endpoint import add_arguments, connect
-    from page import ANY, Examples, Page
+from .cards import CSS, hint, status
+from .endpoint import add_arguments, connect
+from .page import ANY, Examples, Page
 
 # Gradio's own bold face of this font lacks the letters; the 700 weight beside it has them.
 FONT = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
@@ -111,18 +106,18 @@ def read_examples(path: str | None) -> Examples:
     if path is None:
         return EXAMPLES
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        examples_by_adapter = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} as JSON: {error}") from error
     shape = f'{path} should be {{"adapter": [{{"prompt": "...", "system": "optional"}}]}}'
-    if not isinstance(found, dict):
+    if not isinstance(examples_by_adapter, dict):
         raise ValueError(shape)
-    for name, examples in found.items():
+    for name, examples in examples_by_adapter.items():
         for example in examples if isinstance(examples, list) else [None]:
             texts = example.values() if isinstance(example, dict) else [None]
             if not all(isinstance(text, str) for text in texts) or "prompt" not in example:
                 raise ValueError(f"{shape}; see adapter {name!r}")
-    return found
+    return examples_by_adapter
 
 
 def parser() -> argparse.ArgumentParser:

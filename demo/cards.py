@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-if __package__:
-    from .answer import Answer
-else:
-    from answer import Answer
+from .answer import Answer
 
 LABELS = {"waiting": "waiting", "streaming": "writing", "done": "done", "stopped": "stopped"}
 

@@ -3,7 +3,7 @@
 Knows HTTP and nothing else, so it works with any server that has /v1/models and streaming chat
 completions. `app.py` draws what this yields; the command line prints it:
 
-    python demo/compare.py --endpoint http://127.0.0.1:8000/v1 --models smollm2-135m,sql "prompt"
+    python -m demo.compare --endpoint http://127.0.0.1:8000/v1 --models smollm2-135m,sql "prompt"
 """
 
 from __future__ import annotations
@@ -19,13 +19,8 @@ from typing import Any
 
 import openai
 
-# The folder is a package when installed and a plain script's folder in a checkout.
-if __package__:
-    from .answer import Answer, render
-    from .endpoint import add_arguments, connect, explain, list_models
-else:
-    from answer import Answer, render
-    from endpoint import add_arguments, connect, explain, list_models
+from .answer import Answer, render
+from .endpoint import add_arguments, connect, explain, list_models
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,9 @@ from typing import Any
 import gradio as gr
 import openai
 
-if __package__:
-    from .cards import cards, hint, status
-    from .compare import Comparison, Settings
-    from .endpoint import explain, list_models
-else:
-    from cards import cards, hint, status
-    from compare import Comparison, Settings
-    from endpoint import explain, list_models
+from .cards import cards, hint, status
+from .compare import Comparison, Settings
+from .endpoint import explain, list_models
 
 REDRAW_S = 0.1
 ANY = ""  # the name under which an example belongs to no adapter and leaves the ticks alone

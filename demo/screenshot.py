@@ -1,6 +1,6 @@
 """Drive a running page and save a picture of it, such as the one in the README.
 
-python demo/screenshot.py --page http://127.0.0.1:7860 --models base,sql --prompt "..." --out a.png
+python -m demo.screenshot --page http://127.0.0.1:7860 --models base,sql --prompt "..." --out a.png
 
 Needs playwright, and Chromium on the path.
 """

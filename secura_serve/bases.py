@@ -114,6 +114,9 @@ def _snapshot(model_id: str) -> Path:
 
 
 def _embedded() -> Path:
+    # A full disk is an error of its own there.
+    from safetensors import SafetensorError
+
     try:
         version = metadata.version(PACKAGE)
         gguf = next(f for f in metadata.files(PACKAGE) or () if f.suffix == ".gguf")
@@ -129,7 +132,7 @@ def _embedded() -> Path:
     except ImportError as error:
         hint = f"making {EMBEDDED} needs {error.name}: pip install transformers gguf"
         raise BaseModelError(hint) from error
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise BaseModelError(
             f"{EMBEDDED} could not be made in {target.parent}: {error}. It needs 300 MB in a "
             "writable folder; name another one in SECURA_CACHE."

@@ -1,4 +1,4 @@
-"""Console scripts: parse, configure, one call. Each imports only the room that it needs."""
+"""Console scripts. Each imports only the room that it needs."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ __all__ = ["evaluate", "merge", "serve", "train"]
 
 
 def evaluate() -> None:
-    """``secura-eval``."""
+    """Run ``secura-eval``."""
     from secura_serve.evaluate.main import main
 
     sys.exit(main())
 
 
 def merge() -> None:
-    """``secura-merge``."""
+    """Run ``secura-merge``."""
     from secura_serve.merge.main import main
 
     sys.exit(main())
 
 
 def serve() -> None:
-    """``secura-serve``."""
+    """Run ``secura-serve``."""
     from secura_serve.serve.app.main import main
 
     sys.exit(main())
 
 
 def train() -> None:
-    """``secura-train``."""
+    """Run ``secura-train``."""
     from secura_serve.train.main import main
 
     sys.exit(main())

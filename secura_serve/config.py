@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import re
 import sys
 import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["add_flags", "brief_errors", "build", "current_names", "option"]
+__all__ = ["add_flags", "build", "current_names", "option"]
 
 T = TypeVar("T")
 
@@ -111,20 +110,6 @@ def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[st
         for old in item.metadata["aliases"]:
             renamed = _with_notice(action, flag)
             parser.add_argument(_flag(old), action=renamed, help=argparse.SUPPRESS, **extra)
-
-
-def brief_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Have ``parser`` raise ConfigError where argparse prints pages of usage and exits."""
-
-    def error(message: str) -> NoReturn:
-        flags = re.findall(r"--[\w-]+", parser.format_help())
-        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        close = [m for word in unknown for m in difflib.get_close_matches(word, flags, n=1)]
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ConfigError(f"{message}{hint} (--help lists the flags)")
-
-    parser.error = error  # type: ignore[method-assign]
-    return parser
 
 
 def _unknown(keys: list[str], fields: Mapping[str, Any]) -> list[str]:

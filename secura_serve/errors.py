@@ -11,9 +11,9 @@
     │   └── UnservableError       sound, but not in the way that was asked for
     ├── MergeError                a merge that cannot be planned, finished or confirmed
     ├── EvaluationError           an evaluation that cannot be started or finished
+    ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
     ├── StorageError              a disk that is full or cannot be written
-    ├── EngineError               an engine that did not start, or that died
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
@@ -31,12 +31,12 @@ __all__ = [
     "BaseModelError",
     "ConfigError",
     "DataError",
-    "EngineError",
     "EvaluationError",
     "FoldError",
     "IncompatibleVLLMError",
     "MergeError",
     "SecuraError",
+    "ServeError",
     "StorageError",
     "TrainingError",
     "UnservableError",
@@ -98,16 +98,16 @@ class EvaluationError(SecuraError):
     """An evaluation that cannot be started or finished; no report was written."""
 
 
+class ServeError(SecuraError):
+    """A server that cannot start, or that ended on its own."""
+
+
 class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
 
 
 class StorageError(SecuraError):
     """A disk that is full or cannot be written; nothing was left behind."""
-
-
-class EngineError(SecuraError, RuntimeError):
-    """vLLM's engine did not start or has died; the message gives the cause."""
 
 
 class IncompatibleVLLMError(SecuraError, RuntimeError):

@@ -123,7 +123,7 @@ def test_an_s_magnorm_adapter_is_to_be_folded(folder, base, capsys):
     assert main([*flags, "--check"]) == 0
     printed = capsys.readouterr().out
     assert "fold (bounded)" in printed and "1 servable" in printed and "1 by folding" in printed
-    assert main([*flags, "--fold", "nobody"]) == 1
+    assert main([*flags, "--fold", "nobody"]) == 2
     assert "no such adapter; there are bounded, good" in capsys.readouterr().err
 
 

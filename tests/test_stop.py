@@ -74,8 +74,8 @@ def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path
 def test_a_flag_that_vllm_does_not_know_gets_one_line(tiny_base):
     command = [*SERVE, "--base", str(tiny_base("llama")), "--no-ui", "--bogus-flag", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert "secura-serve: unrecognized arguments: --bogus-flag" in done.stderr
+    assert done.returncode == 2
+    assert "secura-serve: error: unrecognized arguments: --bogus-flag" in done.stderr
     assert "usage:" not in done.stderr
 
 
@@ -96,5 +96,5 @@ def test_what_adapters_do_not_go_with_is_told_before_the_engine_starts(
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 1 and said in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and said in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr and "starting; the endpoint" not in done.stdout

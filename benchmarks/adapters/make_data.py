@@ -1,6 +1,6 @@
 """Write the training and held-out data of the shipped adapters.
 
-    python benchmarks/adapters/make_data.py --out data [--task extract]
+    python -m benchmarks.adapters.make_data --out data [--task extract]
 
 Writes ``<task>.train.jsonl`` and ``<task>.test.jsonl`` from the rows of ``secura_serve.evaluate``.
 The shipped adapters were trained before there was a validation split: its rows are at the end of
@@ -10,13 +10,10 @@ the training file, as they were then.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from secura_serve.evaluate import load_task
-from secura_serve.evaluate.data.split import jsonl
+from secura_serve.evaluate.tasks.rows import jsonl
 
 TASKS = ("sentiment", "extract", "iso-date")
 

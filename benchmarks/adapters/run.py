@@ -1,6 +1,6 @@
 """Train, evaluate and write the shipped adapters; every finished step is kept and not repeated.
 
-    python benchmarks/adapters/run.py --work runs [--task iso-date] [--seeds 0 1 2]
+    python -m benchmarks.adapters.run --work runs [--task iso-date] [--seeds 0 1 2]
 
 Per task: data (make_data.py), one training per seed, held-out accuracy of the base and of each
 seed with the same prompts and the same scoring, KL and perplexity against the base on neutral
@@ -16,20 +16,17 @@ import hashlib
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import PeftModel
 
 from benchmarks.adapters import make_data
 from secura_serve.evaluate import answers, retention, score
-from secura_serve.evaluate.data.prose import neutral_texts
+from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.train.card import write
 from secura_serve.train.methods.base import load_base
 from secura_serve.train.run import train
@@ -312,7 +309,7 @@ tags: [secura, cur, peft]
 {_questions(task)}
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
-lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.scoring`), greedy decoding of at most
+lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.SCORERS`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
 {chosen}
@@ -323,7 +320,7 @@ Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings[
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["per_device_train_batch_size"]} examples at
 {rate:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
-Exact recipe: `train.json`; to repeat: `benchmarks/adapters/run.py --task {task}`.
+Exact recipe: `train.json`; to repeat: `python -m benchmarks.adapters.run --task {task}`.
 
 **Limits.** {recipe.limits}
 """

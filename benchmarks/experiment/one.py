@@ -1,6 +1,6 @@
-"""One run of the experiment: train, measure, write its JSON. Started by run.py.
+"""One run of the experiment: train, measure, add its line to runs.jsonl. Started by run.py.
 
-    python benchmarks/experiment/one.py NAME WORK
+python -m benchmarks.experiment.one NAME WORK
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
 from benchmarks._report import header
-from benchmarks.experiment.run import PLAN, RESULTS, Job, continual, specs, tests, tuning
-from secura_serve.evaluate import answers, load_task, retention, wilson
-from secura_serve.evaluate.data.prose import neutral_texts
+from benchmarks.experiment.run import PLAN, Job, continual, specs, tests, tuning
+from benchmarks.experiment.runs import append_run
+from secura_serve.evaluate import answers, load_task, neutral_texts, retention, wilson
 from secura_serve.evaluate.run import KNOWLEDGE
 from secura_serve.train.methods import PreparedModel
 from secura_serve.train.run import Run, train
@@ -167,10 +165,7 @@ def main() -> None:
     facts |= header(("torch", "transformers", "peft"))
     facts |= sequence(job, work) if job.kind == "continual" else single(job, work)
     shutil.rmtree(work / "out" / name, ignore_errors=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    draft = job.file.with_suffix(".partial")
-    draft.write_text(json.dumps(facts, indent=1) + "\n")
-    draft.rename(job.file)
+    append_run(facts)
     shown = ("score", "average_accuracy", "kl", "train_seconds")
     print(json.dumps({key: facts[key] for key in shown if isinstance(facts.get(key), float)}))
 

@@ -1,6 +1,6 @@
-"""Tables and plots of the experiment, from the results that are there.
+"""Tables and plots of the experiment, from the runs that are finished.
 
-    python benchmarks/experiment/report.py
+    python -m benchmarks.experiment.report
 
 Writes ``report.md``, ``summary.json``, ``pareto.png`` and ``dial.png`` beside the results. A mean
 stands with its standard deviation over the seeds; a claim is judged by 95 % intervals of Student's
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks.experiment.run import PLAN, RESULTS, chosen_lr, continual, specs, tests, tuning
+from benchmarks.experiment.run import PLAN, chosen_lr, continual, specs, tests, tuning
+from benchmarks.experiment.runs import RESULTS
 
 # Student's t, two-sided 95 %, by degrees of freedom (two seeds to six).
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
@@ -32,7 +30,7 @@ MEASURES = {
 
 
 def mean(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation and 95 % interval; one value has only itself."""
+    """Return mean, standard deviation and 95 % interval; one value has only itself."""
     middle = statistics.mean(values)
     if len(values) < 2:
         return {"mean": middle, "sd": None, "interval": None, "n": 1}
@@ -47,20 +45,20 @@ def mean(values: list[float]) -> dict[str, Any]:
 
 
 def single() -> dict[str, Any]:
-    """Variant -> what its test runs measured, for those that have any."""
-    found: dict[str, Any] = {}
+    """Return variant -> what its test runs measured, for those that have any."""
+    measured: dict[str, Any] = {}
     for variant in specs():
-        runs = [job.found for job in tests(variant) if job.found is not None]
+        runs = [job.result for job in tests(variant) if job.result is not None]
         if not runs:
             continue
-        tried = {f"{job.lr:g}": job.found["score"] for job in tuning(variant) if job.found}
-        found[variant] = {
+        tried = {f"{job.lr:g}": job.result["score"] for job in tuning(variant) if job.result}
+        measured[variant] = {
             "lr": chosen_lr(variant),
             "validation_score_by_lr": tried,
             "trained_parameters": runs[0]["trained_parameters"],
             **{name: mean([of(r) for r in runs]) for name, of in MEASURES.items()},
         }
-    return found
+    return measured
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -69,17 +67,17 @@ def _apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["interval"][1] < other["interval"][0] or other["interval"][1] < one["interval"][0]
 
 
-def claims(found: dict[str, Any]) -> dict[str, Any]:
-    """Whether each variant keeps more than LoRA and DoRA at matched score.
+def claims(measured: dict[str, Any]) -> dict[str, Any]:
+    """Judge whether each variant keeps more than LoRA and DoRA at matched score.
 
     Of LoRA's KL it may have a third; DoRA's must only be larger.
     """
     judged: dict[str, Any] = {}
-    for name, row in found.items():
+    for name, row in measured.items():
         for peer in ("lora", "dora"):
-            if name in ("lora", "dora") or peer not in found or row["score"]["n"] < 2:
+            if name in ("lora", "dora") or peer not in measured or row["score"]["n"] < 2:
                 continue
-            base = found[peer]
+            base = measured[peer]
             matched = row["score"]["mean"] >= base["score"]["mean"] - (base["score"]["sd"] or 0)
             ratio = row["kl"]["mean"] / base["kl"]["mean"]
             less = ratio <= 1 / 3 if peer == "lora" else ratio < 1
@@ -96,15 +94,17 @@ def claims(found: dict[str, Any]) -> dict[str, Any]:
     return judged
 
 
-def cell(found: dict[str, Any]) -> str:
-    return f"{found['mean']:.3f}" + (f" ± {found['sd']:.3f}" if found["sd"] is not None else "")
+def cell(measured: dict[str, Any]) -> str:
+    return f"{measured['mean']:.3f}" + (
+        f" ± {measured['sd']:.3f}" if measured["sd"] is not None else ""
+    )
 
 
-def table(found: dict[str, Any]) -> str:
+def table(measured: dict[str, Any]) -> str:
     head = ["variant", "lr", "trained", "seeds"]
     head += ["score", "KL", "perplexity ×", "unchanged", "still right"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, row in found.items():
+    for name, row in measured.items():
         cells = [name, f"{row['lr']:g}", f"{row['trained_parameters']:,}", str(row["score"]["n"])]
         cells += [cell(row[measure]) for measure in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
@@ -112,7 +112,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def verdicts(judged: dict[str, Any]) -> str:
-    """The claim's four conditions, which all must hold."""
+    """Return the claim's four conditions, which all must hold."""
     head = ["variant", "against", "score level", "KL ratio", "low enough", "more unchanged"]
     head += ["intervals apart", "claim"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -129,22 +129,22 @@ def sequences() -> str:
     keys = ("average_accuracy", "backward_transfer", "forgetting", "kl", "perplexity_ratio")
     lines = [f"| variant | strategy | {' | '.join(keys)} |", "|---" * (2 + len(keys)) + "|"]
     for job in continual():
-        if job.found is not None:
-            cells = " | ".join(f"{job.found[key]:.3f}" for key in keys)
+        if job.result is not None:
+            cells = " | ".join(f"{job.result[key]:.3f}" for key in keys)
             lines.append(f"| {job.variant} | {job.strategy} | {cells} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def _family(name: str) -> tuple[str, str]:
-    """What shares a colour in the plots, and what tells a point from the others of its kind."""
+    """Return what shares a colour in the plots, and what tells its points apart."""
     kind, bounded, tau = name.partition("bounded-")
     if bounded:
         return f"{kind}bounded", f"τ {tau}"
     return name.removesuffix("-slower"), "slower" if name.endswith("-slower") else ""
 
 
-def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
-    """Task score against KL to the base; better is up and to the left."""
+def pareto(measured: dict[str, Any], file: Path, only: str = "") -> None:
+    """Plot task score against KL to the base; better is up and to the left."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -153,7 +153,7 @@ def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5))
     seen: dict[str, int] = {}
     outside = []
-    for name, row in found.items():
+    for name, row in measured.items():
         if only and only not in name and name != "lora":
             continue
         kl, score = row["kl"]["mean"], row["score"]["mean"]
@@ -185,24 +185,30 @@ def pareto(found: dict[str, Any], file: Path, only: str = "") -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    found = single()
-    if not found:
-        raise SystemExit("no test run is finished yet: python benchmarks/experiment/run.py")
-    judged = claims(found)
-    (RESULTS / "summary.json").write_text(
-        json.dumps({"single": found, "claims": judged}, indent=1) + "\n"
-    )
-    pareto(found, RESULTS / "pareto.png")
-    pareto(found, RESULTS / "dial.png", only="bounded")
-    waiting = sum(job.found is None for name in specs() for job in tests(name))
+def markdown(measured: dict[str, Any], judged: dict[str, Any]) -> str:
+    """Return report.md."""
+    waiting = sum(job.result is None for name in specs() for job in tests(name))
     so_far = f" so far, {waiting} single-task runs missing" if waiting else ""
-    text = f"# Results{so_far}\n\n{table(found)}\n"
+    text = f"# Results{so_far}\n\n{table(measured)}\n"
     text += "## Keeps more at matched score?\n\n"
     text += "Low enough: at most a third of LoRA's KL; less than DoRA's. Apart: the 95 % intervals "
     text += f"of KL and of unchanged answers.\n\n{verdicts(judged)}"
     if rows := sequences():
         text += f"\n## Task after task: {', '.join(PLAN['continual']['tasks'])}\n\n{rows}"
+    return text
+
+
+def main() -> None:
+    measured = single()
+    if not measured:
+        raise SystemExit("no test run is finished yet: python -m benchmarks.experiment.run")
+    judged = claims(measured)
+    (RESULTS / "summary.json").write_text(
+        json.dumps({"single": measured, "claims": judged}, indent=1) + "\n"
+    )
+    pareto(measured, RESULTS / "pareto.png")
+    pareto(measured, RESULTS / "dial.png", only="bounded")
+    text = markdown(measured, judged)
     (RESULTS / "report.md").write_text(text)
     print(text)
 

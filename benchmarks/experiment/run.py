@@ -1,15 +1,15 @@
 """The experiment of plan.yaml as a queue: what is finished is kept and not run again.
 
-    python benchmarks/experiment/run.py [--jobs 2] [--only lora cur] [--until-minutes 90]
+    python -m benchmarks.experiment.run [--jobs 2] [--only lora cur] [--until-minutes 90]
 
-Every run is a process of its own with one thread, and leaves one JSON file in
-``benchmarks/results/experiment/``. report.py draws the tables and plots from those files.
+Every run is a process of its own with one thread, and adds one line to
+``benchmarks/results/experiment/runs.jsonl``. report.py draws the tables and plots from that file;
+to have a run done again, take its line out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import yaml
+
+from benchmarks.experiment.runs import read_runs
 
 HERE = Path(__file__).resolve().parent
 PLAN = yaml.safe_load((HERE / "plan.yaml").read_text())
-RESULTS = HERE.parent / "results" / "experiment"
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,9 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def file(self) -> Path:
-        return RESULTS / f"{self.name}.json"
-
-    @property
-    def found(self) -> dict[str, Any] | None:
-        """The result, if there is one."""
-        return json.loads(self.file.read_text()) if self.file.exists() else None
+    def result(self) -> dict[str, Any] | None:
+        """What the run measured; None while it is not finished."""
+        return read_runs().get(self.name)
 
 
 def _job(variant: str, spec: dict[str, Any], kind: str, lr: float, seed: int) -> Job:
@@ -75,9 +70,9 @@ def chosen_lr(variant: str) -> float | None:
     jobs = tuning(variant)
     if not jobs:
         return float(specs()[variant]["lrs"][0])
-    if any(job.found is None for job in jobs):
+    if any(job.result is None for job in jobs):
         return None
-    return max(jobs, key=lambda job: ((job.found or {})["score"], -job.lr)).lr
+    return max(jobs, key=lambda job: ((job.result or {})["score"], -job.lr)).lr
 
 
 def tests(variant: str) -> list[Job]:
@@ -114,15 +109,15 @@ def waiting(only: list[str] | None) -> Iterator[Job]:
     jobs = [job for name in names for job in tuning(name)]
     jobs += [job for job in ready if job not in later]
     jobs += [job for job in continual() if not only or job.variant in only]
-    return (job for job in [*jobs, *later] if job.found is None)
+    return (job for job in [*jobs, *later] if job.result is None)
 
 
 def one(job: Job, work: Path) -> str:
-    """Run a job in a process of its own; returns what to say of it."""
-    command = [sys.executable, "-P", str(HERE / "one.py"), job.name, str(work)]
+    """Run a job in a process of its own and return what to say of it."""
+    command = [sys.executable, "-m", "benchmarks.experiment.one", job.name, str(work.absolute())]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.monotonic()
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
     spent = f"{(time.monotonic() - start) / 60:.1f} min"
     if done.returncode:
         return f"{job.name}: failed after {spent}\n{done.stderr[-2000:]}"
@@ -140,7 +135,6 @@ def main() -> None:
     if given.dry_run:
         print("\n".join(job.name for job in waiting(given.only)))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * (given.until_minutes or 1e6)
     running, failed = {}, set[str]()
     with ThreadPoolExecutor(given.jobs) as pool:
@@ -149,7 +143,7 @@ def main() -> None:
                 if future.done():
                     print(future.result(), flush=True)
                     del running[name]
-                    if not (RESULTS / f"{name}.json").exists():
+                    if name not in read_runs():
                         failed.add(name)
             busy = running.keys() | failed
             ready = [job for job in waiting(given.only) if job.name not in busy]

@@ -10,12 +10,12 @@ __all__ = ["draw", "missing"]
 
 
 def missing() -> str | None:
-    """Why no chart can be drawn here, if so."""
+    """Say why no chart can be drawn here, if so."""
     return None if util.find_spec("matplotlib") else "pip install 'secura-serve[eval]'"
 
 
 def draw(facts: dict[str, Any], file: Path) -> None:
-    """Groups of bars, one per task or share, one bar per model; 95 % intervals.
+    """Draw groups of bars, one per task or share, one bar per model; 95 % intervals.
 
     Metrics of the harness are drawn where they are shares of right answers.
     """
@@ -27,10 +27,10 @@ def draw(facts: dict[str, Any], file: Path) -> None:
     for name, task in facts["harness"].items():
         for metric in next(iter(task["scores"].values()))["metrics"]:
             if metric.split(" ")[0] in ("acc", "exact_match", "f1"):
-                found = {m: task["scores"][m]["metrics"][metric] for m in models}
+                values = {m: task["scores"][m]["metrics"][metric] for m in models}
                 groups[f"{name}\n{metric}"] = {
                     m: (v["value"], 1.96 * (v["stderr"] or 0), 1.96 * (v["stderr"] or 0))
-                    for m, v in found.items()
+                    for m, v in values.items()
                 }
     kept = facts["retention"].get("models", {})
     for key, title in (
@@ -63,6 +63,6 @@ def draw(facts: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _bar(found: dict[str, Any]) -> tuple[float, float, float]:
-    p = found["accuracy"]
-    return p, p - found["low"], found["high"] - p
+def _bar(interval: dict[str, Any]) -> tuple[float, float, float]:
+    p = interval["accuracy"]
+    return p, p - interval["low"], interval["high"] - p

@@ -29,14 +29,16 @@ class EvalConfig:
     )
     adapter: tuple[str, ...] = option("with --base: adapter folders, joined by commas", ())
     split: str = option("rows to ask of the offline tasks", "test", ("test", "validation"))
-    items: int = option("first items of each task to ask; 0 asks all", 200)
+    limit: int = option("first items of each task to ask; 0 asks all", 200, aliases=("items",))
     task_data: tuple[str, ...] = option(
         "TASK=PATH: local data of a harness task in the layout of its data set: a file, or a "
         "folder of <split>.jsonl (.json, .parquet, .csv)",
         (),
     )
-    shots: int | None = option(
-        "examples before each question of a harness task (default: the task's own number)", None
+    num_fewshot: int | None = option(
+        "examples before each question of a harness task (default: the task's own number)",
+        None,
+        aliases=("shots",),
     )
     retention: bool = option("measure what each model keeps of the base", True)
     kl_texts: int = option(
@@ -69,8 +71,8 @@ class EvalConfig:
             f"{name}: got {getattr(self, name)!r}, must be {bound}"
             for name, fine, bound in (
                 ("tasks", bool(self.tasks), "at least one name"),
-                ("items", self.items >= 0, ">= 0"),
-                ("shots", (self.shots or 0) >= 0, ">= 0"),
+                ("limit", self.limit >= 0, ">= 0"),
+                ("num_fewshot", (self.num_fewshot or 0) >= 0, ">= 0"),
                 ("concurrency", self.concurrency >= 1, ">= 1"),
                 ("timeout", self.timeout > 0, "> 0"),
                 ("kl_texts", self.kl_texts >= 0, ">= 0"),
@@ -95,5 +97,5 @@ class EvalConfig:
             raise ConfigError("the settings are not valid:", problems)
 
     def local_data(self) -> dict[str, str]:
-        """Task -> path, from ``task_data``."""
+        """Return task -> path, from ``task_data``."""
         return {spec.partition("=")[0]: spec.partition("=")[2] for spec in self.task_data}

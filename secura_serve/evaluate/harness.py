@@ -17,7 +17,9 @@ from typing import Any
 
 from secura_serve.errors import ConfigError, DataError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.models import Models
+from secura_serve.evaluate.models.base import Models
+from secura_serve.evaluate.tasks import TASKS
+from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["HARNESS", "Benchmark", "missing", "prepare", "run"]
 
@@ -29,19 +31,17 @@ class Benchmark:
     """A task of the papers."""
 
     title: str
-    task: str | Mapping[str, Any] | None
-    """The harness's own name, a definition in its format, or None where there is neither."""
-    absent: str = ""
-    """What is missing, where there is no task."""
+    task: str | Mapping[str, Any]
+    """The harness's own name, or a definition in its format."""
 
 
 def _rouge(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L (F1) of a summary, with Google's ``rouge_score``."""
+    """Return ROUGE-1, -2 and -L (F1) of a summary, with Google's ``rouge_score``."""
     from rouge_score import rouge_scorer
 
     kinds = ["rouge1", "rouge2", "rougeL"]
-    found = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(doc["highlights"], results[0])
-    return {kind: found[kind].fmeasure for kind in kinds}
+    scores = rouge_scorer.RougeScorer(kinds, use_stemmer=True).score(doc["highlights"], results[0])
+    return {kind: scores[kind].fmeasure for kind in kinds}
 
 
 # The harness's own task of this name also asks for BERTScore, which downloads a second model.
@@ -93,17 +93,11 @@ HARNESS: dict[str, Benchmark] = {
     "sst2": Benchmark("GLUE: film review, positive or negative", "sst2"),
     "sentiment140": Benchmark("tweet, positive or negative", _SENTIMENT140),
     "wikitext-2": Benchmark("perplexity of Wikipedia articles", "wikitext"),
-    "newsde": Benchmark(
-        "German news",
-        None,
-        "the harness has no such task, and SECURA (arXiv 2502.18168) does not say which data set, "
-        "prompt and labels are meant",
-    ),
 }
 
 
 def missing() -> str | None:
-    """Why the harness cannot be used here, if so."""
+    """Say why the harness cannot be used here, if so."""
     if util.find_spec("lm_eval") is None:
         return "pip install 'secura-serve[eval]'"
     return None
@@ -111,7 +105,7 @@ def missing() -> str | None:
 
 @cache
 def _manager() -> Any:
-    """The harness's index of tasks, which takes seconds to make; quiet from here on."""
+    """Return the harness's index of tasks, which takes seconds to make; quiet from here on."""
     import datasets
     from lm_eval.tasks import TaskManager
 
@@ -121,7 +115,7 @@ def _manager() -> Any:
 
 
 def prepare(name: str, config: EvalConfig) -> Any:
-    """The harness's task object with its data read, so that nothing is left to fail but the model.
+    """Return the harness's task object, its data read: only the model is left to fail.
 
     Raises:
         ConfigError: neither we nor the harness know ``name``.
@@ -129,18 +123,20 @@ def prepare(name: str, config: EvalConfig) -> Any:
         EvaluationError: the harness is not installed.
     """
     known = HARNESS.get(name, Benchmark(name, name))
-    if known.task is None:
-        raise DataError(f"{name}: not available: {known.absent}")
     if reason := missing():
         raise EvaluationError(f"{name}: lm-evaluation-harness is not installed: {reason}")
     if isinstance(known.task, str) and known.task not in _manager().all_tasks:
-        raise ConfigError(f"task {name!r}: unknown to secura-eval (--list) and to the harness")
+        names = sorted([*TASKS, *HARNESS])
+        raise ConfigError(
+            f"task {name!r}: neither secura-eval (--list) nor the harness has it, "
+            f"{suggestion(name, names)}"
+        )
     spec: dict[str, Any] = {"task": known.task} if isinstance(known.task, str) else dict(known.task)
     path = config.local_data().get(name)
     if path is not None:
         spec |= _local(name, Path(path))
-    if config.shots is not None:
-        spec["num_fewshot"] = config.shots
+    if config.num_fewshot is not None:
+        spec["num_fewshot"] = config.num_fewshot
     if isinstance(known.task, str):
         # Only as a member of a group does a dict change a known task; alone it is a new one.
         spec = {"group": "secura-eval", "task": [spec]}
@@ -164,7 +160,7 @@ def prepare(name: str, config: EvalConfig) -> Any:
 
 
 def _local(name: str, path: Path) -> dict[str, Any]:
-    """What makes the harness read ``path`` instead of its data set."""
+    """Return the settings by which the harness reads ``path`` in place of its data set."""
     if path.is_file():
         files = dict.fromkeys(("train", "validation", "test"), path)
     else:
@@ -193,7 +189,7 @@ def _fits(name: str, task: Any, path: str | None) -> None:
         if shots and path and (Path(path).is_file() or split not in task.dataset):
             raise DataError(
                 f"{name}: {shots} examples go before each question, from {split!r} rows, which "
-                f"are not{where}; give a folder with a file of them, or --shots 0"
+                f"are not{where}; give a folder with a file of them, or --num-fewshot 0"
             )
         task.doc_to_text(task.eval_docs[0])
         task.doc_to_target(task.eval_docs[0])
@@ -206,7 +202,7 @@ def _fits(name: str, task: Any, path: str | None) -> None:
 
 
 def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) -> dict[str, Any]:
-    """Metrics of one model on one task: ``{"n", "metrics": {name: {"value", "stderr"}}}``.
+    """Measure one model on one task: ``{"n", "metrics": {name: {"value", "stderr"}}}``.
 
     Raises:
         EvaluationError: the model could not be asked.
@@ -214,10 +210,10 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
     from lm_eval import simple_evaluate
 
     try:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=models.harness(model),
             tasks=[task],
-            limit=config.items or None,
+            limit=config.limit or None,
             bootstrap_iters=1000,
             log_samples=False,
             verbosity="ERROR",
@@ -226,7 +222,7 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
         raise
     except Exception as error:  # requests, aiohttp and tenacity below the harness
         raise EvaluationError(f"{model} on {name}: {_line(error)}") from error
-    (scores,) = found["results"].values()
+    (scores,) = results["results"].values()
     metrics = {}
     for key, value in scores.items():
         metric, comma, how = key.partition(",")
@@ -238,10 +234,10 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
             "value": float(value),
             "stderr": float(spread) if isinstance(spread, (int, float)) else None,
         }
-    (counts,) = found["n-samples"].values()
+    (counts,) = results["n-samples"].values()
     return {"n": counts["effective"], "metrics": metrics}
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Return the first line of what an exception says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,15 @@
-"""``secura-eval``: parse -> config -> one call."""
+"""``secura-eval``: flags -> settings -> one call."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import add_flags, brief_errors, build
-from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.command import CommandParser, run_command
+from secura_serve.config import add_flags, build
+from secura_serve.errors import ConfigError
 from secura_serve.evaluate.config import EvalConfig
 
 __all__ = ["main", "parser"]
@@ -40,14 +40,8 @@ $OPENAI_API_KEY is sent where the endpoint wants a key."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of ``secura-eval``."""
-    made = argparse.ArgumentParser(
-        prog="secura-eval",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return the command line of ``secura-eval``."""
+    made = CommandParser("secura-eval", description=_DESCRIPTION, epilog=_EXAMPLES)
     made.add_argument("--list", action="store_true", help="list the tasks and exit")
     made.add_argument(
         "--write-data",
@@ -56,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "JSONL and exit",
     )
     add_flags(made, EvalConfig)
-    return brief_errors(made)
+    return made
 
 
 def _listing() -> str:
@@ -66,17 +60,16 @@ def _listing() -> str:
     rows = [("offline task", "rows from", "scored by", "here", "what")]
     for task in TASKS.values():
         what = task.title + (f" (stands in for {task.stands_for})" if task.stands_for else "")
-        rows.append((task.name, task.source, task.kind, task.missing() or "yes", what))
+        rows.append((task.name, task.source, task.scoring, task.missing() or "yes", what))
     rows.append(("", "", "", "", ""))
     rows.append(("papers' task", "rows from", "scored by", "here", "what"))
     absent = harness.missing()
     for name, entry in harness.HARNESS.items():
-        here = entry.absent or absent or "hub, or --task-data"
-        rows.append((name, "its data set", "harness", here if entry.task else "no", entry.title))
+        here = absent or "hub, or --task-data"
+        rows.append((name, "its data set", "harness", here, entry.title))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)) for r in rows]
-    notes = [f"{name}: {e.absent}" for name, e in harness.HARNESS.items() if e.absent]
-    return "\n".join(line.rstrip() for line in [*lines, "", *notes])
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _settings(given: dict[str, Any]) -> EvalConfig:
@@ -90,36 +83,31 @@ def _settings(given: dict[str, Any]) -> EvalConfig:
     return config
 
 
-def _run(argv: Sequence[str]) -> str:
+def _run(argv: list[str]) -> int:
     given = vars(parser().parse_args(argv))
     listing, folder = given.pop("list"), given.pop("write_data")
     if listing:
-        return _listing()
+        print(_listing())
+        return 0
     if folder:
         from secura_serve.evaluate.tasks import TASKS, write_data
 
         names = given.get("tasks") or [name for name, task in TASKS.items() if not task.missing()]
-        written = write_data(names, Path(folder), overwrite=given.get("overwrite", False))
-        return "\n".join(map(str, written))
+        for file in write_data(names, Path(folder), overwrite=given.get("overwrite", False)):
+            print(file)
+        return 0
     config = _settings(given)
     from secura_serve.evaluate.report import write_report
     from secura_serve.evaluate.run import evaluate
 
     out = write_report(evaluate(config), config, argv)
-    return f"{(out / 'report.md').read_text(encoding='utf-8')}\n{out}"
+    print(f"{(out / 'report.md').read_text(encoding='utf-8')}\n{out}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    try:
-        print(_run(sys.argv[1:] if argv is None else argv))
-    except SecuraError as error:
-        print(f"secura-eval: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsecura-eval: interrupted; no report was written", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-eval", _run, argv, interrupted="no report was written")
 
 
 if __name__ == "__main__":

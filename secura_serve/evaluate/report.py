@@ -18,7 +18,7 @@ from secura_serve import __version__
 from secura_serve.atomic import atomic_folder, check_target
 from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.interval import METHOD
+from secura_serve.evaluate.metrics.significance import METHOD
 from secura_serve.evaluate.run import Results
 
 __all__ = ["check_out", "markdown", "write_report"]
@@ -84,7 +84,7 @@ def _facts(results: Results, config: EvalConfig, argv: Sequence[str]) -> dict[st
 
 
 def _commit() -> str | None:
-    """Of the checkout that this runs from, if it is one."""
+    """Return the commit of the checkout that this runs from, if it is one."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -101,14 +101,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines]
 
 
-def _share(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _share(interval: dict[str, Any] | None) -> str:
+    if interval is None:
         return "–"
-    return f"{found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return f"{interval['accuracy']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """``report.md`` from what ``results.json`` holds."""
+    """Return ``report.md`` from what ``results.json`` holds."""
     models, base = facts["models"], facts["base"]
     lines = ["# Evaluation", "", f"`{facts['command']}`", ""]
     lines += [
@@ -153,17 +153,17 @@ def markdown(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _measured(metric: dict[str, Any] | None) -> str:
+    if metric is None:
         return "–"
-    error = "" if found["stderr"] is None else f" ± {found['stderr']:.3f}"
-    return f"{found['value']:.4g}{error}"
+    error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.3f}"
+    return f"{metric['value']:.4g}{error}"
 
 
-def _kept(found: dict[str, Any]) -> list[str]:
+def _kept(retention: dict[str, Any]) -> list[str]:
     rows: list[list[str]] = []
     notes: dict[str, None] = {}
-    for model, r in found["models"].items():
+    for model, r in retention["models"].items():
         kl = "–" if r["kl"] is None else f"{r['kl']:.4f} ({r['kl_tokens']} tokens)"
         if r["kl_missing"]:
             notes[r["kl_missing"]] = None
@@ -191,8 +191,9 @@ def _kept(found: dict[str, Any]) -> list[str]:
         "",
         *_table(head, rows),
         "",
-        f"Neutral text: {found['neutral_text']}, 64 tokens each. Questions: {found['questions']}; "
-        f"the base gets {_share(found['base'])} right. Still right: of what the base got right.",
+        f"Neutral text: {retention['neutral_text']}, 64 tokens each. "
+        f"Questions: {retention['questions']}; the base gets {_share(retention['base'])} right. "
+        "Still right: of what the base got right.",
         "",
         *(f"KL: {note}.\n" for note in notes),
     ]

@@ -9,10 +9,11 @@ from typing import Any
 from secura_serve.errors import ConfigError, DataError, SecuraError
 from secura_serve.evaluate import harness
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.data.prose import neutral_texts
-from secura_serve.evaluate.interval import paired, wilson
-from secura_serve.evaluate.models import Models
-from secura_serve.evaluate.tasks import TASKS, Task, load_task, suggestion
+from secura_serve.evaluate.metrics.significance import paired, wilson
+from secura_serve.evaluate.models.base import Models
+from secura_serve.evaluate.neutral_text import neutral_texts
+from secura_serve.evaluate.tasks import TASKS, Task, load_task
+from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["KNOWLEDGE", "Results", "evaluate", "open_models"]
 
@@ -34,22 +35,22 @@ class Results:
 
 
 def open_models(config: EvalConfig) -> Models:
-    """The models at the endpoint, or in this process.
+    """Open the models at the endpoint, or in this process.
 
     Raises:
         EvaluationError: some cannot be asked.
     """
     if config.endpoint is not None:
-        from secura_serve.evaluate.endpoint import Endpoint
+        from secura_serve.evaluate.models.endpoint import Endpoint
 
         return Endpoint(config)
-    from secura_serve.evaluate.local import Local
+    from secura_serve.evaluate.models.local import Local
 
     return Local(config)
 
 
 def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
-    """The offline tasks, and those of the harness with their data.
+    """Return the offline tasks, and those of the harness with their data.
 
     Raises:
         ConfigError, DataError: every task that cannot be run, and why.
@@ -65,16 +66,15 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     ours: list[Task] = []
     theirs: dict[str, Any] = {}
     problems: list[str] = []
-    kind: type[SecuraError] = ConfigError
+    wrong_use = False
 
     def attempt(work: Callable[[], object]) -> None:
-        nonlocal kind
+        nonlocal wrong_use
         try:
             work()
         except SecuraError as error:
             problems.extend(error.problems)
-            if not isinstance(error, ConfigError):
-                kind = DataError
+            wrong_use |= isinstance(error, ConfigError)
 
     for name in dict.fromkeys(config.tasks):
 
@@ -95,6 +95,7 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     if config.retention:
         attempt(_retention_data)
     if problems:
+        kind = ConfigError if wrong_use else DataError
         raise kind("nothing was evaluated:", problems)
     return ours, theirs
 
@@ -110,7 +111,7 @@ def _retention_data() -> tuple[str, list[str]]:
 
 
 def evaluate(config: EvalConfig) -> Results:
-    """Everything that ``config`` asks for.
+    """Measure everything that ``config`` asks for.
 
     Raises:
         ConfigError, DataError, EvaluationError: before the first question, wherever possible.
@@ -121,7 +122,7 @@ def evaluate(config: EvalConfig) -> Results:
     given: dict[tuple[str, str, str], list[str]] = {}
 
     def ask(task: Task, split: Any, items: int, model: str) -> list[str]:
-        """Answers, from the run's own where the same was asked before."""
+        """Return answers, from the run's own where the same was asked before."""
         prompts = [prompt for prompt, _ in task.rows(split)][: items or None]
         key = (model, task.name, split)
         if len(given.get(key, [])) < len(prompts):
@@ -129,12 +130,12 @@ def evaluate(config: EvalConfig) -> Results:
         return given[key][: len(prompts)]
 
     for task in ours:
-        rows = task.rows(config.split)[: config.items or None]  # type: ignore[arg-type]
+        rows = task.rows(config.split)[: config.limit or None]  # type: ignore[arg-type]
         wanted = [completion for _, completion in rows]
         right = {}
         for model in models.names:
-            found = ask(task, config.split, config.items, model)
-            right[model] = task.right(found, wanted)
+            answers = ask(task, config.split, config.limit, model)
+            right[model] = task.right(answers, wanted)
             results.answers += [
                 {
                     "task": task.name,
@@ -144,7 +145,7 @@ def evaluate(config: EvalConfig) -> Results:
                     "answer": a,
                     "right": r,
                 }
-                for (p, w), a, r in zip(rows, found, right[model], strict=True)
+                for (p, w), a, r in zip(rows, answers, right[model], strict=True)
             ]
         results.tasks[task.name] = {
             "title": task.title,
@@ -153,7 +154,7 @@ def evaluate(config: EvalConfig) -> Results:
             "split": config.split,
             "n": len(rows),
             "metric": "accuracy",
-            "scoring": task.kind,
+            "scoring": task.scoring,
             "max_new_tokens": task.max_new_tokens,
             "scores": {model: asdict(wilson(flags)) for model, flags in right.items()},
             "against_base": {
@@ -178,19 +179,19 @@ def evaluate(config: EvalConfig) -> Results:
 def _retention(
     models: Models, ask: Callable[[Task, str, int, str], list[str]], results: Results
 ) -> None:
-    """What each model keeps of the base: neutral text, and general knowledge."""
+    """Measure what each model keeps of the base: neutral text, and general knowledge."""
     assert models.base is not None
     source, texts = neutral_texts()
     questions = [(load_task(name), load_task(name).rows("test")) for name in KNOWLEDGE]
 
     def known(model: str) -> tuple[list[str], list[bool]]:
-        found: list[str] = []
+        answers: list[str] = []
         right: list[bool] = []
         for task, rows in questions:
             said = ask(task, "test", 0, model)
-            found += said
+            answers += said
             right += task.right(said, [completion for _, completion in rows])
-        return found, right
+        return answers, right
 
     others = [name for name in models.names if name != models.base]
     if not others:

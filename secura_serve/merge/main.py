@@ -1,14 +1,14 @@
-"""``secura-merge``: parse -> plan -> one call."""
+"""``secura-merge``: flags -> plan -> one call."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.command import CommandParser, run_command
+from secura_serve.errors import ConfigError
 
 __all__ = ["main", "parser"]
 
@@ -23,13 +23,11 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of ``secura-merge``."""
-    made = argparse.ArgumentParser(
-        prog="secura-merge",
+    """Return the command line of ``secura-merge``."""
+    made = CommandParser(
+        "secura-merge",
         description="Fold CUR adapters into a checkpoint that loads like its base.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--base", help="base model: an alias, a hub id or a local folder")
@@ -72,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _conflicts(args: argparse.Namespace) -> list[str]:
-    """Flags that are missing, or that do not go together."""
+    """Return what is wrong with the flags: some are missing, or do not go together."""
     problems = []
     if args.to_base:
         if args.base or args.adapter or args.dtype != "auto":
@@ -88,7 +86,8 @@ def _conflicts(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _run(args: argparse.Namespace) -> str:
+def _merge(args: argparse.Namespace) -> str:
+    """Do what the flags ask for; returns the line that says what was done."""
     if problems := _conflicts(args):
         raise ConfigError("the flags are not valid:", problems)
     # torch takes seconds to import: --help and typing errors must not wait.
@@ -130,21 +129,14 @@ def _run(args: argparse.Namespace) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    try:
-        said = _run(parser().parse_args(argv))
-    except SecuraError as error:
-        print(f"secura-merge: {error}", file=sys.stderr)
-        return 2
-    try:
-        print(said, flush=True)
-    except OSError as error:
-        # What could not be printed is still waiting, and would fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"secura-merge: done, but the result cannot be printed: {error}", file=sys.stderr)
-        return 2
+def _run(argv: list[str]) -> int:
+    print(_merge(parser().parse_args(argv)))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-merge", _run, argv)
 
 
 if __name__ == "__main__":

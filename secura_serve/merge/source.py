@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ import torch
 from secura_serve.adapter import Adapter, compare_with_base, load
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import AdapterError, BaseModelError, MergeError
+from secura_serve.errors import AdapterError, BaseModelError, ConfigError, MergeError
 from secura_serve.merge.fold import Part, Target
+from secura_serve.merge.spec import split_weight
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.method import MagNorm, foldable_modes
 
@@ -33,20 +33,9 @@ class Source:
 
 
 def _adapter(spec: str) -> tuple[Adapter, float]:
-    """``folder`` or ``folder*weight``."""
-    path, star, number = spec.rpartition("*")
-    weight = 1.0
-    if star:
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight) or weight == 0:
-            raise MergeError(
-                f"--adapter {spec}: {number!r} is no weight, which is a number other than 0; write "
-                "folder*0.5"
-            )
-    return load(path if star else spec), weight
+    """Load the adapter of ``folder`` or ``folder*weight``."""
+    folder, weight = split_weight(spec)
+    return load(folder), weight
 
 
 def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, list[str]]:
@@ -89,16 +78,22 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
         problems: known already; reported together with those found here.
 
     Raises:
-        MergeError: with every problem found.
+        MergeError: with every problem found; a ConfigError if one of them is how it was asked:
+            a weight that is none, or no adapter.
     """
     problems = list(problems)
     adapters: list[tuple[Adapter, float]] = []
+    wrong_use = False
     for spec in specs:
         try:
             adapters.append(_adapter(spec))
-        except (AdapterError, MergeError) as error:
+        except ConfigError as error:
+            wrong_use = True
+            problems += [str(error)]
+        except AdapterError as error:
             problems += [str(error)]
     if not specs:
+        wrong_use = True
         problems.append("no adapter is given; name at least one with --adapter")
     norm, clashes = _common_norm(adapters)
     problems += clashes
@@ -110,7 +105,7 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
     else:
         problems += [p for adapter, _ in adapters for p in _mismatches(adapter, checkpoint)]
     if problems:
-        raise MergeError(NOTHING_DONE, problems)
+        raise (ConfigError if wrong_use else MergeError)(NOTHING_DONE, problems)
     # The folder names of this machine say nothing to others.
     local = Path(resolved.model_id).is_absolute()
     return Source(

@@ -1,4 +1,4 @@
-"""``secura-train``: parse -> config -> one call."""
+"""``secura-train``: flags -> settings -> one call."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import add_flags, brief_errors, build
-from secura_serve.errors import SecuraError
+from secura_serve.command import CommandParser, run_command
+from secura_serve.config import add_flags, build, current_names
+from secura_serve.errors import TrainingError
 from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.recipe import SEQUENCE_ONLY, parse_changes, read_recipe
@@ -28,13 +29,11 @@ _EXAMPLES = """examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of ``secura-train``."""
-    made = argparse.ArgumentParser(
-        prog="secura-train",
+    """Return the command line of ``secura-train``."""
+    made = CommandParser(
+        "secura-train",
         description="Train a CUR adapter, a LoRA or DoRA adapter, or all weights of a model.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "--config", help="YAML or JSON file with these settings, or a train.json; flags win over it"
@@ -51,11 +50,11 @@ def parser() -> argparse.ArgumentParser:
         "several tasks, one after another", "only with --tasks, in place of --data and --eval-data"
     )
     add_flags(group, SequenceConfig, skip={item.name for item in fields(TrainConfig)})
-    return brief_errors(made)
+    return made
 
 
 def settings(argv: Sequence[str] | None) -> TrainConfig:
-    """The settings of a command line: flags over ``--set`` over the file.
+    """Return the settings of a command line: flags over ``--set`` over the file.
 
     They are a :class:`SequenceConfig` where one of its own settings is among them.
 
@@ -64,54 +63,50 @@ def settings(argv: Sequence[str] | None) -> TrainConfig:
     """
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file, changes = given.pop("config"), given.pop("set")
-    over = parse_changes(changes) | given
-    values = (read_recipe(file, over) if file else {}) | over
+    over = current_names(SequenceConfig, parse_changes(changes)) | given
+    recipe = current_names(SequenceConfig, read_recipe(file, over)) if file else {}
+    values = recipe | over
     return build(SequenceConfig if values.keys() & SEQUENCE_ONLY else TrainConfig, values)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def _run(argv: list[str]) -> int:
+    config = settings(argv)
+    # torch and transformers take seconds to import: --help and typing errors must not wait.
+    from secura_serve.train.card import REPRODUCTION_NOTE, is_written, write
+    from secura_serve.train.fit import Interrupted
+    from secura_serve.train.run import train
+
+    if config.resume == "auto" and not config.overwrite and is_written(config):
+        # So that a job which is started again and again may always say --resume auto.
+        _say(f"secura-train: {config.out} is finished, with these settings and data")
+        return 0
     try:
-        config = settings(argv)
-        # torch and transformers take seconds to import: --help and typing errors must not wait.
-        from secura_serve.train.card import REPRODUCTION_NOTE, is_written, write
-        from secura_serve.train.fit import Interrupted
-        from secura_serve.train.run import train
+        if isinstance(config, SequenceConfig):
+            from secura_serve.train.continual import train_sequence, write_sequence
 
-        if config.resume == "auto" and not config.overwrite and is_written(config):
-            # So that a job which is started again and again may always say --resume auto.
-            _say(f"secura-train: {config.out} is finished, with these settings and data")
-            return 0
-        try:
-            if isinstance(config, SequenceConfig):
-                from secura_serve.train.continual import train_sequence, write_sequence
-
-                run, course = train_sequence(config)
-                folder = write_sequence(config, run, course)
-            else:
-                run = train(config)
-                folder = write(config, run) if is_main_process() else Path()
-        except Interrupted as stop:
-            _say(f"\nsecura-train: {stop}; {config.out} was not written")
-            if stop.checkpoint:
-                _say(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
-            return 130
-        if not is_main_process():
-            return 0
-    except SecuraError as error:
-        _say(f"secura-train: {error}")
-        return 2
-    except OSError as error:
-        _say(f"secura-train: {error}; {config.out} was not written")
-        return 2
-    except KeyboardInterrupt:
-        _say("\nsecura-train: interrupted; nothing was written")
+            run, course = train_sequence(config)
+            folder = write_sequence(config, run, course)
+        else:
+            run = train(config)
+            folder = write(config, run) if is_main_process() else Path()
+    except Interrupted as stop:
+        _say(f"\nsecura-train: {stop}; {config.out} was not written")
+        if stop.checkpoint:
+            _say(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
         return 130
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
-    print(f"{folder}: {scores}")
-    if config.magnorm in REPRODUCTION_ONLY:
-        print(REPRODUCTION_NOTE)
+    except OSError as error:
+        raise TrainingError(f"{error}; {config.out} was not written") from error
+    if is_main_process():
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
+        print(f"{folder}: {scores}")
+        if config.magnorm in REPRODUCTION_ONLY:
+            print(REPRODUCTION_NOTE)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-train", _run, argv, interrupted="nothing was written", report=_say)
 
 
 def _say(text: str) -> None:

@@ -13,19 +13,22 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-from secura_serve.errors import ConfigError
+import secura_serve
+from secura_serve.errors import ServeError
 from secura_serve.serve.app.http.access import PageAccess
 
 __all__ = ["ChatPage"]
 
 
 def _command() -> list[str] | None:
-    """How to start the page: from a checkout or from an installed wheel; None without gradio."""
+    """Return how to start the page, from a checkout or an installed wheel; None without gradio."""
     if importlib.util.find_spec("gradio") is None:
         return None
-    script = Path(__file__).resolve().parents[3] / "demo" / "app.py"
-    if script.is_file():
-        return [sys.executable, str(script)]
+    root = Path(secura_serve.__file__).resolve().parents[1]
+    if (root / "demo" / "app.py").is_file():
+        # Without -P, Python would prefer a folder `demo` in the current one.
+        path = ["-P"] if str(root) in sys.path else []
+        return [sys.executable, *path, "-m", "demo.app"]
     if importlib.util.find_spec("secura_serve_demo") is not None:
         return [sys.executable, "-m", "secura_serve_demo.app"]
     return None
@@ -61,14 +64,14 @@ class ChatPage:
         self._thread = threading.Thread(target=self._announce, daemon=True)
 
     def check_port(self) -> None:
-        """Raise ConfigError if the page could not listen; better now than after the engine."""
+        """Raise ServeError if the page could not listen; better now than after the engine."""
         if not self.enabled:
             return
         try:
             with socket.create_server((self.host, self.port)):
                 pass
         except (OSError, OverflowError) as error:
-            raise ConfigError(
+            raise ServeError(
                 f"the chat page cannot listen on {self.host}:{self.port} ({error}); choose "
                 "another --ui-port, or leave the page out with --no-ui"
             ) from error

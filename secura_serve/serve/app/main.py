@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import ConfigError, EngineError, FoldError, SecuraError
+from secura_serve.command import run_command
+from secura_serve.errors import AdapterError, ConfigError, FoldError, ServeError
 from secura_serve.serve.app.catalog import Catalog, examine, refuse_full_rank, scan
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.http.access import Keys, PageAccess, page_access
@@ -26,6 +26,7 @@ from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
 from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_start
 from secura_serve.serve.app.memory import Memory, estimate, kv_cache_gib
 from secura_serve.serve.app.options import (
+    refuse_unknown_flags,
     refuse_what_hides_adapters,
     secura_parser,
     server_keys,
@@ -53,20 +54,21 @@ _ENGINE_STOP_S = 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``secura-serve``. Returns the exit status; errors go to stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if any(flag.startswith("--help=") for flag in arguments):
-            vllm_help(arguments)
-        return _run(*secura_parser().parse_known_args(arguments))
-    except SecuraError as error:
-        print(f"secura-serve: {error}", file=sys.stderr)
-        return 1
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-serve", _start, argv)
+
+
+def _start(argv: list[str]) -> int:
+    if any(flag.startswith("--help=") for flag in argv):
+        vllm_help(argv)
+    return _run(*secura_parser().parse_known_args(argv))
 
 
 def _run(known: argparse.Namespace, rest: list[str]) -> int:
     if known.adapters == "":
         raise ConfigError("--adapters is empty; name a folder, or leave the flag out")
+    if known.check and rest:
+        refuse_unknown_flags(rest)
     base = resolve_base(known.base)
     checkpoint = Checkpoint(base.path)
     names = known.served_model_name or [_name(base)]
@@ -96,7 +98,7 @@ def _run(known: argparse.Namespace, rest: list[str]) -> int:
             f"{', '.join(a.name for a in catalog.foldable) or 'none (give --adapters DIR)'}"
         )
     if known.strict and catalog.refused:
-        raise ConfigError(
+        raise AdapterError(
             f"--strict: {len(catalog.refused)} of {len(catalog.entries)} adapters cannot be "
             f"served: {', '.join(e.shown for e in catalog.refused)}"
         )
@@ -222,7 +224,7 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> 
     try:
         address, socket = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
+        raise ServeError(
             f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
         ) from error
     print(f"\n{who_can_reach(args, keys, access, known.ui_port)}")
@@ -248,10 +250,10 @@ def _serve(known: argparse.Namespace, args: Any, memory: Memory, keys: Keys) -> 
         except RuntimeError as error:
             if (cause := health.reported()) is None:
                 raise
-            raise EngineError(f"the engine did not start: {cause}") from error
+            raise ServeError(f"the engine did not start: {cause}") from error
         finally:
             # vLLM takes the heap out of garbage collection; at exit, what is never collected would
             # be reported as leaked.
             gc.unfreeze()
     if shutdown.engine_died is not None:
-        raise EngineError(f"the engine died: {shutdown.engine_died}")
+        raise ServeError(f"the engine died: {shutdown.engine_died}")

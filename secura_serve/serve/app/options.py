@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from secura_serve import __version__
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ALIASES
+from secura_serve.command import CommandParser, suggest_flags
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
@@ -20,6 +19,7 @@ from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.plugin import LOAD_FORMAT
 
 __all__ = [
+    "refuse_unknown_flags",
     "refuse_what_hides_adapters",
     "secura_parser",
     "server_keys",
@@ -51,15 +51,9 @@ examples:
 base aliases: {", ".join(ALIASES)}"""
 
 
-def secura_parser() -> argparse.ArgumentParser:
-    """Our own flags. What it does not know is for vLLM (``parse_known_args``)."""
-    parser = argparse.ArgumentParser(
-        prog="secura-serve",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def secura_parser() -> CommandParser:
+    """Return the parser of our own flags; what it does not know is for vLLM."""
+    parser = CommandParser("secura-serve", description=_DESCRIPTION, epilog=_EPILOG)
     add = parser.add_argument
     add("--base", default="smollm2-135m", help="alias, hub id or local folder (%(default)s)")
     add("--adapters", metavar="DIR", help="folder of adapter folders; none: only the base")
@@ -111,7 +105,6 @@ def secura_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="drop a client that has not read its answer for so long (%(default)g)",
     )
-    add("--version", action="version", version=f"secura-serve {__version__}")
     return parser
 
 
@@ -153,9 +146,36 @@ def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
         )
 
 
-def _refuse(message: str) -> NoReturn:
-    """In place of argparse's exit, which prints hundreds of lines of usage first."""
-    raise ConfigError(f"{message}. See secura-serve --help, or --help=all for vLLM's flags")
+def refuse_unknown_flags(rest: Sequence[str]) -> None:
+    """Raise ConfigError for flags that are neither ours nor vLLM's, with near names.
+
+    Imports vLLM, which alone knows its flags.
+    """
+    try:
+        from secura_serve.serve import compat
+
+        parser, _ = compat.make_arg_parser()
+    except ImportError as error:
+        hint = suggest_flags(f"unrecognized {' '.join(rest)}", secura_parser().flags())
+        raise ConfigError(
+            f"unrecognized arguments: {' '.join(rest)}{hint} (secura-serve --help lists our "
+            f"flags; vLLM, which has others, cannot be imported: {error})"
+        ) from error
+    _brief_errors(parser)
+    parser.parse_args(list(rest))
+
+
+def _brief_errors(parser: Any) -> None:
+    """Have vLLM's parser raise where it would print hundreds of lines of usage and exit."""
+    known = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+
+    def refuse(message: str) -> NoReturn:
+        hint = suggest_flags(message, known | secura_parser().flags())
+        raise ConfigError(
+            f"{message}{hint} (secura-serve --help lists our flags, --help=all vLLM's)"
+        )
+
+    parser.error = refuse
 
 
 def vllm_arguments(
@@ -209,7 +229,7 @@ def vllm_arguments(
             json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
             for a in served
         ]
-    parser.error = _refuse
+    _brief_errors(parser)
     args = parser.parse_args(arguments)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(

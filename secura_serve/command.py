@@ -1,0 +1,123 @@
+"""What the four commands share: how a command line is read, how a failure is told, what it exits
+with.
+
+Exit status: 0 done, 1 the run failed, 2 the command was used wrongly, 130 Ctrl-C. An error is one
+message on stderr, ``secura-train: error: ...``; a traceback is left to faults of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from secura_serve import __version__
+from secura_serve.errors import ConfigError, SecuraError
+
+__all__ = ["CommandParser", "run_command", "suggest_flags"]
+
+_FLAG = re.compile(r"--[a-zA-Z][\w-]*")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser with ``--version`` whose errors are one line with a suggestion."""
+
+    def __init__(self, prog: str, *, description: str, epilog: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
+
+    def flags(self) -> set[str]:
+        """Return every flag that ``--help`` lists."""
+        return set(_FLAG.findall(self.format_usage()))
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print the usage and exit."""
+        hint = suggest_flags(message, self.flags())
+        raise ConfigError(f"{message}{hint} (--help lists the flags)")
+
+
+def suggest_flags(message: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean --flag?`` for the unknown flags that ``message`` names, or nothing.
+
+    Args:
+        message: argparse's, ``unrecognized arguments: --adpater x``.
+        known: the flags that there are.
+    """
+    if "unrecognized" not in message:
+        return ""
+    flags = sorted(known)
+    unknown = [flag.replace("_", "-") for flag in _FLAG.findall(message)]
+    close = [m for flag in unknown for m in difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)]
+    return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+
+
+def run_command(
+    prog: str,
+    call: Callable[[list[str]], int],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "",
+    report: Callable[[str], None] | None = None,
+) -> int:
+    """Return the exit status of ``call(argv)``, its failures told in one line each.
+
+    Args:
+        prog: the command's name, which opens every message.
+        call: the command; it raises a SecuraError, or returns its status.
+        argv: the flags; by default those of this process.
+        interrupted: what Ctrl-C left behind, for its message.
+        report: prints one message; by default to stderr.
+    """
+    tell = report or _to_stderr
+    try:
+        status = call(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        tell(f"{prog}: error: {error}")
+        return 2
+    except SecuraError as error:
+        tell(f"{prog}: error: {error}")
+        return 1
+    except BrokenPipeError:
+        # Who reads the output has seen enough, as with `| head`.
+        _drop_output()
+        return 1
+    except OSError as error:
+        tell(f"{prog}: error: {_describe(error)}")
+        return 1
+    except KeyboardInterrupt as stop:
+        detail = "; ".join(filter(None, (str(stop) or "interrupted", interrupted)))
+        tell(f"\n{prog}: {detail}")
+        return 130
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_output()
+        tell(f"{prog}: error: done, but the result cannot be printed: {_describe(error)}")
+        return 1
+    return status
+
+
+def _describe(error: OSError) -> str:
+    """Return the system's reason and the file, ``No space left on device: /tmp/x``."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _drop_output() -> None:
+    """Send what could not be printed to nowhere; it would fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""How answers and models are measured: scoring, intervals and comparisons, retention."""

@@ -1,0 +1,75 @@
+"""The offline tasks by name. A file in this folder adds its own with :func:`register_task`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from secura_serve.errors import ConfigError, DataError
+from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
+from secura_serve.evaluate.tasks.task import Task
+
+__all__ = ["TASKS", "load_task", "register_task", "suggestion", "write_data"]
+
+TASKS: dict[str, Task] = {}
+"""Read it; :func:`register_task` adds to it."""
+_OTHER_NAMES: dict[str, str] = {}
+
+
+def register_task(task: Task, *other_names: str) -> Task:
+    """Make ``task`` known to :func:`load_task` and ``secura-eval``, and return it.
+
+    Raises:
+        ConfigError: another task has that name.
+    """
+    for name in (task.name, *other_names):
+        if TASKS.get(_OTHER_NAMES.get(name, name), task) != task:
+            raise ConfigError(f"task {name!r}: there is another one of that name")
+    TASKS[task.name] = task
+    _OTHER_NAMES.update(dict.fromkeys(other_names, task.name))
+    return task
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return ``unknown; did you mean ...?``, or all that is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"unknown; did you mean {' or '.join(close)}?"
+    return f"unknown; known are {', '.join(known)}"
+
+
+def load_task(name: str) -> Task:
+    """Return a task by name.
+
+    Raises:
+        ConfigError: there is none of that name; the message suggests one.
+    """
+    name = _OTHER_NAMES.get(name, name)
+    if name not in TASKS:
+        raise ConfigError(f"task {name!r}: {suggestion(name, sorted(TASKS))}")
+    return TASKS[name]
+
+
+def write_data(names: Sequence[str], folder: Path, *, overwrite: bool = False) -> list[Path]:
+    """Write ``<task>.<split>.jsonl`` for each task, as ``secura-train`` reads it.
+
+    Raises:
+        ConfigError: a name is unknown, or another file of that name would be lost.
+        DataError: rows cannot be had here; nothing was written.
+    """
+    tasks = [load_task(name) for name in names]
+    if lacking := [f"{t.name}: {reason}" for t in tasks if (reason := t.missing())]:
+        raise DataError("not available here:", lacking)
+    texts = {
+        folder / f"{task.name}.{split}.jsonl": jsonl(task.rows(split)).encode()
+        for task in tasks
+        for split in SPLITS
+    }
+    lost = [str(f) for f, text in texts.items() if f.exists() and f.read_bytes() != text]
+    if lost and not overwrite:
+        raise ConfigError("there already, with other rows; --overwrite replaces them:", lost)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in texts.items():
+        file.write_bytes(text)
+    return list(texts)

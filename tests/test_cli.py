@@ -1,0 +1,178 @@
+"""Proves that the four commands answer wrong use alike: exit status, one message, suggestions.
+
+2 for a wrong use, 1 for a failed run, 130 for Ctrl-C; never a traceback or a page of usage. Needs
+no engine; what concerns unknown flags of ``secura-serve`` imports vLLM, which alone knows its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from secura_serve import __version__
+from secura_serve.command import run_command, suggest_flags
+from secura_serve.errors import ConfigError, MergeError
+from secura_serve.evaluate.main import main as evaluate
+from secura_serve.merge.main import main as merge
+from secura_serve.serve.server import main as serve
+from secura_serve.train.main import main as train
+
+COMMANDS = {
+    "secura-train": train,
+    "secura-merge": merge,
+    "secura-eval": evaluate,
+    "secura-serve": serve,
+}
+TRAIN = "--data d.jsonl --out never"
+EVAL = "--tasks iso-date --base smollm2-135m --out never"
+
+# command line -> exit status, and what the message must say.
+WRONG: list[tuple[str, int, tuple[str, ...]]] = [
+    (f"secura-train {TRAIN} --bse x", 2, ("--bse", "did you mean --base?", "--help")),
+    (f"secura-train {TRAIN} --lr fast", 2, ("--lr", "fast")),
+    (f"secura-train {TRAIN} --set learning=1", 2, ("learning: unknown",)),
+    (f"secura-train {TRAIN} --set leraning_rate", 2, ("KEY=VALUE",)),
+    ("secura-train --config nowhere.yaml --out never", 2, ("nowhere.yaml",)),
+    ("secura-train --base smollm2-135m --data nowhere.jsonl --out never", 1, ("nowhere.jsonl",)),
+    ("secura-merge --base x --adpater y --out never", 2, ("did you mean --adapter?",)),
+    ("secura-merge --base x", 2, ("--out",)),
+    ("secura-merge --out never", 2, ("--base is missing",)),
+    ("secura-merge --base x --adapter y --out never --dtype int8", 2, ("int8", "bfloat16")),
+    ("secura-merge --base x --adapter y --out never --rank 2", 2, ("--approximate",)),
+    ("secura-merge --base nowhere/x --adapter y*1e30 --out never", 2, ("1e30", "1000")),
+    ("secura-merge --base nowhere/x --adapter y*nan --out never", 2, ("nan", "1000")),
+    ("secura-merge --base ./nowhere --adapter y --out never", 1, ("nowhere",)),
+    (f"secura-eval {EVAL} --taks x", 2, ("did you mean --tasks?",)),
+    (f"secura-eval {EVAL} --limit -1", 2, ("limit", ">= 0")),
+    (f"secura-eval {EVAL} --limit many", 2, ("--limit", "many")),
+    (f"secura-eval {EVAL} --split tests", 2, ("tests", "validation")),
+    ("secura-eval --tasks iso-date --out never", 2, ("--endpoint", "--base")),
+    (
+        "secura-eval --tasks iso-dat --base x --no-retention --out never",
+        2,
+        ("did you mean iso-date",),
+    ),
+    (
+        "secura-eval --tasks iso-date --endpoint http://127.0.0.1:9 --no-retention --out never",
+        1,
+        ("cannot be reached",),
+    ),
+    ("secura-serve --adapter DIR --check", 2, ("--adapter", "did you mean --adapters?")),
+    ("secura-serve --max-modle-len 9 --check", 2, ("did you mean --max-model-len?",)),
+    ("secura-serve --ui-port many", 2, ("--ui-port", "many")),
+    ("secura-serve --base ./nowhere --check", 1, ("nowhere",)),
+    ("secura-serve --adapters= --check", 2, ("--adapters is empty",)),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "said"), WRONG, ids=[line for line, _, _ in WRONG])
+def test_wrong_use_is_told_in_one_message(
+    line: str,
+    status: int,
+    said: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prog, *argv = line.split()
+    assert COMMANDS[prog](argv) == status
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"{prog}: error: ") and printed.err.count(f"{prog}: ") == 1
+    assert all(part in printed.err for part in said), printed.err
+    assert "Traceback" not in printed.err and "usage:" not in printed.err
+    # Several problems are a list, one a line.
+    _, *more = printed.err.splitlines()
+    assert all(rest.startswith("  - ") for rest in more), printed.err
+    assert not printed.out and not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("prog", COMMANDS)
+def test_version_and_help_end_with_0(prog: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, said in (("--version", f"{prog} {__version__}\n"), ("--help", "--version")):
+        with pytest.raises(SystemExit) as stopped:
+            COMMANDS[prog]([flag])
+        assert not stopped.value.code
+        assert said in capsys.readouterr().out
+
+
+def _raiser(error: BaseException) -> Callable[[list[str]], int]:
+    def call(argv: list[str]) -> int:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("--x is wrong"), 2, "error: --x is wrong"),
+        (MergeError("it failed"), 1, "error: it failed"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full/file"),
+            1,
+            "error: No space left on device: /full/file",
+        ),
+        (OSError("odd"), 1, "error: odd"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    ],
+)
+def test_each_failure_has_its_status(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = _raiser(error)
+    assert run_command("secura-x", call, [], interrupted="nothing was written") == status
+    assert capsys.readouterr().err.strip() == f"secura-x: {said}"
+
+
+def test_a_fault_of_ours_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command("secura-x", _raiser(ZeroDivisionError()), [])
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "from secura_serve.cli import evaluate; evaluate()"
+    shell = f"{sys.executable} -c '{code}' --list | head -c 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert done.stdout and not done.stderr
+
+
+def test_suggestions_are_near_or_none() -> None:
+    known = {"--adapters", "--max-model-len"}
+    assert suggest_flags("unrecognized arguments: --adapter x", known).endswith("--adapters?")
+    assert "--max-model-len" in suggest_flags("unrecognized arguments: --max_model_le=3", known)
+    assert not suggest_flags("unrecognized arguments: --zzz", known)
+    assert not suggest_flags("expected one argument: --adapter", known)
+
+
+def test_old_flags_are_accepted_with_a_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    from secura_serve.config import build
+    from secura_serve.evaluate.config import EvalConfig
+    from secura_serve.evaluate.main import parser
+
+    argv = [*EVAL.split(), "--items", "3", "--shots", "1"]
+    config = build(EvalConfig, {k: v for k, v in vars(parser().parse_args(argv)).items()
+                                if k not in ("list", "write_data")})  # fmt: skip
+    assert (config.limit, config.num_fewshot) == (3, 1)
+    said = capsys.readouterr().err
+    assert "--items is now called --limit" in said
+    assert "--shots is now called --num-fewshot" in said
+    assert "--items" not in parser().format_help()
+
+
+def test_old_keys_are_accepted_unless_the_new_one_is_there_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from secura_serve.config import build
+    from secura_serve.evaluate.config import EvalConfig
+
+    values = {"tasks": ["iso-date"], "base": "x", "out": "y", "items": 3}
+    assert build(EvalConfig, values).limit == 3
+    assert "items is now called limit" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="items is the old name of limit"):
+        build(EvalConfig, values | {"limit": 4})
