@@ -19,7 +19,7 @@ from secura_serve.command import run_command, suggest_flags
 from secura_serve.errors import ConfigError, MergeError
 from secura_serve.evaluate.main import main as evaluate
 from secura_serve.merge.main import main as merge
-from secura_serve.serve.server import main as serve
+from secura_serve.serve.app.main import main as serve
 from secura_serve.train.main import main as train
 
 COMMANDS = {
