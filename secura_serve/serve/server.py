@@ -33,7 +33,7 @@ from secura_serve.serve.options import (
 )
 from secura_serve.serve.plain_lora import PlainLoRA
 from secura_serve.serve.plugin import LOAD_FORMAT
-from secura_serve.serve.stop import stop_cleanly_during_start
+from secura_serve.serve.stop import hide_leak_warnings, stop_cleanly_during_start
 
 __all__ = ["main"]
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if any(flag.startswith("--help=") for flag in arguments):
             vllm_help(arguments)
+        hide_leak_warnings()
         return _run(*secura_parser().parse_known_args(arguments))
     except SecuraError as error:
         print(f"secura-serve: {error}", file=sys.stderr)
