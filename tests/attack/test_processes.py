@@ -186,16 +186,19 @@ def _bindable(port: int) -> bool:
     return True
 
 
-def _shared(server: Server) -> set[str]:
-    """The files of shared memory that the server's processes have mapped."""
-    maps = [m.path for p in server.family for m in p.memory_maps()]
-    return {path for path in maps if path.startswith("/dev/shm/") and Path(path).exists()}
+def _shared(server: Server) -> set[Path]:
+    """The files of shared memory that the server's processes have mapped.
+
+    Without named semaphores: joblib's, of 32 bytes, belong to no tracker.
+    """
+    maps = {Path(m.path) for p in server.family for m in p.memory_maps() if m.path[:1] == "/"}
+    return {p for p in maps if p.parent == Path("/dev/shm") and p.exists() and p.stem != "sem"}
 
 
-def _remaining(shared: set[str], seconds: float = 15) -> list[str]:
+def _remaining(shared: set[Path], seconds: float = 15) -> list[Path]:
     """Those that are still there: the tracker removes them once the last process has ended."""
     deadline = time.monotonic() + seconds
-    while (left := [p for p in shared if Path(p).exists()]) and time.monotonic() < deadline:
+    while (left := [p for p in shared if p.exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
 
