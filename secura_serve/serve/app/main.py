@@ -23,7 +23,10 @@ from secura_serve.serve.app.catalog import Catalog, examine, refuse_full_rank, s
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.http.access import Keys, PageAccess, page_access
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
-from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_start
+from secura_serve.serve.app.lifecycle.start_signals import (
+    hide_leak_warnings,
+    stop_cleanly_during_start,
+)
 from secura_serve.serve.app.memory import Memory, estimate, kv_cache_gib
 from secura_serve.serve.app.options import (
     refuse_unknown_flags,
@@ -61,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _start(argv: list[str]) -> int:
     if any(flag.startswith("--help=") for flag in argv):
         vllm_help(argv)
+    hide_leak_warnings()
     return _run(*secura_parser().parse_known_args(argv))
 
 

@@ -64,6 +64,7 @@ class Shutdown:
         self.running: set[_Answer] = set()
         self._server: Any = None
         self._hurry = asyncio.Event()
+        self._over = False
         self._tasks: list[asyncio.Task[None]] = []
         Shutdown.current = self
 
@@ -98,7 +99,7 @@ class Shutdown:
 
     def check_engine(self) -> bool:
         """Whether the engine is dead; the first time that it is, the server's end begins."""
-        if not self.health.dead:
+        if self._over or not self.health.dead:
             return False
         if self.engine_died is None and not (self.refusal and self.health.ended_in_order):
             self.engine_died = self.health.cause()
@@ -107,8 +108,13 @@ class Shutdown:
             self._tasks.append(asyncio.get_running_loop().create_task(self._end()))
         return True
 
+    def end(self) -> None:
+        """Uvicorn has left: look at the engine a last time, which is stopped next."""
+        self.check_engine()
+        self._over = True
+
     async def _watch(self) -> None:
-        while not self.check_engine():
+        while not self._over and not self.check_engine():
             await asyncio.sleep(_POLL_S)
         self._hurry.set()
 
@@ -158,8 +164,8 @@ class DrainingMiddleware:
                 # Not earlier: making the engine sets vLLM's logging up anew.
                 limit_repeated_errors()
             elif message["type"].startswith("lifespan.shutdown"):
-                # vLLM itself may have noticed first and told uvicorn to leave.
-                self.shutdown.check_engine()
+                # vLLM itself may have noticed first that the engine is dead.
+                self.shutdown.end()
             await send(message)
 
         return noting

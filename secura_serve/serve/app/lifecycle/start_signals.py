@@ -1,8 +1,8 @@
-"""Stopping while vLLM is still starting.
+"""Stopping while vLLM is still starting, and what a stop does not say.
 
-Once it answers, vLLM handles Ctrl-C and SIGTERM itself. Before that its own handler raises an
-exception that a callback may swallow, or waits for an engine that the same signal has ended;
-either way the server stays. Until the event loop takes over, a signal here ends everything.
+Once the server answers, :mod:`secura_serve.serve.draining` handles Ctrl-C and SIGTERM. Before that
+vLLM's own handler raises an exception that a callback may swallow, or waits for an engine that the
+same signal has ended; either way the server stays. Until then a signal here ends everything.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["end_at_once", "stop_cleanly_during_start"]
+__all__ = ["end_at_once", "hide_leak_warnings", "stop_cleanly_during_start"]
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
@@ -32,6 +32,17 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
 
 
 def stop_cleanly_during_start() -> None:
-    """Install the handlers; uvicorn replaces them when the server is up."""
+    """Install the handlers; they are replaced when the server is up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end_at_once)
+
+
+def hide_leak_warnings() -> None:
+    """Have Python's resource tracker remove in silence what a killed process left behind.
+
+    Its warning would come after the last line, which gives the cause. To be called before anything
+    starts the tracker, which reads this once.
+    """
+    ours = "ignore::UserWarning:multiprocessing.resource_tracker"
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = f"{before},{ours}" if before else ours
