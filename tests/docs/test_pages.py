@@ -22,9 +22,7 @@ import generate_cli
 
 GENERATED = {ROOT / "docs" / "reference" / f"{name}.md" for name in generate_cli.commands()}
 WRITTEN = [page for page in PAGES if page not in GENERATED]
-EACH_PAGE = pytest.mark.parametrize(
-    "page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT))
-)
+EACH_PAGE = pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
 # Flags of other programs that the pages mention.
 FOREIGN = {
     "--no-deps", "--index-url", "--strict", "--check", "--multi_gpu", "--num_processes", "--cpu",
@@ -33,7 +31,7 @@ FOREIGN = {
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 _MODULE = re.compile(r"\bsecura_serve(?:\.\w+)+")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_FILE = re.compile(r"`((?:secura_serve|tests|docs|demo|benchmarks|adapters|\.ci)/[\w./-]+)`")
+_FILE = re.compile(r"`((?:secura_serve|tests|docs|demo|benchmarks|\.ci)/[\w./-]+)`")
 
 
 def test_the_pages_of_the_commands_are_what_help_prints() -> None:
@@ -75,7 +73,8 @@ def test_every_flag_that_a_page_names_exists(page: Path) -> None:
 def test_every_command_has_the_flags_that_its_examples_give_it(page: Path) -> None:
     faults = []
     for block in blocks(page):
-        for line in block.code.replace("\\\n", " ").splitlines() if block.language == "bash" else ():
+        lines = block.code.replace("\\\n", " ").splitlines()
+        for line in lines if block.language == "bash" else ():
             for command in re.split(r"&&|\|\||[|;#]", line):
                 words = command.split()
                 name = next((w for w in words if w in generate_cli.commands()), None)
@@ -171,15 +170,16 @@ def test_every_make_target_and_extra_that_a_page_names_exists() -> None:
     faults = []
     for page in WRITTEN:
         text = page.read_text("utf-8")
-        named = {t for t in re.findall(r"`make ([a-z-]+)", text)}
+        named = set(re.findall(r"`make ([a-z-]+)", text))
         named |= {
             target
             for block in blocks(page)
             for target in re.findall(r"^make ([a-z-]+)", block.code, re.MULTILINE)
         }
         faults += [f"{page.name}: make {name}" for name in named - targets]
-        lists = re.findall(r"secura-serve\[([\w,-]+)\]", text)
-        faults += [f"{page.name}: extra {e}" for es in lists for e in es.split(",") if e not in extras]
+        lists = re.findall(r"(?:secura-serve|'\.)\[([\w,-]+)\]", text)
+        wanted = {extra for names in lists for extra in names.split(",")}
+        faults += [f"{page.name}: extra {name}" for name in wanted - extras]
     assert not faults, ", ".join(faults)
 
 
@@ -209,9 +209,11 @@ def _variables(file: Path) -> set[str]:
     source = file.read_text("utf-8")
     if "environ" not in source and "getenv" not in source:
         return set()
+    body = [n for n in ast.parse(source).body if "__all__" not in ast.unparse(n).split("=")[0]]
     return {
         node.value
-        for node in ast.walk(ast.parse(source))
+        for top in body
+        for node in ast.walk(top)
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and re.fullmatch(r"[A-Z]+(_[A-Z]+)+|RANK|CC|CXX", node.value)
