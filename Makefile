@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
+.PHONY: help setup demo test test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,6 +40,11 @@ test-slow: setup ## only the tests marked slow
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: setup ## check and build the documentation into build/site (no network needed)
+	$(PY) docs/generate_cli.py --check
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: ## list the benchmarks and how to run one
 	@ls benchmarks/*.py >/dev/null 2>&1 || { echo "no benchmarks here yet"; exit 0; }; \
