@@ -24,6 +24,8 @@ _EXPORTS: dict[str, str] = {
     "IncompatibleVLLMError": "errors",
     "MergeError": "errors",
     "SecuraError": "errors",
+    "ServeError": "errors",
+    "StorageError": "errors",
     "TrainingError": "errors",
     "UnservableError": "errors",
     "Adapter": "adapter",
@@ -49,6 +51,9 @@ _EXPORTS: dict[str, str] = {
     "register_mode": "method",
     "register_rule": "method",
     "SecuraConfig": "train",
+    "register_method": "train",
+    "register_strategy": "train",
+    "register_task": "evaluate",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -30,6 +30,9 @@ def option(
     default: Any = MISSING,
     choices: Collection[str] | None = None,
     aliases: tuple[str, ...] = (),
+    *,
+    metavar: str | None = None,
+    split: bool = True,
 ) -> Any:
     """Return a dataclass field with its ``--help`` line.
 
@@ -38,9 +41,12 @@ def option(
         default: the value where none is given; without it the setting must be given.
         choices: the allowed values, where only some are.
         aliases: old names, as flags (``"old-name"``) or keys (``"old_name"``); still accepted.
+        metavar: what ``--help`` calls the value.
+        split: whether a list may be given as one text with commas.
     """
     names = tuple(alias.lstrip("-").replace("-", "_") for alias in aliases)
-    return field(default=default, metadata={"help": help, "choices": choices, "aliases": names})
+    facts = {"help": help, "choices": choices, "aliases": names, "metavar": metavar, "split": split}
+    return field(default=default, metadata=facts)
 
 
 def _flag(name: str) -> str:
@@ -104,6 +110,10 @@ def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[st
             action, extra = argparse.BooleanOptionalAction, {}
         elif type_ is tuple:
             action, extra = argparse._ExtendAction, {"type": _split_at_commas}
+            if not item.metadata["split"]:
+                action, extra = argparse._AppendAction, {}
+        if item.metadata["metavar"] is not None:
+            extra["metavar"] = item.metadata["metavar"]
         extra |= {"dest": item.name, "default": argparse.SUPPRESS}
         flag = _flag(item.name)
         parser.add_argument(flag, action=action, help=text.replace("%", "%%"), **extra)

@@ -44,6 +44,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-merge --out never", 2, ("--base is missing",)),
     ("secura-merge --base x --adapter y --out never --dtype int8", 2, ("int8", "bfloat16")),
     ("secura-merge --base x --adapter y --out never --rank 2", 2, ("--approximate",)),
+    ("secura-merge --base x --adapter y --out never --check --to-lora", 2, ("only one of them",)),
     ("secura-merge --base nowhere/x --adapter y*1e30 --out never", 2, ("1e30", "1000")),
     ("secura-merge --base nowhere/x --adapter y*nan --out never", 2, ("nan", "1000")),
     ("secura-merge --base ./nowhere --adapter y --out never", 1, ("nowhere",)),

@@ -1,0 +1,68 @@
+"""Settings of ``secura-merge``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from secura_serve.config import option
+from secura_serve.errors import ConfigError
+
+__all__ = ["MergeConfig"]
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """One run of ``secura-merge``.
+
+    Raises:
+        ConfigError: with every setting that is missing, or that does not go with another.
+    """
+
+    out: str = option("folder to write; it appears whole or not at all")
+    base: str | None = option("base model: an alias, a hub id or a local folder", None)
+    adapter: tuple[str, ...] = option(
+        "adapter folder, may be repeated: one weighted sum, S-MagNorm on the total",
+        (),
+        metavar="DIR[*WEIGHT]",
+        split=False,
+    )
+    dtype: str = option(
+        "dtype of the output; auto keeps the base's (--to-lora: float32)",
+        "auto",
+        ("auto", "bfloat16", "float16", "float32"),
+    )
+    dry_run: bool = option("check everything, print the plan, write nothing", False)
+    check: bool = option("compare --out with what would be written", False)
+    to_base: str | None = option(
+        "verify that BASE is the base of the merge in --out, and put its tensors back there; "
+        "--out is then the base again, without the merge's card and manifest",
+        None,
+        metavar="BASE",
+    )
+    to_lora: bool = option("write a plain LoRA folder instead: exact for S-MagNorm none", False)
+    approximate: bool = option("with --to-lora: the best LoRA of --rank, its error measured", False)
+    rank: int | None = option("rank of --approximate", None)
+
+    def __post_init__(self) -> None:
+        tasks = {
+            "--dry-run": self.dry_run,
+            "--check": self.check,
+            "--to-base": self.to_base is not None,
+            "--to-lora": self.to_lora,
+        }
+        problems = []
+        if len(asked := [flag for flag, given in tasks.items() if given]) > 1:
+            problems.append(f"{', '.join(asked)}: only one of them at a time")
+        if self.to_base:
+            if self.base or self.adapter or self.dtype != "auto":
+                problems.append("--to-base takes --out only: the merge's manifest knows the rest")
+        elif not self.base:
+            problems.append("--base is missing: an alias, a hub id or a folder")
+        if self.approximate != (self.rank is not None):
+            problems.append("--approximate and --rank k belong together")
+        if self.approximate and not self.to_lora:
+            problems.append("--approximate needs --to-lora")
+        if self.rank is not None and self.rank < 1:
+            problems.append(f"--rank: got {self.rank}, must be >= 1")
+        if problems:
+            raise ConfigError("the flags are not valid:", problems)
