@@ -89,11 +89,16 @@ def _with_notice(action: type[argparse.Action], flag: str) -> type[argparse.Acti
     return Renamed
 
 
-def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[str] = ()) -> None:
+def add_flags(
+    parser: argparse._ActionsContainer,
+    cls: type,
+    skip: Collection[str] = (),
+    nargs: Mapping[str, str] | None = None,
+) -> None:
     """Add one ``--flag`` per field of ``cls`` but those in ``skip``, and its old names unlisted.
 
     A flag that is not given leaves no attribute. A field of type ``tuple[str, ...]`` takes names
-    joined by commas, and its flag may be repeated.
+    joined by commas, and its flag may be repeated; one in ``nargs`` takes them as argparse does.
     """
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
@@ -112,6 +117,8 @@ def add_flags(parser: argparse._ActionsContainer, cls: type, skip: Collection[st
             action, extra = argparse._ExtendAction, {"type": _split_at_commas}
             if not item.metadata["split"]:
                 action, extra = argparse._AppendAction, {}
+        if nargs and item.name in nargs:
+            action, extra = argparse._StoreAction, {"nargs": nargs[item.name]}
         if item.metadata["metavar"] is not None:
             extra["metavar"] = item.metadata["metavar"]
         extra |= {"dest": item.name, "default": argparse.SUPPRESS}

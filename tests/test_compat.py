@@ -11,7 +11,7 @@ import pytest
 
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
-from secura_serve.serve.app.options import refuse_what_hides_adapters
+from secura_serve.serve.app.vllm_flags import refuse_hiding_settings
 
 
 def test_the_installed_vllm_fits():
@@ -59,13 +59,13 @@ def test_the_plugin_leaves_a_plain_vllm_alone(monkeypatch):
     "name", ["VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"]
 )
 def test_settings_that_would_serve_the_base_instead_are_refused(name, monkeypatch):
-    refuse_what_hides_adapters([])
+    refuse_hiding_settings([])
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=name):
-        refuse_what_hides_adapters([])
+        refuse_hiding_settings([])
 
 
 @pytest.mark.parametrize("flag", ["--fully-sharded-loras", "--lora_modules=x=y"])
 def test_flags_that_would_hide_adapters_are_refused(flag):
     with pytest.raises(ConfigError, match="silently not be applied"):
-        refuse_what_hides_adapters([flag])
+        refuse_hiding_settings([flag])

@@ -12,11 +12,14 @@ import logging
 import multiprocessing
 import os
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from secura_serve.serve import children
+from secura_serve.serve.app.http.access import Keys
+from secura_serve.serve.app.http.context import ServerContext
 from secura_serve.serve.app.lifecycle.draining import DrainingMiddleware, Shutdown
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
 from secura_serve.serve.app.lifecycle.repeated_errors import RepeatedErrors
@@ -38,6 +41,8 @@ class Client:
         self.engine, self.uvicorn, health = Engine(), Uvicorn(), EngineHealth()
         self.shutdown = Shutdown(limit, health)
         self.app = DrainingMiddleware(app)
+        self.state = SimpleNamespace(args=SimpleNamespace())
+        ServerContext(None, None, Keys(), shutdown=self.shutdown).hand_over(self.state.args)
         self.shutdown.begin(self.uvicorn, self.engine)
         self.sent: list[dict] = []
 
@@ -53,6 +58,7 @@ class Client:
             self.sent.append(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        scope["app"] = self
         await self.app(scope, receive, send)
 
     @property

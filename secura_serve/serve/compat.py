@@ -233,7 +233,7 @@ class ServedModels:
         """Name -> LoRARequest of what can be chosen per request; vLLM changes it in place."""
         self._status: Callable[[str], str] = lambda name: "ready"
         self._more: list[Any] = []
-        self._roots: Mapping[str, Path] = {}
+        self._root: Callable[[str], Path | None] = lambda name: None
         self._before: list[Any] | None = None
         models.show_available_models = self._show
 
@@ -241,18 +241,18 @@ class ServedModels:
         self,
         status: Callable[[str], str],
         more: Sequence[tuple[str, Path]],
-        roots: Mapping[str, Path],
+        root: Callable[[str], Path | None],
     ) -> None:
         """Add what ``/v1/models`` should say and vLLM does not know.
 
         Args:
             status: of every entry.
             more: entries of (name, folder).
-            roots: folders to show in the place of those that vLLM loads from.
+            root: the folder to show for a name, in the place of the one that vLLM loads from.
         """
         from vllm.entrypoints.serve.engine.protocol import ModelCard
 
-        self._status, self._roots, parent = status, roots, self._bases[0].name
+        self._status, self._root, parent = status, root, self._bases[0].name
         self._more = [ModelCard(id=name, root=str(path), parent=parent) for name, path in more]
 
     async def answer_as(self, folded: tuple[str, str] | None) -> None:
@@ -275,8 +275,8 @@ class ServedModels:
 
     def _described(self, card: Any) -> Any:
         update = {"status": self._status(card.id)}
-        if card.id in self._roots:
-            update["root"] = str(self._roots[card.id])
+        if (root := self._root(card.id)) is not None:
+            update["root"] = str(root)
         return card.model_copy(update=update)
 
 

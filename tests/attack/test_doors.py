@@ -19,17 +19,21 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app import main as server
 from secura_serve.serve.app.folding import Folding
-from secura_serve.serve.app.http import endpoints, guard
+from secura_serve.serve.app.http import guard
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access
+from secura_serve.serve.app.http.context import ServerContext
+from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET
-from secura_serve.serve.app.options import secura_parser, server_keys
+from secura_serve.serve.app.main import read_flags
 from secura_serve.serve.app.startup_messages import who_can_reach
+from secura_serve.serve.app.vllm_flags import server_keys
 
 pytest.importorskip("vllm")
 
 NO_KEYS = Keys()
 BOTH = Keys(("user-key", "second"), "admin-key")
 MOUNTED = FastAPI()
+MOUNTED.state.args = SimpleNamespace()
 
 
 @MOUNTED.api_route("/new", methods=["GET", "POST", "DELETE"])
@@ -56,11 +60,15 @@ async def _answer(scope, receive, send):
     await PlainTextResponse("inside")(scope, receive, send)
 
 
+def _context(keys, attached=False):
+    folding = Folding(Path("base"), ["base"], [], [])
+    loading = AdapterLoading(None, ["base"], Path, folding)
+    return ServerContext(folding, loading, keys, attached=attached)
+
+
 def guarded(keys, attached=True):
     """Whatever the guard lets through is answered with 200."""
-    guard.use_keys(keys)
-    if attached:
-        guard.say_attached()
+    _context(keys, attached).hand_over(MOUNTED.state.args)
     inner = guard.GuardMiddleware(_answer)
 
     async def app(scope, receive, send):
@@ -229,8 +237,7 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
     parser, _ = compat.make_arg_parser()
     middleware = "secura_serve.serve.app.http.guard.GuardMiddleware"
     args = parser.parse_args(["--api-key", "user-key", "--middleware", middleware])
-    folding = Folding(Path("base"), ["base"], [], [])
-    endpoints.configure(folding, keys=Keys(("user-key",), "admin-key"))
+    _context(Keys(("user-key",), "admin-key")).hand_over(args)
     app = build_app(args, ("generate",))
     client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
     for path in ("/invocations", "/v1/completions", "/generative_scoring", "/tokenize"):
@@ -259,6 +266,7 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
         (["--admin-api-key", ""], {}, "--admin-api-key"),
         ([], {"VLLM_API_KEY": ""}, "VLLM_API_KEY"),
         ([], {"SECURA_ADMIN_API_KEY": ""}, "SECURA_ADMIN_API_KEY"),
+        (["--api-key", "k", "--admin-api-key", "k"], {}, "every user could change"),
         (["--max-loras", "0"], {}, "--max-loras 0"),
         (["--max-loras", "-1"], {}, "--max-loras -1"),
         (["--ui-host", "0.0.0.0"], {}, "--ui-auth"),
@@ -294,7 +302,7 @@ def test_keys_come_from_the_flag_or_else_from_the_environment(monkeypatch):
 
 def test_the_chat_page_stays_on_loopback_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("SECURA_UI_AUTH", raising=False)
-    known, rest = secura_parser().parse_known_args(["--host", "0.0.0.0", "--api-key", "k"])
+    known, rest = read_flags(["--host", "0.0.0.0", "--api-key", "k"])
     assert rest == ["--host", "0.0.0.0", "--api-key", "k"]
     keys = Keys(("k",))
     page = page_access(known.ui_host, login=known.ui_auth, no_login=known.ui_no_auth, keys=keys)

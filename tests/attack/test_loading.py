@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.loading import AdapterLoading
-from secura_serve.serve.app.main import _verified
 from secura_serve.serve.app.snapshots import SnapshotStore
+from secura_serve.serve.app.start import verified_copy
 
 pytest.importorskip("vllm")
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -64,7 +64,7 @@ def server(made, tmp_path):
     engine = Engine()
     models = OpenAIServingModels(engine, [BaseModelPath(name="base", model_path=str(base))])
     store = SnapshotStore(tmp_path / "copies")
-    verify = partial(_verified, base=base, store=store)
+    verify = partial(verified_copy, base=base, store=store)
     loading = AdapterLoading(root, ["base"], verify, Folding(base, ["base"], [], []))
     loading.bind(models)
     app = FastAPI()

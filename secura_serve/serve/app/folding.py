@@ -75,11 +75,11 @@ class Folding:
         models.describe(
             self.status,
             more=[(name, self._source(name)) for name in self.paths if name in self._only_folded],
-            roots={name: snapshot.source for name, snapshot in self.snapshots.items()},
+            root=lambda name: s.source if (s := self.snapshots.get(name)) else None,
         )
 
     def _source(self, name: str) -> Path:
-        """The folder that the user knows, not its copy."""
+        """Return the folder that the user knows, not its copy."""
         return self.snapshots[name].source if name in self.snapshots else self.paths[name]
 
     def changed_on_disk(self) -> list[str]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
+from secura_serve.serve.app.catalog import Catalog
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.app.memory import Memory
 from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
 
-__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width", "who_can_reach"]
+__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width", "who_can_reach", "summary"]
 
 
 def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
@@ -51,6 +52,15 @@ def announce_fold(base: str, args: Any) -> None:
     print(
         f"folding {' + '.join(specs)} into the weights while loading; the result answers as "
         f"{args.served_model_name[0]} (--served-model-name gives it another name)"
+    )
+
+
+def summary(catalog: Catalog, base: str) -> str:
+    """Return how many adapters can be served, and how."""
+    only_folded = len(catalog.foldable) - len(catalog.served)
+    return (
+        f"{len(catalog.served) + len(catalog.plain_loras)} servable on {base} per request, "
+        f"{only_folded} by folding, {len(catalog.refused)} not"
     )
 
 

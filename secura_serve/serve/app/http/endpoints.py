@@ -12,54 +12,24 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from typing import Any
+from enum import Enum
+from types import SimpleNamespace
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from vllm import envs
 
-from secura_serve.errors import ConfigError, FoldError, SecuraError
+from secura_serve.errors import ConfigError, FoldError
 from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
-from secura_serve.serve.app.http.access import Keys
 from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
-from secura_serve.serve.app.http.guard import say_attached, use_keys
-from secura_serve.serve.app.http.loading import AdapterLoading
+from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.compat import ServedModels, background_tasks
 
-__all__ = ["AdminPlugin", "configure"]
+__all__ = ["AdminPlugin"]
 
 _LONGEST = 3600.0
-
-
-class _Settings:
-    """Handed over in this process: vLLM would print what stands in its arguments."""
-
-    configured = False
-    folding: Folding | None = None
-    loading: AdapterLoading | None = None
-    keys = Keys()
-    at_start: str | None = None
-
-
-def configure(
-    folding: Folding,
-    *,
-    keys: Keys,
-    at_start: str | None = None,
-    loading: AdapterLoading | None = None,
-) -> None:
-    """Say what :class:`AdminPlugin` will serve.
-
-    Args:
-        folding: what can be folded, which may be nothing.
-        keys: what the guard asks for.
-        at_start: adapter to fold before the first request.
-        loading: what answers where vLLM is told to load adapters at runtime.
-    """
-    _Settings.configured, _Settings.loading = True, loading
-    _Settings.folding, _Settings.keys, _Settings.at_start = folding, keys, at_start
-    use_keys(keys)
 
 
 class Fold(BaseModel):
@@ -85,10 +55,16 @@ class Unfold(BaseModel):
     )
 
 
-async def _change(name: str | None, timeout: float) -> JSONResponse:
-    assert _Settings.folding is not None
+def _context(request: Request) -> ServerContext:
+    return context_of(request.app)
+
+
+Context = Annotated[ServerContext, Depends(_context)]
+
+
+async def _change(folding: Folding, name: str | None, timeout: float) -> JSONResponse:
     # A client that goes away must not leave the work half done.
-    work = asyncio.ensure_future(_Settings.folding.change(name, timeout))
+    work = asyncio.ensure_future(folding.change(name, timeout))
     try:
         return JSONResponse(await asyncio.shield(work))
     except (ConfigError, FoldError) as error:
@@ -96,16 +72,15 @@ async def _change(name: str | None, timeout: float) -> JSONResponse:
         return Refusal(status, str(error), "name").response()
 
 
-async def folded() -> dict[str, Any]:
-    """What is folded, and what could be.
+async def get_fold(context: Context) -> dict[str, Any]:
+    """Return what is folded, and what could be.
 
     ``busy``: a change is under way. ``holding``: new requests wait for it; before that they are
     still judged by what is folded now. ``running_requests``: those that the change waits for.
-    ``changed_on_disk``: adapters that are served as they were at the start, while their folders
-    hold something else by now.
+    ``changed_on_disk``: adapters that are served as they were when they were verified, while
+    their folders hold something else by now.
     """
-    folding = _Settings.folding
-    assert folding is not None
+    folding = context.folding
     return {
         "folded": folding.folded,
         "busy": folding.busy,
@@ -116,32 +91,23 @@ async def folded() -> dict[str, Any]:
     }
 
 
-async def fold(body: Fold) -> JSONResponse:
+async def fold(body: Fold, context: Context) -> JSONResponse:
     """Fold an adapter into the weights: its requests then cost what the base's cost."""
-    return await _change(body.name, body.timeout)
+    return await _change(context.folding, body.name, body.timeout)
 
 
-async def unfold(body: Unfold | None = None) -> JSONResponse:
+async def unfold(context: Context, body: Unfold | None = None) -> JSONResponse:
     """Put the base's weights back: base and adapters answer as before."""
-    return await _change(None, (body or Unfold()).timeout)
+    return await _change(context.folding, None, (body or Unfold()).timeout)
 
 
-async def get_model(model_id: str, request: Request) -> Any:
+async def get_model(model_id: str, request: Request, context: Context) -> Any:
     """Return one model's card, as OpenAI's API does."""
-    assert _Settings.folding is not None
     listed = await request.app.state.openai_serving_models.show_available_models()
     for card in listed.data:
         if card.id == model_id:
             return card
-    return Refusal(404, _Settings.folding.unknown(model_id)).response()
-
-
-def _routes() -> APIRouter:
-    router = APIRouter(prefix="/admin", tags=["admin"])
-    router.add_api_route("/fold", folded, methods=["GET"])
-    router.add_api_route("/fold", fold, methods=["POST"], response_model=None)
-    router.add_api_route("/unfold", unfold, methods=["POST"], response_model=None)
-    return router
+    return Refusal(404, context.folding.unknown(model_id)).response()
 
 
 class AdminPlugin:
@@ -150,39 +116,43 @@ class AdminPlugin:
     name = "secura_admin"
     required_tasks = None
 
-    def __init__(self) -> None:
-        if not _Settings.configured:
-            raise SecuraError("the plugin secura_admin belongs to secura-serve; start that")
-
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes, and admission in front of all others (inside the guard)."""
-        keys, args, folding = _Settings.keys, app.state.args, _Settings.folding
-        assert folding is not None
-        if keys.user and keys.admin:
+        """Add our routes, and admission in front of all others (inside the guard).
+
+        Raises:
+            ServeError: the app was not started by secura-serve.
+        """
+        context, args = context_of(app), app.state.args
+        if context.keys.user and context.keys.admin:
             # vLLM's own check runs inside ours, and would refuse the admin key below /v1.
-            args.api_key = [*keys.user, keys.admin]
-        app.include_router(_routes())
-        app.add_api_route("/v1/models/{model_id:path}", get_model, response_model=None)
+            args.api_key = [*context.keys.user, context.keys.admin]
+        for path, method, handler in (
+            ("/admin/fold", "GET", get_fold),
+            ("/admin/fold", "POST", fold),
+            ("/admin/unfold", "POST", unfold),
+            ("/v1/models/{model_id:path}", "GET", get_model),
+        ):
+            tags: list[str | Enum] = ["admin" if path.startswith("/admin") else "models"]
+            app.add_api_route(path, handler, methods=[method], response_model=None, tags=tags)
         app.add_middleware(
             AdmissionMiddleware,
-            admission=folding.admission,
+            admission=context.folding.admission,
             background=lambda: background_tasks(app.state)(),
         )
-        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and _Settings.loading is not None:
-            _Settings.loading.attach(app)
-        say_attached()
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            context.loading.attach(app)
+        context.attached = True
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Take hold of the engine; fold what ``--fold`` names before the first request.
 
         Raises:
             FoldError: that fold failed, and the server does not start.
+            IncompatibleVLLMError: this vLLM keeps background answers elsewhere.
         """
-        folding, models = _Settings.folding, state.openai_serving_models
-        assert folding is not None
+        context, models = context_of(SimpleNamespace(state=state)), state.openai_serving_models
         background_tasks(state)
-        folding.bind(engine_client, ServedModels(models))
-        if _Settings.loading is not None:
-            _Settings.loading.bind(models)
-        if _Settings.at_start is not None:
-            await folding.change(_Settings.at_start)
+        context.folding.bind(engine_client, ServedModels(models))
+        context.loading.bind(models)
+        if context.fold_at_start is not None:
+            await context.folding.change(context.fold_at_start)

@@ -18,9 +18,10 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from secura_serve.serve.app.http.access import Keys, is_loopback, is_loopback_host
+from secura_serve.serve.app.http.context import context_of
 from secura_serve.serve.app.http.routes import WEBSOCKET, Access, find_route, routed_path
 
-__all__ = ["GuardMiddleware", "refusal", "say_attached", "use_keys"]
+__all__ = ["GuardMiddleware", "refusal"]
 
 # What says that a request came through something else, a proxy or a content network: words that
 # their headers have in common, and how the names of some of them begin.
@@ -36,23 +37,6 @@ _TYPES = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
-
-
-class _Settings:
-    """Handed over in this process: vLLM makes the middleware without arguments."""
-
-    keys: Keys | None = None
-    attached = False
-
-
-def use_keys(keys: Keys) -> None:
-    """Say which keys :class:`GuardMiddleware` asks for."""
-    _Settings.keys, _Settings.attached = keys, False
-
-
-def say_attached() -> None:
-    """Note that our own routes and the admission of requests are in the app."""
-    _Settings.attached = True
 
 
 def has_key(headers: Headers, keys: Iterable[str]) -> bool:
@@ -121,7 +105,8 @@ class GuardMiddleware:
         await JSONResponse({"error": error}, status, headers)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        if _Settings.keys is None or not _Settings.attached:
+        context = context_of(scope["app"])
+        if not context.attached:
             return 503, "this server lacks secura-serve's own routes; start it by secura-serve"
         method = WEBSOCKET if scope["type"] == "websocket" else str(scope["method"])
         client = (scope.get("client") or ("", 0))[0]
@@ -130,12 +115,12 @@ class GuardMiddleware:
             if not _mounted(scope):
                 return None
             if route is None and method in ("GET", "HEAD"):
-                return refusal("user", Headers(scope=scope), client, _Settings.keys)
+                return refusal("user", Headers(scope=scope), client, context.keys)
             return 501, (
                 f"secura-serve does not serve {method} {scope['path'][:200]}: "
                 "it does not know for which model and to whom this route may answer"
             )
-        return refusal(route.access, Headers(scope=scope), client, _Settings.keys)
+        return refusal(route.access, Headers(scope=scope), client, context.keys)
 
 
 def _mounted(scope: Scope) -> bool:

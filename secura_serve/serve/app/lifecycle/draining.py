@@ -20,6 +20,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from secura_serve.serve.app.http.context import context_of
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
 from secura_serve.serve.app.lifecycle.repeated_errors import limit_repeated_errors
 
@@ -52,9 +53,6 @@ class Shutdown:
         health: of the engine.
     """
 
-    current: Shutdown | None = None
-    """The one of this process: vLLM makes the middleware without arguments."""
-
     def __init__(self, limit: float, health: EngineHealth) -> None:
         self.limit, self.health = limit, health
         self.engine_died: str | None = None
@@ -66,7 +64,6 @@ class Shutdown:
         self._hurry = asyncio.Event()
         self._over = False
         self._tasks: list[asyncio.Task[None]] = []
-        Shutdown.current = self
 
     def begin(self, server: Any, engine: Any) -> None:
         """Take over from vLLM's signal handlers, which would stop the engine first.
@@ -140,32 +137,32 @@ class DrainingMiddleware:
     """Every request passes here first; see the module."""
 
     def __init__(self, app: ASGIApp) -> None:
-        assert Shutdown.current is not None
-        self.app, self.shutdown = app, Shutdown.current
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        shutdown: Shutdown = context_of(scope["app"]).shutdown
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._beginning(scope, send))
-        elif self.shutdown.refusal is None and not self.shutdown.check_engine():
+            await self.app(scope, receive, self._beginning(shutdown, scope, send))
+        elif shutdown.refusal is None and not shutdown.check_engine():
             if scope["type"] == "http":
-                await _Answer(self.app, self.shutdown, scope, receive, send).give()
+                await _Answer(self.app, shutdown, scope, receive, send).give()
             else:
                 await self.app(scope, receive, send)
         elif scope["type"] == "http" or "websocket.http.response" in scope.get("extensions", {}):
-            await _refusal(str(self.shutdown.refusal))(scope, receive, send)
+            await _refusal(str(shutdown.refusal))(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1012})
 
-    def _beginning(self, scope: Scope, send: Send) -> Send:
+    def _beginning(self, shutdown: Shutdown, scope: Scope, send: Send) -> Send:
         async def noting(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 state = scope["app"].state
-                self.shutdown.begin(state.server, state.engine_client)
+                shutdown.begin(state.server, state.engine_client)
                 # Not earlier: making the engine sets vLLM's logging up anew.
                 limit_repeated_errors()
             elif message["type"].startswith("lifespan.shutdown"):
                 # vLLM itself may have noticed first that the engine is dead.
-                self.shutdown.end()
+                shutdown.end()
             await send(message)
 
         return noting

@@ -1,17 +1,18 @@
-"""The command line of ``secura-serve``: our few flags, and every flag of ``vllm serve``."""
+"""The flags of ``vllm serve``: what the user did not give is taken from what is to be served."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from secura_serve.adapter import Adapter
-from secura_serve.bases import ALIASES
-from secura_serve.command import CommandParser, suggest_flags
+from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
+from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.app.plain_lora import PlainLoRA
@@ -19,12 +20,11 @@ from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.plugin import LOAD_FORMAT
 
 __all__ = [
+    "parse_vllm_flags",
+    "print_help",
+    "refuse_hiding_settings",
     "refuse_unknown_flags",
-    "refuse_what_hides_adapters",
-    "secura_parser",
     "server_keys",
-    "vllm_arguments",
-    "vllm_help",
 ]
 
 # vLLM's allowed values of --max-lora-rank; it sizes stock LoRA's buffers, which are made only where
@@ -34,89 +34,8 @@ _GUARD = "secura_serve.serve.app.http.guard.GuardMiddleware"
 _DRAIN_S = 20
 _EXTENSION = "secura_serve.serve.engine.worker_extension.FoldExtension"
 
-_DESCRIPTION = """\
-Serve one base model with any number of SECURA adapters, each chosen per request by the
-`model` field of an OpenAI request, through vLLM."""
 
-_EPILOG = f"""\
-Any other flag goes to vLLM (`--port 9000`, `--max-model-len 4096`, `--dtype float32`,
-`--api-key KEY`, `--enforce-eager` ...); `secura-serve --help=all` lists them.
-
-examples:
-  secura-serve --base smollm2-135m --adapters ./adapters
-  secura-serve --base llama3-8b --adapters ./adapters --port 9000 --no-ui
-  secura-serve --base ./my-model --adapters ./adapters --check
-  secura-serve --base llama3-8b --adapters ./adapters --fold my-bounded-adapter
-
-base aliases: {", ".join(ALIASES)}"""
-
-
-def secura_parser() -> CommandParser:
-    """Return the parser of our own flags; what it does not know is for vLLM."""
-    parser = CommandParser("secura-serve", description=_DESCRIPTION, epilog=_EPILOG)
-    add = parser.add_argument
-    add("--base", default="smollm2-135m", help="alias, hub id or local folder (%(default)s)")
-    add("--adapters", metavar="DIR", help="folder of adapter folders; none: only the base")
-    add(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="what the base is called in requests (default: the name given to --base)",
-    )
-    add("--strict", action="store_true", help="refuse to start if any adapter is not servable")
-    add("--check", action="store_true", help="check the adapters against the base and exit")
-    add(
-        "--fold",
-        metavar="NAME",
-        help="start with this adapter folded into the weights: it alone is served, at base cost. "
-        "In the running server: POST /admin/fold, POST /admin/unfold, GET /admin/fold",
-    )
-    add(
-        "--admin-api-key",
-        metavar="KEY",
-        default=os.environ.get("SECURA_ADMIN_API_KEY"),
-        help="key of the admin routes (fold, unfold); without it they answer direct requests on "
-        "loopback only "
-        "(default: $SECURA_ADMIN_API_KEY)",
-    )
-    add("--no-ui", action="store_true", help="no chat page")
-    add(
-        "--ui-host",
-        metavar="HOST",
-        help="address of the chat page; beyond this machine it needs --ui-auth or --ui-no-auth "
-        "(default: 127.0.0.1)",
-    )
-    add("--ui-port", type=int, default=7860, metavar="PORT", help="its port (%(default)s)")
-    add(
-        "--ui-auth",
-        metavar="USER:PASSWORD",
-        default=os.environ.get("SECURA_UI_AUTH"),
-        help="login of the chat page (default: $SECURA_UI_AUTH, which shows in no process list)",
-    )
-    add(
-        "--ui-no-auth",
-        action="store_true",
-        help="let whoever reaches --ui-host use the chat page; not together with --api-key",
-    )
-    add(
-        "--write-timeout",
-        type=_seconds,
-        default=60.0,
-        metavar="SECONDS",
-        help="drop a client that has not read its answer for so long (%(default)g)",
-    )
-    return parser
-
-
-def _seconds(text: str) -> float:
-    """A positive number of seconds."""
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise ValueError
-    return seconds
-
-
-def vllm_help(argv: Sequence[str]) -> None:
+def print_help(argv: Sequence[str]) -> None:
     """Print vLLM's own help for ``--help=all``, ``--help=max-model-len`` and the like; exits."""
     from secura_serve.serve import compat
 
@@ -124,7 +43,7 @@ def vllm_help(argv: Sequence[str]) -> None:
     parser.parse_args([flag for flag in argv if flag.startswith("--help=")])
 
 
-def refuse_what_hides_adapters(rest: Sequence[str]) -> None:
+def refuse_hiding_settings(rest: Sequence[str]) -> None:
     """Raise ConfigError for settings under which vLLM would answer an adapter's request with
     the base alone, or would not know our adapters."""
     flags = {flag.partition("=")[0].replace("_", "-") for flag in rest}
@@ -156,7 +75,7 @@ def refuse_unknown_flags(rest: Sequence[str]) -> None:
 
         parser, _ = compat.make_arg_parser()
     except ImportError as error:
-        hint = suggest_flags(f"unrecognized {' '.join(rest)}", secura_parser().flags())
+        hint = suggest_flags(f"unrecognized {' '.join(rest)}", _our_flags())
         raise ConfigError(
             f"unrecognized arguments: {' '.join(rest)}{hint} (secura-serve --help lists our "
             f"flags; vLLM, which has others, cannot be imported: {error})"
@@ -165,12 +84,16 @@ def refuse_unknown_flags(rest: Sequence[str]) -> None:
     parser.parse_args(list(rest))
 
 
+def _our_flags() -> set[str]:
+    return {f"--{item.name.replace('_', '-')}" for item in fields(ServeConfig)}
+
+
 def _brief_errors(parser: Any) -> None:
     """Have vLLM's parser raise where it would print hundreds of lines of usage and exit."""
     known = {flag for flag in parser._option_string_actions if flag.startswith("--")}
 
     def refuse(message: str) -> NoReturn:
-        hint = suggest_flags(message, known | secura_parser().flags())
+        hint = suggest_flags(message, known | _our_flags())
         raise ConfigError(
             f"{message}{hint} (secura-serve --help lists our flags, --help=all vLLM's)"
         )
@@ -178,7 +101,7 @@ def _brief_errors(parser: Any) -> None:
     parser.error = refuse
 
 
-def vllm_arguments(
+def parse_vllm_flags(
     rest: Sequence[str],
     *,
     path: Path,
@@ -280,14 +203,25 @@ def server_keys(args: Any, *, admin: str | None) -> Keys:
         admin: the key of the admin routes.
 
     Raises:
-        ConfigError: a key is empty. vLLM takes that for none, and answers everyone.
+        ConfigError: a key is empty, which vLLM takes for none, and answers everyone; or the admin
+            key is a user's as well.
     """
     check_key(admin, "--admin-api-key (or SECURA_ADMIN_API_KEY)")
+    keys = Keys(_user_keys(args), admin)
+    if admin is not None and admin in keys.user:
+        raise ConfigError(
+            "the key of --admin-api-key is one of --api-key as well, so every user could change "
+            "the server; give another one"
+        )
+    return keys
+
+
+def _user_keys(args: Any) -> tuple[str, ...]:
     if args.api_key is not None:
         if not args.api_key:
             raise ConfigError("--api-key names no key; give one, or leave the flag out")
         # vLLM reads an empty word as None.
         given = [key or "" for key in args.api_key]
-        return Keys(tuple(check_key(key, "--api-key") or "" for key in given), admin)
+        return tuple(check_key(key, "--api-key") or "" for key in given)
     key = check_key(os.environ.get("VLLM_API_KEY"), "VLLM_API_KEY (in the environment)")
-    return Keys((key,) if key else (), admin)
+    return (key,) if key else ()

@@ -1,0 +1,75 @@
+"""Settings of ``secura-serve`` itself; every other flag is vLLM's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from secura_serve.config import option
+from secura_serve.errors import ConfigError
+
+__all__ = ["FROM_ENVIRONMENT", "ServeConfig"]
+
+FROM_ENVIRONMENT = {"admin_api_key": "SECURA_ADMIN_API_KEY", "ui_auth": "SECURA_UI_AUTH"}
+"""Fields that an environment variable gives where no flag does: it shows in no process list."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """One run of ``secura-serve``.
+
+    Raises:
+        ConfigError: with every setting that is not allowed.
+    """
+
+    base: str = option("base model: an alias, a hub id or a local folder", "smollm2-135m")
+    adapters: str | None = option(
+        "folder of adapter folders (default: only the base)", None, metavar="DIR"
+    )
+    served_model_name: tuple[str, ...] = option(
+        "what the base is called in requests (default: the name given to --base)",
+        (),
+        metavar="NAME",
+    )
+    strict: bool = option("refuse to start if any adapter is not servable", False)
+    check: bool = option("check the adapters against the base and exit", False)
+    fold: str | None = option(
+        "start with this adapter folded into the weights: it alone is served, at base cost. In the "
+        "running server: POST /admin/fold, POST /admin/unfold, GET /admin/fold",
+        None,
+        metavar="NAME",
+    )
+    admin_api_key: str | None = option(
+        "key of the admin routes (fold, unfold); without it they answer direct requests on "
+        "loopback only (default: $SECURA_ADMIN_API_KEY)",
+        None,
+        metavar="KEY",
+    )
+    ui: bool = option("open the chat page beside the server", True)
+    ui_host: str | None = option(
+        "address of the chat page; beyond this machine it needs --ui-auth or --ui-no-auth "
+        "(default: 127.0.0.1)",
+        None,
+        metavar="HOST",
+    )
+    ui_port: int = option("port of the chat page", 7860, metavar="PORT")
+    ui_auth: str | None = option(
+        "login of the chat page (default: $SECURA_UI_AUTH, which shows in no process list)",
+        None,
+        metavar="USER:PASSWORD",
+    )
+    ui_no_auth: bool = option(
+        "let whoever reaches --ui-host use the chat page; not together with --api-key", False
+    )
+    write_timeout: float = option(
+        "drop a client that has not read its answer for so many seconds", 60.0, metavar="SECONDS"
+    )
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.adapters == "":
+            problems.append("--adapters is empty; name a folder, or leave the flag out")
+        if not (0 < self.write_timeout < math.inf):
+            problems.append(f"--write-timeout {self.write_timeout:g}: must be more than 0 seconds")
+        if problems:
+            raise ConfigError("the settings are not valid:", problems)
