@@ -89,15 +89,17 @@ class Catalog:
         return [e for e in self.entries if e.error is not None]
 
     def table(self) -> str:
-        """The entries as aligned text, one line each; refused ones with the reason below."""
+        """Return the entries as aligned text, one line each; refused ones with the reason below."""
         rows = [("ADAPTER", "RANK", "LINEARS", "SIZE", "STATUS")]
         for entry in self.entries:
-            found = entry.adapter or entry.lora
-            if found is None:
+            adapter = entry.adapter or entry.lora
+            if adapter is None:
                 rows.append((entry.shown, "-", "-", "-", entry.status))
                 continue
-            size = f"{found.file_size / 1e6:.2f} MB"
-            rows.append((entry.shown, str(found.r), str(len(found.modules)), size, entry.status))
+            size = f"{adapter.file_size / 1e6:.2f} MB"
+            rows.append(
+                (entry.shown, str(adapter.r), str(len(adapter.modules)), size, entry.status)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []
         for row in rows:
@@ -133,21 +135,21 @@ def scan(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ConfigError(f"--adapters {folder}: not a folder. Give the folder that holds them")
-    found = sorted(
+    folders = sorted(
         # A link that leads nowhere is reported like a folder without an adapter.
         p
         for p in root.iterdir()
         if (p.is_dir() or p.is_symlink() and not p.exists()) and not p.name.startswith(".")
     )
-    if not found and (root / "adapter_config.json").is_file():
+    if not folders and (root / "adapter_config.json").is_file():
         raise ConfigError(
             f"--adapters {folder}: this is one adapter; give the folder that holds it "
             f"({root.absolute().parent})"
         )
-    if found:
+    if folders:
         _refuse_quantised(base)
     entries, seen = list[Entry](), dict[str, Comparison]()
-    for path in tqdm(found, desc="checking adapters", unit="adapter", leave=False):
+    for path in tqdm(folders, desc="checking adapters", unit="adapter", leave=False):
         try:
             _check_name(path, set(taken))
             entries.append(examine(path, base, seen, store))
@@ -155,7 +157,7 @@ def scan(
             raise
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
-    return Catalog(tuple(entries), {key: found.gains for key, found in seen.items()})
+    return Catalog(tuple(entries), {key: like.norm_bounds for key, like in seen.items()})
 
 
 def examine(
@@ -224,9 +226,10 @@ def _refuse_quantised(base: Checkpoint) -> None:
 class Comparison:
     """What holds for all adapters of one :func:`base_id`."""
 
-    outline: Adapter
+    example: Adapter
+    """The first of them, without its weights."""
     mismatches: list[str]
-    gains: Gains
+    norm_bounds: Gains
 
     @classmethod
     def of(cls, adapter: Adapter, base: Checkpoint) -> Comparison:
@@ -235,16 +238,16 @@ class Comparison:
 
 
 def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adapter:
-    found = adapters.load(path)
-    if not found.config.magnorm.foldable:
+    adapter = adapters.load(path)
+    if not adapter.config.magnorm.foldable:
         raise UnservableError(
-            f"{found.name}: S-MagNorm {found.config.magnorm.mode!r} acts on activations and has no "
+            f"{adapter.name}: S-MagNorm {adapter.config.magnorm.mode!r} acts on activations and has no "
             "weights to serve; it is for reproduction only. Train it with 'bounded'"
         )
-    identity = base_id(found)
+    identity = base_id(adapter)
     if identity not in seen:
-        seen[identity] = Comparison.of(found, base)
+        seen[identity] = Comparison.of(adapter, base)
     like = seen[identity]
-    adapters.refuse_mismatches(found, like.mismatches)
-    adapters.refuse_oversized(found, like.gains)
-    return found.without_weights(like.outline)
+    adapters.refuse_mismatches(adapter, like.mismatches)
+    adapters.refuse_oversized(adapter, like.norm_bounds)
+    return adapter.without_weights(like.example)

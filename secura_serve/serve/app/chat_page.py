@@ -129,7 +129,7 @@ class ChatPage:
             print(f"chat page: http://{shown}:{self.port}", flush=True)
 
     def _wait(self, url: str) -> bool:
-        """True once ``url`` answers; False when told to stop, or when the page has ended."""
+        """Wait for ``url``: True once it answers, False when told to stop or the page has ended."""
         while self._process is None or self._process.poll() is None:
             try:
                 with urllib.request.urlopen(url, timeout=2):

@@ -259,7 +259,7 @@ class Folding:
         return slowest
 
     async def _restore(self, cause: Exception) -> None:
-        """The base back on every rank, or the end of the server."""
+        """Put the base back on every rank, or end the server."""
         assert self._models is not None
         self.folded = None
         try:

@@ -54,7 +54,7 @@ def estimate(
     slots: int = 0,
     dtype: str = "auto",
 ) -> Memory:
-    """Sizes from the checkpoint's headers and config alone.
+    """Return sizes from the checkpoint's headers and config alone.
 
     Args:
         loras: plain LoRAs that are served as well: every slot has room for the widest.
@@ -82,14 +82,14 @@ def estimate(
 
 
 def _weights(base: Checkpoint) -> int:
-    """How many numbers the checkpoint holds, from the sizes of its files."""
+    """Return how many numbers the checkpoint holds, from the sizes of its files."""
     stored = base.config.get("dtype") or base.config.get("torch_dtype")
     size = sum((base.path / shard).stat().st_size for shard in base.shards())
     return size // _WIDTHS.get(str(stored), 2)
 
 
 def default_slots(adapters: int, slot: int) -> int:
-    """Slots for all adapters, as far as a twentieth of the device's memory holds them.
+    """Return slots for all adapters, as far as a twentieth of the device's memory holds them.
 
     Args:
         slot: bytes of one.
@@ -102,8 +102,8 @@ def default_slots(adapters: int, slot: int) -> int:
 
 
 def default_cached(adapters: int, slot: int) -> int:
-    """How many adapters a worker keeps ready for a slot, as far as a twentieth of the machine's
-    free memory holds them; any other is read from its folder again."""
+    """Return how many adapters a worker keeps ready for a slot, as far as a twentieth of the
+    machine's free memory holds them; any other is read from its folder again."""
     import psutil
 
     return _fitting(adapters, slot, psutil.virtual_memory().available)
@@ -114,5 +114,5 @@ def _fitting(adapters: int, slot: int, memory: int) -> int:
 
 
 def kv_cache_gib(memory: Memory) -> int:
-    """The KV cache on a CPU where the user set none: four full contexts, 1 to 8 GiB."""
+    """Return the KV cache on a CPU where the user set none: four full contexts, 1 to 8 GiB."""
     return min(8, max(1, ceil(4 * memory.context * memory.kv_per_token / 2**30)))

@@ -71,7 +71,7 @@ class PlainLoRA:
             raise AdapterFormatError(
                 f"{path.name}: {WEIGHTS_NAME} is missing; pickles (adapter_model.bin) are not read"
             )
-        found: dict[str, dict[str, tuple[int, int]]] = {}
+        shapes: dict[str, dict[str, tuple[int, int]]] = {}
         norms: dict[str, float] = {}
         said, problems = _Ranks.read(raw), list[str]()
         try:
@@ -83,23 +83,23 @@ class PlainLoRA:
                         continue
                     if not torch.isfinite(tensor).all():
                         problems.append(f"{key}: NaN or Inf")
-                    found.setdefault(match["module"], {})[match["side"]] = tuple(tensor.shape)
+                    shapes.setdefault(match["module"], {})[match["side"]] = tuple(tensor.shape)
                     norms[key] = float(torch.linalg.vector_norm(tensor.double()))
         except (OSError, SafetensorError) as error:
             raise AdapterFormatError(
                 f"{path.name}: {WEIGHTS_NAME} is truncated or damaged: {error}"
             ) from error
-        for module, sides in found.items():
+        for module, sides in shapes.items():
             problems += (
                 _misfits(module, sides, base)
                 or said.misfits(module, sides["A"][0])
                 or _oversized(module, sides, said.alpha, norms)
             )
-        if problems or not found:
+        if problems or not shapes:
             raise AdapterFormatError(
                 f"{path.name} does not fit {base.path.name}:", problems or ["no tensors"]
             )
-        ranks = {module: sides["A"][0] for module, sides in found.items()}
+        ranks = {module: sides["A"][0] for module, sides in shapes.items()}
         return cls(path, said.largest, ranks)
 
 
@@ -157,7 +157,7 @@ def _largest_alpha(raw: Mapping[str, Any]) -> float:
 def _oversized(
     module: str, sides: dict[str, tuple[int, int]], alpha: float, norms: Mapping[str, float]
 ) -> list[str]:
-    """As for our own adapters, see :mod:`secura_serve.adapter.limits`; the scale is alpha / r."""
+    """Return what is too large, see :mod:`secura_serve.adapter.limits`; the scale is alpha / r."""
     A, B = (norms[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
     (r, wide), (tall, _) = sides["A"], sides["B"]
     rms = alpha / r * A * B / (tall * wide) ** 0.5

@@ -21,9 +21,9 @@ from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.startup_messages import (
     announce_fold,
-    nothing,
+    no_adapters,
     summary,
-    tell_of_slots,
+    warn_of_fewer_slots,
     warn_of_width,
 )
 from secura_serve.serve.app.vllm_flags import (
@@ -57,7 +57,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     catalog = _catalog(config, base, names)
     if config.check:
         if not catalog.entries:
-            print(nothing(config.adapters))
+            print(no_adapters(config.adapters))
         return 1 if catalog.refused else 0
     checkpoint = Checkpoint(base.path)
     served = _prepare_vllm(checkpoint, catalog, vllm_flags)
@@ -78,9 +78,9 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     if args.load_format == LOAD_FORMAT:
         announce_fold(str(base.path), args)
     elif not catalog.entries:
-        print(nothing(config.adapters))
+        print(no_adapters(config.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
-    tell_of_slots(memory, served, loras)
+    warn_of_fewer_slots(memory, served, loras)
     # Imports of vLLM's, which the checks above do without.
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http.context import ServerContext

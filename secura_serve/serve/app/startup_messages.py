@@ -12,7 +12,14 @@ from secura_serve.serve.app.memory import Memory
 from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
 
-__all__ = ["announce_fold", "nothing", "tell_of_slots", "warn_of_width", "who_can_reach", "summary"]
+__all__ = [
+    "announce_fold",
+    "no_adapters",
+    "warn_of_fewer_slots",
+    "warn_of_width",
+    "who_can_reach",
+    "summary",
+]
 
 
 def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
@@ -24,11 +31,11 @@ def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
             f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
             f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
             f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
-            "--selection-seed of the others they would cost nothing"
+            "--selection-seed of the others they would cost no_adapters"
         )
 
 
-def tell_of_slots(
+def warn_of_fewer_slots(
     memory: Memory, served: list[Adapter | PlainLoRA], loras: list[PlainLoRA]
 ) -> None:
     """Say that there are fewer slots than adapters, and what makes them large."""
@@ -64,8 +71,8 @@ def summary(catalog: Catalog, base: str) -> str:
     )
 
 
-def nothing(folder: str | None) -> str:
-    """That there is no adapter, and why."""
+def no_adapters(folder: str | None) -> str:
+    """Return that there is no adapter, and why."""
     where = f"{folder} holds no adapter" if folder else "no --adapters"
     return f"{where}: serving the base alone"
 

@@ -44,7 +44,7 @@ def check_key(key: str | None, source: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is one of this machine alone."""
+    """Return whether an IP address is one of this machine alone."""
     try:
         ip = ip_address(address)
     except ValueError:
@@ -54,7 +54,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether a ``Host`` header (name and perhaps port) can only mean this machine."""
+    """Return whether a ``Host`` header (name, perhaps port) can only mean this machine."""
     parts = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]+)(:[0-9]{1,5})?", host)
     if parts is None:
         return False

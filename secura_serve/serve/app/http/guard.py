@@ -40,7 +40,7 @@ _TYPES = {
 
 
 def has_key(headers: Headers, keys: Iterable[str]) -> bool:
-    """Whether the request carries one of ``keys`` as a bearer token, compared in constant time."""
+    """Return whether the request carries one of ``keys`` as a bearer token, in constant time."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given, same = token.encode("latin-1"), False
     for key in keys:
@@ -124,6 +124,6 @@ class GuardMiddleware:
 
 
 def _mounted(scope: Scope) -> bool:
-    """Whether the app would answer; if not, it says 404 or 405 itself."""
+    """Return whether the app would answer; if not, it says 404 or 405 itself."""
     routes: Sequence[Any] = scope["app"].routes
     return any(route.matches(scope)[0] is Match.FULL for route in routes)

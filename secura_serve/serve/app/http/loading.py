@@ -193,7 +193,7 @@ class AdapterLoading:
         )
 
     def _text(self, answer: Any) -> str:
-        """vLLM's success as text; its refusals raise."""
+        """Return vLLM's success as text; raise its refusals."""
         if isinstance(answer, str):
             return answer
         body = answer.model_dump()

@@ -35,7 +35,7 @@ _RETRY_AFTER_S = 10
 
 
 def _error(message: str) -> dict[str, Any]:
-    """A 503 in OpenAI's shape."""
+    """Return a 503 in OpenAI's shape."""
     kind = "ServiceUnavailableError"
     return {"error": {"message": message, "type": kind, "param": None, "code": 503}}
 
@@ -95,7 +95,7 @@ class Shutdown:
         self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))
 
     def check_engine(self) -> bool:
-        """Whether the engine is dead; the first time that it is, the server's end begins."""
+        """Return whether the engine is dead; the first time that it is, begin the server's end."""
         if self._over or not self.health.dead:
             return False
         if self.engine_died is None and not (self.refusal and self.health.ended_in_order):
@@ -106,7 +106,7 @@ class Shutdown:
         return True
 
     def end(self) -> None:
-        """Uvicorn has left: look at the engine a last time, which is stopped next."""
+        """Look at the engine a last time: uvicorn has left, and the engine is stopped next."""
         self.check_engine()
         self._over = True
 
@@ -215,7 +215,7 @@ class _Answer:
                 self._shutdown.running.discard(self)
 
     async def _until_cut(self) -> Message:
-        """The client's next message; once the answer is cut, that the client has gone."""
+        """Return the client's next message; once the answer is cut, that the client has gone."""
         message = asyncio.ensure_future(self._receive())
         gone = asyncio.ensure_future(self._gone.wait())
         try:
@@ -243,7 +243,7 @@ class _Answer:
         await self._send(message)
 
     def _bad(self, message: Message) -> bool:
-        """Whether this may be an error of vLLM's: a status of 500, or what comes in a stream."""
+        """Return whether this may be an error of vLLM's: a status of 500, or part of a stream."""
         if message["type"] == "http.response.start":
             return bool(message["status"] >= 500)
         return self._events

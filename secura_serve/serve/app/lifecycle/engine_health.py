@@ -59,11 +59,11 @@ class EngineHealth:
         return all(process.exitcode == 0 for process in self._processes)
 
     def cause(self) -> str:
-        """What the engine died of, in one line: its first error, or how its process ended."""
+        """Return what the engine died of, in one line: its first error, or how its process ended."""
         return self.reported() or self._exit_status() or "its process ended"
 
     def reported(self) -> str | None:
-        """The first recent error of any of vLLM's processes."""
+        """Return the first recent error of any of vLLM's processes, if there is one."""
         now = time.time()
         reports = []
         for file in self._folder.glob("*") if self._folder is not None else ():

@@ -25,7 +25,7 @@ class RepeatedErrors(logging.Filter):
         self._since, self._count = 0.0, 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the record."""
+        """Return whether to write the record."""
         if not str(record.msg).startswith(self._beginning):
             return True
         now = time.monotonic()

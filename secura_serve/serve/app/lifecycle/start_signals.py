@@ -16,7 +16,7 @@ __all__ = ["end_at_once", "hide_leak_warnings", "stop_cleanly_during_start"]
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Signal handler: end all child processes and this one, status 128 + signal."""
+    """End all child processes and this one, with status 128 + signal: a signal handler."""
     import psutil
 
     print("\nsecura-serve: stopped while starting", file=sys.stderr, flush=True)
