@@ -59,7 +59,7 @@ class EngineHealth:
         return all(process.exitcode == 0 for process in self._processes)
 
     def cause(self) -> str:
-        """Return what the engine died of, in one line: its first error, or how its process ended."""
+        """Return what the engine died of, in one line: its first error, or how its process left."""
         return self.reported() or self._exit_status() or "its process ended"
 
     def reported(self) -> str | None:
