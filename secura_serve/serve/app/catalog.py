@@ -241,8 +241,8 @@ def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adap
     adapter = adapters.load(path)
     if not adapter.config.magnorm.foldable:
         raise UnservableError(
-            f"{adapter.name}: S-MagNorm {adapter.config.magnorm.mode!r} acts on activations and has "
-            "no weights to serve; it is for reproduction only. Train it with 'bounded'"
+            f"{adapter.name}: S-MagNorm {adapter.config.magnorm.mode!r} acts on activations and "
+            "has no weights to serve; it is for reproduction only. Train it with 'bounded'"
         )
     identity = base_id(adapter)
     if identity not in seen:
