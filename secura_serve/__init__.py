@@ -11,7 +11,7 @@ from secura_serve.lazy import lazy
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it, and its name there where that is another. Nothing
-# else has to change to publish a name, but for the list in tests/test_public.py.
+# else has to change to publish a name, but for the list in tests/package/test_public.py.
 _EXPORTS: dict[str, str] = {
     "AdapterError": "errors",
     "AdapterFormatError": "errors",

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from engines import random_adapter, random_lora, serving
 
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.http.routes import ROUTES
+from tests.support.engines import random_adapter, random_lora, serving
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (

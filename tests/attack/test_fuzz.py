@@ -13,9 +13,10 @@ import httpx
 import psutil
 import pytest
 import schemathesis
-from engines import random_adapter, serving
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from tests.support.engines import random_adapter, serving
 
 REQUESTS = 2000
 NAMES = st.sampled_from(["base", "one", "bounded", "nobody", "../one", "", "one*2", "BASE", "\0"])

@@ -11,7 +11,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from engines import random_adapter
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -20,6 +19,7 @@ from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.app.snapshots import SnapshotStore
 from secura_serve.serve.app.start import verified_copy
+from tests.support.engines import random_adapter
 
 pytest.importorskip("vllm")
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"

@@ -11,7 +11,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from engines import random_adapter, serving
+
+from tests.support.engines import random_adapter, serving
 
 FLAGS = "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 8 --max-loras 2"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"

@@ -27,7 +27,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from engines import SERVE, free_port, random_adapter
+
+from tests.support.engines import SERVE, free_port, random_adapter
 
 FLAGS = ("--enforce-eager", "--max-model-len", "512", "--write-timeout", "3")
 LEAKS = ("leaked", "resource_tracker", "nanobind", "Traceback", "ASGI callable")

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from blocks import PAGES, ROOT, RUNNABLE, Block, blocks, run, workspace
+
+from tests.support import ROOT
+from tests.support.blocks import PAGES, RUNNABLE, Block, blocks, run, workspace
 
 ALL = [block for page in PAGES for block in blocks(page)]
 # While an adapter is folded nothing else answers, so these come last.

@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from blocks import PAGES, ROOT, blocks
+
+from tests.support import ROOT
+from tests.support.blocks import PAGES, blocks
 
 sys.path.insert(0, str(ROOT / "docs"))
 import generate_cli

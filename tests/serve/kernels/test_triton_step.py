@@ -1,0 +1,62 @@
+"""Proves the Triton kernels against float64 loops, on the CPU through Triton's interpreter.
+
+Needs the package ``triton``; the interpreter must be chosen before it is imported, hence the
+processes. On a machine with a GPU the same cases run compiled as well.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytest.importorskip("triton", reason="no triton package")
+
+CASES = """
+import itertools, torch
+from secura_serve.serve.kernels import base as kernels
+from secura_serve.serve.kernels import triton_step
+from tests.support.stepping import Linear
+
+device = torch.device({device!r})
+shapes = [((40,), (3,)), ((96, 32, 32), (16, 5, 1)), ((200, 130), (33, 8))]
+for (outs, ranks), dtype, biased in itertools.product(shapes, {dtypes}, (False, True)):
+    linear = Linear(kernels.Triton(), outs, ranks, dtype, biased, device=device)
+    for tokens in (1, 5, 37):
+        linear.check(tokens)
+# Entries that were summed over ranks first, and an empty batch.
+linear = Linear(kernels.Triton(), (24, 8), (6, 4), torch.float32, False, device=device)
+y, slots = linear.noise(9, 32).to(device), torch.randint(-1, 2, (9,)).to(device)
+plain = linear.step(y.clone(), slots)
+rows = linear.shared[0]
+source = y[:, rows.flatten().clamp(min=0).long()].contiguous()
+straight = torch.arange(rows.numel(), dtype=torch.int32, device=device).view(rows.shape)
+linear.shared = (straight, *linear.shared[1:])
+torch.testing.assert_close(linear.step(y.clone(), slots, source), plain)
+linear.step(y[:0], slots[:0])
+"""
+
+
+def _run(device, dtypes, **env):
+    subprocess.run(
+        [sys.executable, "-c", CASES.format(device=device, dtypes=dtypes)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | env,
+    )
+
+
+def test_interpreted_on_the_cpu():
+    # The interpreter computes with NumPy, which has no bfloat16.
+    _run("cpu", "(torch.float32, torch.float16)", TRITON_INTERPRET="1")
+
+
+def test_compiled_on_a_gpu():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    _run("cuda", "(torch.float32, torch.float16, torch.bfloat16)")

@@ -1,0 +1,57 @@
+"""What an answer should be, computed without this package: transformers on W + C·U·R.
+
+Reads the adapter's files itself and builds C·U·R (and ``bounded``, and plain LoRA's B·A) in
+float64, so that agreement
+with the server checks selection, format, loading, layers and scheduling at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+
+def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32):
+    """A transformers model with the adapter folded in; float64 arithmetic, one rounding."""
+    # Eager attention: transformers' SDPA path leaves Gemma 2's softcapping out.
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
+    config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
+    norm = config.get("magnorm")
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        stem = key.removesuffix("A.weight")
+        linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".lora_")])
+        delta = tensors[stem + "B.weight"].double() @ tensors[key].double()
+        scaled = linear.weight.data.double() + delta * config["lora_alpha"] / config["r"]
+        linear.weight.data = scaled.float()
+    for key in [k for k in tensors if k.endswith(".secura_U")]:
+        stem = key.removesuffix("U")
+        linear = model.get_submodule(stem.removeprefix("base_model.model.")[: -len(".secura_")])
+        transposed = isinstance(linear, Conv1D)
+        W = linear.weight.data.double()
+        W = W.T if transposed else W
+        C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
+        delta = C @ tensors[key].double() @ R
+        if norm is None:
+            new = (W + delta).float()
+        else:
+            assert norm["mode"] == "bounded"
+            reach = norm["tau"] * W.abs()
+            new = torch.where(reach > 0, W + reach * torch.tanh(delta / reach), W).float()
+        linear.weight.data = new.T.contiguous() if transposed else new
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """log p of every vocabulary entry at each answer position: ``(len(answer), vocab)``."""
+    ids = torch.tensor([prompt + answer])
+    scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    return scores.log_softmax(-1)
