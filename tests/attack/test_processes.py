@@ -227,7 +227,7 @@ def restarted(start) -> tuple[Server, dict[str, object]]:
 
 def test_a_killed_server_leaves_nothing_behind(restarted):
     server, left = restarted
-    for role in ("EngineCore", "Worker", "app.py"):
+    for role in ("EngineCore", "Worker", "demo.app"):
         assert any(role in command for command in left["roles"]), left["roles"]
     assert left["took"] and left["shared"] == []
     assert left["alive"] == [] and left["ports"] == []
@@ -301,7 +301,7 @@ def _assert_death(server: Server, load: Load, cause: str) -> None:
     load.assert_cut("engine has died")
     assert server.wait() == 1, server.text()[-3000:]
     last = server.text().rstrip().splitlines()[-1]
-    assert last.startswith("secura-serve: the engine died: ") and cause in last, last
+    assert last.startswith("secura-serve: error: the engine died: ") and cause in last, last
     assert server.alive() == []
 
 
