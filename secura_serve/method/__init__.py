@@ -22,7 +22,7 @@ from secura_serve.method.modes import (
     mode_names,
     register_mode,
 )
-from secura_serve.method.rules import register_rule, rule_names, uniform_numbers
+from secura_serve.method.rules import get_rule, register_rule, rule_names, uniform_numbers
 
 __all__ = [
     "INITS",
@@ -41,6 +41,7 @@ __all__ = [
     "foldable_modes",
     "gather",
     "get_mode",
+    "get_rule",
     "importance",
     "init_A",
     "merged",

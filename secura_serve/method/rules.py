@@ -13,7 +13,7 @@ import numpy as np
 from secura_serve.errors import ConfigError
 from secura_serve.registry import Registry
 
-__all__ = ["Rule", "order_indices", "register_rule", "rule_names", "uniform_numbers"]
+__all__ = ["Rule", "get_rule", "order_indices", "register_rule", "rule_names", "uniform_numbers"]
 
 Rule = Callable[[np.ndarray, str], np.ndarray]
 """``(p, key) -> scores``, both ``(n,)``: the smallest scores are chosen first.
@@ -37,6 +37,11 @@ def register_rule(name: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+def get_rule(name: str) -> Rule:
+    """Return the rule called ``name``. Raises ConfigError that lists the names there are."""
+    return _RULES[name]
 
 
 def rule_names() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from math import inf
 from typing import TYPE_CHECKING
 
+from secura_serve.errors import ConfigError
 from secura_serve.train.methods.registry import METHODS
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
             re.compile(getattr(config, name) or "")
         except re.error as error:
             problems.append(f"{name}: not a regular expression: {error}")
+    problems += _unregistered(config)
     if config.layers and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", config.layers):
         problems.append(f"layers: got {config.layers!r}, must be like 0,2,8-11")
     elif config.layers and any(first > last for first, last in layer_ranges(config.layers)):
@@ -92,6 +94,34 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
             f"data_columns: got {columns!r}, must be like prompt=question,completion=answer"
         )
     return problems
+
+
+def _unregistered(config: TrainConfig) -> list[str]:
+    """Report an S-MagNorm mode, a parameter of it or a selection rule that nobody registered."""
+    # They are registered beside their mathematics, which imports torch.
+    from secura_serve.method import get_mode, get_rule
+
+    problems = []
+    for name, look_up, value in (
+        ("magnorm", get_mode, config.magnorm),
+        ("selection", get_rule, config.selection),
+    ):
+        try:
+            if value is not None:
+                look_up(value)
+        except ConfigError as error:
+            problems.append(f"{name}: {error}")
+    pairs = config.magnorm_parameters
+    if pairs and not re.fullmatch(r"\w+=\d[\d.e+-]*(,\w+=\d[\d.e+-]*)*", pairs):
+        problems.append(f"magnorm_parameters: got {pairs!r}, must be like scale=6")
+    return problems
+
+
+def _has_parameter(config: TrainConfig, name: str) -> bool:
+    from secura_serve.method import get_mode, mode_names
+
+    # An unknown mode is reported as such.
+    return config.magnorm not in mode_names() or name in get_mode(config.magnorm).parameters
 
 
 def contradictions(config: TrainConfig) -> list[str]:
@@ -105,8 +135,16 @@ def contradictions(config: TrainConfig) -> list[str]:
             (config.inner_rank and config.core == "u", "inner_rank: needs core ab"),
             ("init" in changed and config.core == "u", "init: needs core ab"),
             (
-                "tau" in changed and config.magnorm != "bounded",
+                "tau" in changed and not _has_parameter(config, "tau"),
                 f"tau: needs magnorm bounded, got {config.magnorm}",
+            ),
+            *(
+                (
+                    not _has_parameter(config, pair.partition("=")[0]),
+                    f"magnorm_parameters: {pair}: magnorm {config.magnorm} has no such parameter",
+                )
+                for pair in (config.magnorm_parameters or "").split(",")
+                if pair
             ),
             (
                 config.dropout and config.magnorm not in (None, "none"),

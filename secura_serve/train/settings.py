@@ -27,7 +27,7 @@ REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same su
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
 _SET_BY_METHOD = (
-    *("core", "inner_rank", "init", "magnorm", "tau", "fusion_step"),
+    *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "fusion_step"),
     "learning_rate",
 )
 
@@ -83,12 +83,19 @@ class TrainConfig:
         "are served folded; activation and reference are for reproduction only and cannot be "
         "merged or served",
         None,
-        ("none", "published", "bounded", *REPRODUCTION_ONLY),
+        metavar="MODE",
     )
     tau: float = option("bounded: largest relative change of a weight", 0.02)
+    magnorm_parameters: str | None = option(
+        "other parameters of the S-MagNorm mode, joined by commas (published: scale=6)",
+        None,
+        metavar="NAME=NUMBER",
+    )
     alpha: str = option("step scale of U: auto, or a number", "auto")
     selection: str = option(
-        "rule that picks rows and columns", "inverse_sampled", ("inverse_sampled", "lowest_norm")
+        "rule that picks rows and columns: inverse_sampled or lowest_norm",
+        "inverse_sampled",
+        metavar="RULE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
     fusion_step: int = option(
@@ -192,6 +199,16 @@ class TrainConfig:
     def alpha_value(self) -> float | str:
         """Return ``alpha`` parsed: ``"auto"`` or the number."""
         return self.alpha if self.alpha == "auto" else float(self.alpha)
+
+    def magnorm_settings(self) -> dict[str, Any] | None:
+        """Return the S-MagNorm mode with its parameters as an adapter keeps them, or None."""
+        if self.magnorm in (None, "none"):
+            return None
+        from secura_serve.method import get_mode
+
+        given = dict(pair.split("=") for pair in (self.magnorm_parameters or "").split(",") if pair)
+        tau = {"tau": self.tau} if "tau" in get_mode(str(self.magnorm)).parameters else {}
+        return {"mode": self.magnorm} | tau | {name: float(text) for name, text in given.items()}
 
     def target_modules(self) -> str | list[str]:
         """Return ``targets`` for PEFT: ``all-linear``, a regular expression or a list of names."""

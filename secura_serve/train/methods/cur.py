@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["CURLORA", "SECURA"]
 
 _SETTINGS = ADAPTER_SETTINGS | {
-    *("core", "inner_rank", "init", "magnorm", "tau", "alpha"),
+    *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "alpha"),
     *("selection", "selection_seed", "fusion_step"),
 }
 
@@ -23,7 +23,6 @@ _SETTINGS = ADAPTER_SETTINGS | {
 def _peft_config(config: TrainConfig, common: dict[str, Any]) -> PeftConfig:
     from secura_serve.train.tuner import SecuraConfig
 
-    norm = {"mode": config.magnorm} | ({"tau": config.tau} if config.magnorm == "bounded" else {})
     if config.dropout:
         common = common | {"dropout": config.dropout}
     return SecuraConfig(
@@ -33,7 +32,7 @@ def _peft_config(config: TrainConfig, common: dict[str, Any]) -> PeftConfig:
         core=config.core or "u",
         inner_rank=config.inner_rank,
         init=config.init,
-        magnorm=None if config.magnorm == "none" else norm,
+        magnorm=config.magnorm_settings(),
     )
 
 

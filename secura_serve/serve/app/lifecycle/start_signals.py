@@ -1,8 +1,9 @@
 """Stopping while vLLM is still starting, and what a stop does not say.
 
-Once the server answers, :mod:`secura_serve.serve.app.lifecycle.draining` handles Ctrl-C and SIGTERM. Before that
-vLLM's own handler raises an exception that a callback may swallow, or waits for an engine that the
-same signal has ended; either way the server stays. Until then a signal here ends everything.
+Once the server answers, :mod:`secura_serve.serve.app.lifecycle.draining` handles Ctrl-C and
+SIGTERM. Before that vLLM's own handler raises an exception that a callback may swallow, or waits
+for an engine that the same signal has ended; either way the server stays. Until then a signal here
+ends everything.
 """
 
 from __future__ import annotations
