@@ -27,6 +27,8 @@ ALLOWED["train"] = ALLOWED["merge"] | {"accuracy_matrix"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["merge"] | {"merge"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}
+# Two processes of one server: neither may import the other's room.
+APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}
 # Third parties that one room keeps to itself.
 OWNERS = {"vllm": "serve", "fastapi": "serve", "peft": "train", "gradio": "demo"}
 
@@ -71,6 +73,17 @@ def test_every_import_follows_the_arrows() -> None:
         faults += _faults(room, file)
     for file in sorted((ROOT / "demo").rglob("*.py")):
         faults += _faults("demo", file)
+    assert not faults, "\n".join(faults)
+
+
+def test_the_servers_process_and_vllms_workers_stay_apart() -> None:
+    faults = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for room, other in APART.items()
+        for file in sorted((ROOT / "secura_serve" / room.replace(".", "/")).rglob("*.py"))
+        for name in _imports(file.read_text("utf-8"), file.relative_to(ROOT).parts[:-1])
+        if f"{name}.".startswith(f"secura_serve.{other}.")
+    ]
     assert not faults, "\n".join(faults)
 
 

@@ -42,7 +42,7 @@ from secura_serve.serve.app.startup_messages import (
     who_can_reach,
 )
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.plugin import LOAD_FORMAT
+from secura_serve.serve.names import LOAD_FORMAT
 
 __all__ = ["main"]
 
