@@ -73,7 +73,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
                     places.append((names, layout))
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
         if layers:
-            kernel = type(layers[0].kernel).__name__.lower()
+            kernel = layers[0].kernel.name
             logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
