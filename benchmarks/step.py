@@ -24,14 +24,14 @@ import torch
 
 from benchmarks._report import header, out_file
 from secura_serve.serve.engine.bank import Bank
-from secura_serve.serve.kernels import base as kernels
+from secura_serve.serve.kernels import choose_kernel
 
 DTYPE = torch.bfloat16
 BUDGET = 0.4
 
 
 def ours(size: int, r: int, tokens: int, adapters: int, device: torch.device) -> Callable[[], Any]:
-    kernel = kernels.choose(device, DTYPE)
+    kernel = choose_kernel(device, DTYPE)
     layout = kernel.layout(1, r, DTYPE)
     bank = Bank(adapters, [(["linear"], layout)], DTYPE, device)
     for slot in range(adapters):
@@ -40,11 +40,11 @@ def ours(size: int, r: int, tokens: int, adapters: int, device: torch.device) ->
     rows[0, :r] = torch.randperm(size)[:r]
     C = torch.zeros(layout.r, size, dtype=DTYPE, device=device)
     C[:r] = torch.randn(r, size).to(device, DTYPE) * 0.01
-    shared = kernel.shared(rows, C, None, [0, size])
+    state = kernel.prepare(rows, C, None, [0, size])
     y = torch.zeros(tokens, size, dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
     part = bank.part(0)
-    return lambda: kernel.step(y, None, slots, part, bank.ranks, shared)
+    return lambda: kernel.step(y, None, slots, part, bank.ranks, state)
 
 
 def lora(
@@ -131,7 +131,7 @@ def main() -> None:
         **header(("torch",)),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": given.threads,
-        "kernel": type(kernels.choose(device, DTYPE)).__name__.lower(),
+        "kernel": choose_kernel(device, DTYPE).name,
         "rows": [],
     }
     for size, r, tokens, adapters in itertools.product(

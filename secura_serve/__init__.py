@@ -54,6 +54,7 @@ _EXPORTS: dict[str, str] = {
     "register_method": "train",
     "register_strategy": "train",
     "register_task": "evaluate",
+    "register_kernel": "serve.kernels",
 }
 
 __all__ = ["__version__", *_EXPORTS]

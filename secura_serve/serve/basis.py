@@ -1,9 +1,10 @@
-"""The shared basis: which rows and columns of every linear the engine keeps at hand.
+"""The shared basis: the rows and columns of every linear that the served adapters use.
 
-It is the ordered union of the indices of all adapters. Adapters of one seed share theirs, so that
-the union is simply the widest of them; one that is off the shared basis widens it, and every
-token pays for the width. It is made once by the server and read by every worker, because the
-order in which adapters load differs between tensor-parallel ranks.
+The basis of a linear is the ordered union of all adapters' indices. Adapters that were trained with
+one seed use the same indices, so their union is that of the adapter with the highest rank. An
+adapter with other indices makes the basis wider, which costs every token time. The server makes the
+basis once and writes it to a file that every worker reads, because the order in which adapters load
+differs between tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from secura_serve.adapter import Adapter, CURModule
 from secura_serve.errors import AdapterFormatError, UnservableError
 from secura_serve.method import Basis
 
-__all__ = ["Gains", "SharedBasis", "base_id"]
+__all__ = ["Gains", "SharedBasis", "base_id", "refuse_full_rank"]
 
 Gains = Mapping[str, float]
 """Module -> ‖C‖·‖R‖/√(out·in), see :mod:`secura_serve.adapter.limits`."""
 
 
 def base_id(adapter: Adapter) -> str:
-    """A digest of what the adapter says about its base and of the indices that it uses.
+    """Return a digest of the adapter's base fingerprints and of its row and column indices.
 
-    Adapters of one base, rank, target set and seed have the same, so that one comparison with
-    the checkpoint answers for all of them.
+    Adapters of one base, rank, target set and seed have the same digest, so the checkpoint is
+    compared once for all of them.
     """
     digest = hashlib.sha256()
     for name, cur in sorted(adapter.modules.items()):
@@ -41,6 +42,16 @@ def base_id(adapter: Adapter) -> str:
         digest.update(f"{name}|{claim}|{len(cur.rows)}\n".encode())
         digest.update(torch.cat([cur.rows, cur.cols]).to(torch.int32).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def refuse_full_rank(adapter: Adapter) -> None:
+    """Raise UnservableError for an adapter that is not C·U·R once its norm is applied."""
+    mode = adapter.config.magnorm.mode
+    if not adapter.config.magnorm.additive:
+        raise UnservableError(
+            f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
+            "chosen per request beside others. Start with --fold, or POST to /admin/fold"
+        )
 
 
 def _union(lists: Iterable[Tensor]) -> Tensor:
@@ -60,7 +71,12 @@ class SharedBasis:
 
     @classmethod
     def of(cls, adapters: Iterable[Adapter], gains: Mapping[str, Gains]) -> SharedBasis:
-        """The ordered union over ``adapters``, the widest first; all of them are in ``gains``."""
+        """Return the ordered union over ``adapters``, highest rank first.
+
+        Args:
+            gains: for the :func:`base_id` of every adapter, what the comparison with the
+                checkpoint gave.
+        """
         ranked = sorted(adapters, key=lambda a: (-a.config.r, a.name))
         names = dict.fromkeys(module for a in ranked for module in a.modules)
         modules = {}
@@ -74,12 +90,15 @@ class SharedBasis:
         """The largest number of rows or columns over all modules."""
         return max((max(len(b.rows), len(b.cols)) for b in self.modules.values()), default=0)
 
-    def outsiders(self, adapters: Iterable[Adapter]) -> list[str]:
-        """Names of the adapters that do not use the first rows and columns, as those of one seed
-        do: they widen the basis."""
+    def off_basis(self, adapters: Iterable[Adapter]) -> list[str]:
+        """Return the names of the adapters that widen the basis.
+
+        An adapter is on the basis if it uses the basis's first rows and columns in every module,
+        as all adapters of one seed do.
+        """
         known: dict[int, bool] = {}
 
-        def outside(modules: Mapping[str, CURModule]) -> bool:
+        def is_off(modules: Mapping[str, CURModule]) -> bool:
             return any(
                 not torch.equal(cur.rows, self.modules[name].rows[: len(cur.rows)])
                 or not torch.equal(cur.cols, self.modules[name].cols[: len(cur.cols)])
@@ -90,13 +109,16 @@ class SharedBasis:
         for adapter in adapters:
             # A catalog shares the modules of adapters with one basis.
             key = id(adapter.modules)
-            known[key] = known[key] if key in known else outside(adapter.modules)
+            known[key] = known[key] if key in known else is_off(adapter.modules)
             names += [adapter.name] if known[key] else []
         return names
 
-    def embed(self, module: str, cur: CURModule) -> Tensor:
-        """U placed at the adapter's positions in the basis, ``(k, m)`` float32: no larger than the
-        highest position in use; U itself where the adapter is on the basis.
+    def to_shared_basis(self, module: str, cur: CURModule) -> Tensor:
+        """Return U with its entries moved to the adapter's positions in the basis.
+
+        Returns:
+            ``(k, m)`` float32, where k and m are the highest positions in use plus one. This is U
+            itself where the adapter is on the basis.
 
         Raises:
             UnservableError: the adapter uses a row or column that the basis lacks.
@@ -123,7 +145,10 @@ class SharedBasis:
         return U
 
     def save(self, folder: Path) -> Path:
-        """Write as JSON under a name made of its content; atomic, and equal content is reused."""
+        """Write the basis as JSON into ``folder``, atomically, and return the file's path.
+
+        The file's name is a digest of its content, so saving the same basis twice gives one file.
+        """
         text = json.dumps(
             {
                 "modules": {

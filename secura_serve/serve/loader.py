@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from secura_serve.errors import ConfigError
 from secura_serve.merge import fold_stream, open_source, plan_fold
-from secura_serve.serve.plugin import LOAD_FORMAT
+from secura_serve.serve.names import LOAD_FORMAT
 
 __all__ = ["EXTRA_KEY", "SecuraModelLoader", "named_adapters", "register_loader"]
 

@@ -6,14 +6,11 @@ import os
 from importlib.metadata import entry_points
 
 from secura_serve.errors import ConfigError
+from secura_serve.serve.names import ACTIVE
 
-__all__ = ["ACTIVE", "LOAD_FORMAT", "activate", "choose_plugins", "register"]
+__all__ = ["activate", "choose_plugins", "register"]
 
-LOAD_FORMAT = "secura"
 _GROUP, _ADMIN = "vllm.endpoint_plugins", "secura_admin"
-
-ACTIVE = "SECURA_SERVE_ACTIVE"
-"""Set by ``secura-serve``, inherited by vLLM's workers. Without it, vLLM stays as it is."""
 
 
 def register() -> None:

@@ -46,6 +46,8 @@ ALLOWED["train"] = ALLOWED["adapter"] | {"adapter", "registry", "train.data", "t
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}
+# Two processes of one server: neither may import the other's room.
+APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}
 # Third parties that only some rooms import.
 OWNERS = {
     "vllm": {"serve"},
@@ -130,6 +132,17 @@ def test_sub_rooms_know_what_their_lines_say() -> None:
     assert not _forbidden("merge", "secura_serve.method.modes.none")
     assert not _forbidden("method.modes", "secura_serve.method.native.FORMS")
     assert _forbidden("method.modes", "secura_serve.method.magnorm")
+
+
+def test_the_servers_process_and_vllms_workers_stay_apart() -> None:
+    faults = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for room, other in APART.items()
+        for file in sorted((ROOT / "secura_serve" / room.replace(".", "/")).rglob("*.py"))
+        for name in _imports(file.read_text("utf-8"), file.relative_to(ROOT).parts[:-1])
+        if f"{name}.".startswith(f"secura_serve.{other}.")
+    ]
+    assert not faults, "\n".join(faults)
 
 
 def test_the_walk_sees_nested_and_relative_imports() -> None:

@@ -149,12 +149,12 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
     for found in (wide, narrow, other):
         for module, cur in found.modules.items():
             W, place = checkpoint.weight(module).double(), saved.modules[module]
-            U = saved.embed(module, cur).double()
+            U = saved.to_shared_basis(module, cur).double()
             got = W[:, place.cols[: U.shape[0]]] @ U @ W[place.rows[: U.shape[1]]]
             want = W[:, cur.cols.long()] @ cur.U.double() @ W[cur.rows.long()]
             torch.testing.assert_close(got, want)
     with pytest.raises(UnservableError, match="does not keep"):
-        bases.SharedBasis.of([narrow], gains).embed(module, other.modules[module])
+        bases.SharedBasis.of([narrow], gains).to_shared_basis(module, other.modules[module])
 
 
 def test_a_damaged_basis_file_is_refused(tmp_path):
@@ -262,8 +262,8 @@ def test_what_widens_the_basis_is_named(folder, base):
     found = scan(folder, Checkpoint(base))
     served = found.served
     shared = bases.SharedBasis.of(served, found.gains)
-    assert shared.outsiders(served) == ["other"] and shared.width > 6
-    assert bases.SharedBasis.of(served[:1], found.gains).outsiders(served[:1]) == []
+    assert shared.off_basis(served) == ["other"] and shared.width > 6
+    assert bases.SharedBasis.of(served[:1], found.gains).off_basis(served[:1]) == []
 
 
 @pytest.mark.parametrize("fits, slots", [(3, 8), (200, 200), (10**6, 1000)])

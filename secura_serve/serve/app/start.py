@@ -14,7 +14,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
-from secura_serve.serve.app.catalog import Catalog, examine, refuse_full_rank, scan
+from secura_serve.serve.app.catalog import Catalog, examine, scan
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.memory import estimate
 from secura_serve.serve.app.plain_lora import PlainLoRA
@@ -32,8 +32,8 @@ from secura_serve.serve.app.vllm_flags import (
     refuse_unknown_flags,
     server_keys,
 )
-from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.plugin import LOAD_FORMAT
+from secura_serve.serve.basis import SharedBasis, refuse_full_rank
+from secura_serve.serve.names import LOAD_FORMAT
 
 __all__ = ["start", "verified_copy"]
 

@@ -24,7 +24,7 @@ __all__ = [
 
 def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
     """Name the adapters that widen the basis for all."""
-    if outside := basis.outsiders(adapters):
+    if outside := basis.off_basis(adapters):
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
         verb = "does" if len(outside) == 1 else "do"
         print(

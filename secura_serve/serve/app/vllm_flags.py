@@ -17,7 +17,7 @@ from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
-from secura_serve.serve.plugin import LOAD_FORMAT
+from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 
 __all__ = [
     "parse_vllm_flags",
@@ -189,7 +189,7 @@ def parse_vllm_flags(
             args.max_cpu_loras = max(args.max_loras, default_cached(len(served), slot))
         plain = any(isinstance(a, PlainLoRA) for a in served)
         ours = {"basis": str(basis.save(cache)), "base": str(path), "plain_lora": plain}
-        args.additional_config = {**(args.additional_config or {}), "secura": ours}
+        args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: ours}
     args.middleware = [*args.middleware, _GUARD]
     validate(args)
     return args

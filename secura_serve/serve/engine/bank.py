@@ -1,73 +1,40 @@
-"""All U of all slots in one tensor: loading an adapter is one copy of one row.
+"""The bank: one tensor with the U of every linear, one row for each adapter slot.
 
-A layer sees its part of every row as a view. How a part is laid out is the layer's choice: plain
-``(n, r, r)``, or as the native step reads it.
+Loading an adapter copies one row. A layer sees its part of all rows as a view, in the layout that
+its kernel reads (:class:`~secura_serve.serve.kernels.layout.Layout`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secura_serve.errors import UnservableError
+from secura_serve.serve.kernels.layout import Layout
 
-__all__ = ["Bank", "Layout"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the U of one linear lie in a row: ``(n, r, r)``, or ``(n, r/pairs, lanes, pairs)`` with
-    the contracted index first where ``pairs`` is given."""
-
-    n: int
-    r: int
-    """Even where pairs is 2."""
-    pairs: int | None = None
-    lanes: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.pairs is None:
-            return (self.n, self.r, self.r)
-        return (self.n, self.r // self.pairs, self.lanes, self.pairs)
-
-    @property
-    def numel(self) -> int:
-        return self.n * self.r * (self.lanes if self.pairs else self.r)
-
-    def put(self, part: Tensor, s: int, U: Tensor) -> None:
-        """Write U ``(out, in)`` of slice ``s`` into the ``part`` of a row that is zero so far."""
-        rows, cols = U.shape
-        if self.pairs is None:
-            part[s, :rows, :cols] = U
-            return
-        if cols % self.pairs:
-            U, cols = torch.nn.functional.pad(U, (0, 1)), cols + 1
-        steps = cols // self.pairs
-        part[s, :steps, :rows] = U.T.reshape(steps, self.pairs, rows).transpose(1, 2)
+__all__ = ["Bank"]
 
 
 class Bank:
-    """``slots`` rows and one that stays zero, for tokens without an adapter.
+    """``slots`` rows for adapters and a last row of zeros, for tokens without an adapter.
+
+    It takes ``(slots + 1) · Σ n·r²`` numbers of memory, a little more where a layout is padded.
 
     Args:
-        places: per linear, the names of its slices (None where no adapter touches one) and their
-            layout.
-
-    Memory: ``(slots + 1) · Σ n·r²`` numbers, a little more where lanes are padded.
+        linears: for each linear, the names of its slices (None for a slice that no adapter
+            changes) and their layout.
     """
 
     def __init__(
         self,
         slots: int,
-        places: Sequence[tuple[Sequence[str | None], Layout]],
+        linears: Sequence[tuple[Sequence[str | None], Layout]],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._layouts = [layout for _, layout in places]
+        self._layouts = [layout for _, layout in linears]
         self._starts, total = [], 0
         for layout in self._layouts:
             self._starts.append(total)
@@ -75,7 +42,7 @@ class Bank:
             total += -(-layout.numel // 32) * 32
         self._where = {
             name: (i, s)
-            for i, (names, _) in enumerate(places)
+            for i, (names, _) in enumerate(linears)
             for s, name in enumerate(names)
             if name is not None
         }
@@ -84,13 +51,19 @@ class Bank:
         """The highest index that a slot's adapter uses, plus one; 0 for an empty slot."""
 
     def part(self, i: int) -> Tensor:
-        """What linear ``i`` sees: ``(slots + 1, *layout.shape)``, a view."""
+        """Return the part of all rows that linear ``i`` uses: ``(slots + 1, *layout.shape)``."""
         layout, start = self._layouts[i], self._starts[i]
         view: Tensor = self.rows[:, start : start + layout.numel].unflatten(1, layout.shape)
         return view
 
     def pack(self, cores: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-        """A row on the CPU made of U per module, embedded in the basis; and its rank.
+        """Make a row, on the CPU, from the U of every module.
+
+        Args:
+            cores: U by module name, moved to the shared basis.
+
+        Returns:
+            The row and its rank, which is the highest index in use plus one.
 
         Raises:
             UnservableError: a module that no linear of this engine has.
@@ -106,11 +79,11 @@ class Bank:
         return row, rank
 
     def put(self, slot: int, row: Tensor, rank: int) -> None:
-        """Load an adapter into a slot."""
+        """Copy the row of an adapter, as :meth:`pack` made it, into a slot."""
         self.rows[slot].copy_(row, non_blocking=True)
         self.ranks[slot] = rank
 
     def clear(self, slot: int) -> None:
-        """Empty a slot."""
+        """Set a slot to zero."""
         self.rows[slot].zero_()
         self.ranks[slot] = 0

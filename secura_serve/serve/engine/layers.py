@@ -26,8 +26,7 @@ from vllm.lora.layers import (
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
 from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
-from secura_serve.serve.engine.bank import Layout
-from secura_serve.serve.kernels import base as kernels  # noqa: F401  (registers its op)
+from secura_serve.serve.kernels import Layout, choose_kernel
 
 __all__ = ["CURLinearMixin"]
 
@@ -109,7 +108,7 @@ class CURLinearMixin:
             raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
         n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
-        self.kernel = kernels.choose(self.device, dtype)
+        self.kernel = choose_kernel(self.device, dtype)
         layout = self.kernel.layout(n, r, dtype)
         starts = [0, *accumulate(self.output_slices)]
         rows = torch.full((n, layout.r), -1)
@@ -128,7 +127,7 @@ class CURLinearMixin:
             # The entries are gathered here and summed over ranks before they meet U.
             self.shards = Shards(rows.to(self.device), offset, owned.to(self.device))
             rows, offset = torch.arange(n * layout.r).view(n, -1), None
-        self.shared = self.kernel.shared(rows, C, offset, starts)
+        self.state = self.kernel.prepare(rows, C, offset, starts)
         return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +185,7 @@ class CURLinearMixin:
         slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
         if self.bank is not None:
             source = None if self.shards is None else self.shards.gather(y)
-            y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.shared)
+            y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.state)
         if self.lora is not None and self.device.type == "cpu":
             into = x.reshape(-1, x.shape[-1])
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)

@@ -23,19 +23,17 @@ from secura_serve import adapter as adapters
 from secura_serve.bases import cache_root
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
-from secura_serve.serve.app.catalog import refuse_full_rank
-from secura_serve.serve.basis import SharedBasis, base_id
+from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
+from secura_serve.serve.names import CONFIG_KEY
 
 # A child of vLLM's logger, which alone has a handler in a worker.
 logger = init_logger("vllm.secura_serve")
 
-__all__ = ["CONFIG_KEY", "CURModelManager", "CURWorkerManager"]
+__all__ = ["CURModelManager", "CURWorkerManager"]
 
-CONFIG_KEY = "secura"
-"""Under ``additional_config``: ``{"basis": path, "base": folder, "plain_lora": bool}``."""
 _CORE = "secura.core"
 
 
@@ -75,7 +73,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
                     places.append((names, layout))
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
         if layers:
-            kernel = type(layers[0].kernel).__name__.lower()
+            kernel = layers[0].kernel.name
             logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
@@ -158,7 +156,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
             gains = compared.norm_bounds
         adapters.refuse_oversized(adapter, gains)
         cores = {
-            _vllm_name(manager.model, module): manager.shared_basis.embed(module, cur)
+            _vllm_name(manager.model, module): manager.shared_basis.to_shared_basis(module, cur)
             for module, cur in adapter.modules.items()
         }
         row, used = manager.bank.pack(cores)

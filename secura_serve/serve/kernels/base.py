@@ -1,56 +1,52 @@
-"""The three ways to run the adapter step, and the choice between them.
-
-=========  ==================================  ==============================================
-kernel     runs where                          reads
-=========  ==================================  ==============================================
-native     CPU, with a C++ compiler            U and C with pairs of the contracted index side
-                                               by side, for the dot product of bfloat16
-triton     GPU with Triton                     U as ``(r, r)``, C as ``(r, out)``
-torch      everywhere                          the same, C block-diagonal
-=========  ==================================  ==============================================
-
-Each says how it wants U in the bank (:class:`Layout`) and prepares what all adapters share.
-``SECURA_KERNEL`` names one of them, for tests and benchmarks.
-"""
+"""What a kernel for the adapter step must do, and the registry from which one is chosen."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
-from secura_serve.serve.engine.bank import Layout
-from secura_serve.serve.kernels import native_step
-from secura_serve.serve.kernels.torch_step import adapter_step
+from secura_serve.serve.kernels.layout import Layout
 
-__all__ = ["Kernel", "choose"]
+__all__ = ["Kernel", "choose_kernel", "kernel_names", "register_kernel"]
 
-Shared = tuple[Any, ...]
+State = TypeVar("State")
+"""What a kernel prepares once for a linear: a frozen dataclass of its own."""
 
 
-class Kernel(ABC):
+class Kernel(ABC, Generic[State]):
     """One way to compute y + C·(U_slot·(y − b)[rows])."""
 
+    name: ClassVar[str]
+    """What ``SECURA_KERNEL`` and the log call it."""
+    priority: ClassVar[int]
+    """Of the kernels that are supported, the one with the highest priority is used."""
+
+    @classmethod
+    @abstractmethod
+    def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether this kernel runs here, on tensors of this device and dtype."""
+
     def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
-        """How the U of a linear with ``n`` slices and a basis of ``r`` lie in the bank."""
+        """Return how the bank holds the U of a linear with ``n`` slices and a basis of ``r``."""
         return Layout(n, r)
 
     @abstractmethod
-    def shared(
+    def prepare(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
-    ) -> Shared:
-        """What :meth:`step` needs besides the bank.
+    ) -> State:
+        """Return what :meth:`step` needs besides the bank; all adapters share it.
 
         Args:
-            rows: ``(n, r)`` int64 on the CPU, columns of what is gathered from; −1 is none.
-            C: ``(r, out)``, the slices' C side by side, transposed.
+            rows: ``(n, r)`` int64 on the CPU, the columns of ``source`` to gather; −1 for none.
+            C: ``(r, out)``, the transposed C of the slices side by side.
             offset: ``(n·r,)``, the bias at ``rows``.
-            starts: where each slice's columns begin, and where the last ends.
+            starts: where each slice's columns begin, and where the last slice ends.
         """
 
     @abstractmethod
@@ -61,119 +57,60 @@ class Kernel(ABC):
         slots: Tensor,
         bank: Tensor,
         ranks: Tensor,
-        shared: Shared,
+        state: State,
     ) -> Tensor:
-        """The adapted output, in y's place or not.
+        """Return the adapted output, which may be ``y`` itself, changed in place.
+
+        torch.compile traces this call, with ``fullgraph=True``.
 
         Args:
             y: ``(T, out)``.
-            source: what is gathered from, where that is not ``y``.
-            slots: ``(T,)`` int64; −1 is none.
-            bank: ``(slots + 1, *layout)``.
+            source: the tensor to gather from; None for ``y``.
+            slots: ``(T,)`` int64, each token's slot; −1 for none.
+            bank: ``(slots + 1, *layout.shape)``.
             ranks: ``(slots + 1,)`` int32.
+            state: what :meth:`prepare` returned for this linear.
         """
 
 
-class Native(Kernel):
-    """:mod:`secura_serve.serve.kernels.native_step`."""
-
-    def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
-        pairs, lanes = native_step.pairs(dtype), native_step.LANES
-        return Layout(n, -(-r // pairs) * pairs, pairs, -(-r // lanes) * lanes)
-
-    def shared(
-        self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
-    ) -> Shared:
-        paired = C.unflatten(0, (-1, native_step.pairs(C.dtype))).transpose(1, 2).contiguous()
-        return rows.to(torch.int32), paired, offset, torch.tensor(starts)
-
-    def step(
-        self,
-        y: Tensor,
-        source: Tensor | None,
-        slots: Tensor,
-        bank: Tensor,
-        ranks: Tensor,
-        shared: Shared,
-    ) -> Tensor:
-        rows, C, offset, starts = shared
-        torch.ops.secura.step_(y, source, slots, rows, bank, ranks, C, offset, starts)
-        return y
+_KERNELS: dict[str, type[Kernel[Any]]] = {}
 
 
-class Triton(Kernel):
-    """:mod:`secura_serve.serve.kernels.triton_step`."""
-
-    def shared(
-        self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
-    ) -> Shared:
-        from secura_serve.serve.kernels import triton_step
-
-        where = triton_step.blocks(list(starts), C.device)
-        return rows.to(C.device, torch.int32), C, offset, where
-
-    def step(
-        self,
-        y: Tensor,
-        source: Tensor | None,
-        slots: Tensor,
-        bank: Tensor,
-        ranks: Tensor,
-        shared: Shared,
-    ) -> Tensor:
-        rows, C, offset, where = shared
-        torch.ops.secura_gpu.step_(y, source, slots, rows, bank, ranks, C, offset, where)
-        return y
-
-
-class Torch(Kernel):
-    """:mod:`secura_serve.serve.kernels.torch_step`."""
-
-    def shared(
-        self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
-    ) -> Shared:
-        n, r = rows.shape
-        blocks = C.new_zeros(n, r, C.shape[1])
-        for s, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
-            blocks[s, :, begin:end] = C[:, begin:end]
-        # An entry that no slice has meets zeros in U.
-        return rows.flatten().clamp(min=0).to(C.device), blocks.flatten(0, 1), offset
-
-    def step(
-        self,
-        y: Tensor,
-        source: Tensor | None,
-        slots: Tensor,
-        bank: Tensor,
-        ranks: Tensor,
-        shared: Shared,
-    ) -> Tensor:
-        rows, C, offset = shared
-        g = (y if source is None else source).index_select(1, rows)
-        return adapter_step(y, g if offset is None else g - offset, slots, bank=bank, C_t=C)
-
-
-def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The fastest kernel that runs on ``device``.
+def register_kernel(kernel: type[Kernel[Any]]) -> type[Kernel[Any]]:
+    """Make a kernel known under its name; usable as a decorator.
 
     Raises:
-        ConfigError: ``SECURA_KERNEL`` names one that does not.
+        ConfigError: another kernel has this name.
     """
-    able: dict[str, Kernel] = {}
-    if native_step.fits(device, dtype):
-        able["native"] = Native()
-    if device.type == "cuda" and _has_triton():
-        able["triton"] = Triton()
-    able["torch"] = Torch()
-    wanted = os.environ.get("SECURA_KERNEL") or next(iter(able))
-    if wanted not in able:
-        raise ConfigError(f"SECURA_KERNEL={wanted}: not here; allowed: {', '.join(able)}")
-    return able[wanted]
+    if _KERNELS.setdefault(kernel.name, kernel) is not kernel:
+        raise ConfigError(
+            f"there is a kernel {kernel.name!r} already ({_KERNELS[kernel.name].__qualname__}); "
+            f"taken names: {', '.join(_KERNELS)}"
+        )
+    return kernel
 
 
-def _has_triton() -> bool:
-    try:
-        from secura_serve.serve.kernels import triton_step  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def kernel_names() -> list[str]:
+    """Return the names of all registered kernels, in the order of registration."""
+    return list(_KERNELS)
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> Kernel[Any]:
+    """Return the kernel that ``SECURA_KERNEL`` names, or else the fastest that is supported.
+
+    Raises:
+        ConfigError: ``SECURA_KERNEL`` names a kernel that does not exist or is not supported here.
+    """
+    wanted = os.environ.get("SECURA_KERNEL")
+    if wanted and wanted not in _KERNELS:
+        raise ConfigError(f"SECURA_KERNEL={wanted}: no such kernel; allowed: {', '.join(_KERNELS)}")
+    ranked = sorted(_KERNELS.values(), key=lambda kernel: -kernel.priority)
+    if not wanted:
+        return next(kernel for kernel in ranked if kernel.is_supported(device, dtype))()
+    if not _KERNELS[wanted].is_supported(device, dtype):
+        usable = [kernel.name for kernel in ranked if kernel.is_supported(device, dtype)]
+        raise ConfigError(
+            f"SECURA_KERNEL={wanted}: not supported on this machine for {device.type} and {dtype}; "
+            f"allowed: {', '.join(usable)}"
+        )
+    return _KERNELS[wanted]()

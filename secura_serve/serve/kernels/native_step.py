@@ -19,7 +19,7 @@ import torch
 
 from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled
 
-__all__ = ["LANES", "fits", "pairs"]
+__all__ = ["LANES", "is_supported", "pairs"]
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
-def fits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``secura::step_`` takes tensors of this kind, in this process."""
+def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether ``secura::step_`` was compiled and takes tensors of this kind."""
     return device.type == "cpu" and dtype in _DTYPES and _library() is not None
 
 
 def pairs(dtype: torch.dtype) -> int:
-    """How many numbers of the contracted index lie side by side in the bank and in C."""
+    """Return how many numbers of the contracted index lie side by side in the bank and in C."""
     library = _library()
     assert library is not None
     return int(library.secura_step_pairs()) if dtype == torch.bfloat16 else 1

@@ -73,7 +73,7 @@ def _expand(
 
 
 def blocks(starts: list[int], device: torch.device) -> Tensor:
-    """Which columns belong together: ``(m, 3)`` int32 of first, end and slice.
+    """Return blocks of columns of one slice: ``(m, 3)`` int32 of first, end and slice.
 
     Args:
         starts: where each slice's columns begin, and where the last ends.

@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
-from secura_serve.serve.kernels import base as kernels
 from secura_serve.serve.kernels import native_step
+from secura_serve.serve.kernels.native_kernel import NativeKernel
 from tests.support.stepping import TOLERANCE, Linear
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
-    not native_step.fits(CPU, torch.float32), reason="no C++ compiler, or torch before 2.10"
+    not native_step.is_supported(CPU, torch.float32), reason="no C++ compiler, or torch before 2.10"
 )
 
 
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.skipif(
     [((40,), (3,)), ((96, 32, 32), (16, 5, 1)), ((300, 300), (33, 8)), ((65,), (32, 16, 2, 7))],
 )
 def test_equals_loops(outs, ranks, dtype, biased):
-    linear = Linear(kernels.Native(), outs, ranks, dtype, biased)
+    linear = Linear(NativeKernel(), outs, ranks, dtype, biased)
     for tokens in (1, 3, 8, 13, 70, 300):
         linear.check(tokens)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_rows_of_a_wider_matrix_and_other_tokens_that_are_not_finite(dtype):
-    linear = Linear(kernels.Native(), (48, 16), (8, 4), dtype, biased=True)
+    linear = Linear(NativeKernel(), (48, 16), (8, 4), dtype, biased=True)
     slots = torch.tensor([0, 1, -1, 0, 1, 0, 0, 1, 1])
     sheet = linear.noise(9, linear.out + 24)
     sheet[3] = float("nan")
@@ -50,7 +50,7 @@ def test_rows_of_a_wider_matrix_and_other_tokens_that_are_not_finite(dtype):
 
 
 def test_compiled_with_the_linear_before_it():
-    linear = Linear(kernels.Native(), (96, 32, 32), (16, 5), torch.bfloat16, biased=False)
+    linear = Linear(NativeKernel(), (96, 32, 32), (16, 5), torch.bfloat16, biased=False)
     W = linear.noise(linear.out, 24) * 0.2
 
     def layer(x, slots):
@@ -67,7 +67,7 @@ def test_compiled_with_the_linear_before_it():
 
 def test_other_dtypes_are_refused():
     with pytest.raises(RuntimeError, match="bfloat16, float16 or float32"):
-        linear = Linear(kernels.Native(), (8,), (2,), torch.float32, biased=False)
+        linear = Linear(NativeKernel(), (8,), (2,), torch.float32, biased=False)
         linear.step(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
 
 
@@ -75,7 +75,7 @@ def test_other_dtypes_are_refused():
 def test_without_a_compiler_the_expression_is_left(setting, tmp_path):
     code = (
         "import torch; from secura_serve.serve.kernels import native_step;"
-        "assert not native_step.fits(torch.device('cpu'), torch.float32)"
+        "assert not native_step.is_supported(torch.device('cpu'), torch.float32)"
     )
     env = {"PATH": "/usr/bin:/bin", "SECURA_CACHE": str(tmp_path)} | setting
     subprocess.run([sys.executable, "-c", code], check=True, env=env)

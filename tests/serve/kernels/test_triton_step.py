@@ -18,24 +18,24 @@ pytest.importorskip("triton", reason="no triton package")
 
 CASES = """
 import itertools, torch
-from secura_serve.serve.kernels import base as kernels
-from secura_serve.serve.kernels import triton_step
+from dataclasses import replace
+from secura_serve.serve.kernels.triton_kernel import TritonKernel
 from tests.support.stepping import Linear
 
 device = torch.device({device!r})
 shapes = [((40,), (3,)), ((96, 32, 32), (16, 5, 1)), ((200, 130), (33, 8))]
 for (outs, ranks), dtype, biased in itertools.product(shapes, {dtypes}, (False, True)):
-    linear = Linear(kernels.Triton(), outs, ranks, dtype, biased, device=device)
+    linear = Linear(TritonKernel(), outs, ranks, dtype, biased, device=device)
     for tokens in (1, 5, 37):
         linear.check(tokens)
 # Entries that were summed over ranks first, and an empty batch.
-linear = Linear(kernels.Triton(), (24, 8), (6, 4), torch.float32, False, device=device)
+linear = Linear(TritonKernel(), (24, 8), (6, 4), torch.float32, False, device=device)
 y, slots = linear.noise(9, 32).to(device), torch.randint(-1, 2, (9,)).to(device)
 plain = linear.step(y.clone(), slots)
-rows = linear.shared[0]
+rows = linear.state.rows
 source = y[:, rows.flatten().clamp(min=0).long()].contiguous()
 straight = torch.arange(rows.numel(), dtype=torch.int32, device=device).view(rows.shape)
-linear.shared = (straight, *linear.shared[1:])
+linear.state = replace(linear.state, rows=straight)
 torch.testing.assert_close(linear.step(y.clone(), slots, source), plain)
 linear.step(y[:0], slots[:0])
 """

@@ -1,0 +1,66 @@
+"""The adapter step on a GPU: the Triton op of :mod:`~secura_serve.serve.kernels.triton_step`.
+
+Triton is imported only where this kernel is used, since the package may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from secura_serve.serve.kernels.base import Kernel
+
+__all__ = ["TritonKernel", "TritonState"]
+
+
+@dataclass(frozen=True)
+class TritonState:
+    """What the op needs besides the bank."""
+
+    rows: Tensor
+    """``(n, r)`` int32."""
+    C: Tensor
+    """``(r, out)``."""
+    offset: Tensor | None
+    """``(n·r,)``."""
+    column_blocks: Tensor
+    """``(m, 3)`` int32: first column, end and slice of each block of columns."""
+
+
+class TritonKernel(Kernel[TritonState]):
+    """For CUDA devices, where the package ``triton`` is installed."""
+
+    name, priority = "triton", 20
+
+    @classmethod
+    def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether this is a GPU and Triton can be imported."""
+        return device.type == "cuda" and find_spec("triton") is not None
+
+    def prepare(
+        self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
+    ) -> TritonState:
+        """Return C and the indices in the kernel's own layout; see :class:`Kernel`."""
+        from secura_serve.serve.kernels import triton_step
+
+        column_blocks = triton_step.blocks(list(starts), C.device)
+        return TritonState(rows.to(C.device, torch.int32), C, offset, column_blocks)
+
+    def step(
+        self,
+        y: Tensor,
+        source: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: TritonState,
+    ) -> Tensor:
+        """Change ``y`` in place and return it; see :class:`Kernel`."""
+        torch.ops.secura_gpu.step_(
+            y, source, slots, state.rows, bank, ranks, state.C, state.offset, state.column_blocks
+        )
+        return y
