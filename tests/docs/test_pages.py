@@ -209,7 +209,9 @@ def _variables(file: Path) -> set[str]:
     """Names of environment variables: capitals with an underscore that stand as a string, or
     behind one name, in a file that looks at ``os.environ``."""
     source = file.read_text("utf-8")
-    if "environ" not in source and "getenv" not in source:
+    looks = "environ" in source or "getenv" in source
+    # Names that several processes share stand apart from those who read them.
+    if not looks and "Environment variable" not in source:
         return set()
     body = [n for n in ast.parse(source).body if "__all__" not in ast.unparse(n).split("=")[0]]
     return {
