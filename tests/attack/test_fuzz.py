@@ -52,10 +52,11 @@ def test_two_thousand_requests_to_all_routes(server):
     schema = schemathesis.openapi.from_url(f"{root}/openapi.json")
     operations = [r.ok() for r in schema.get_all_operations()]
     assert len(operations) > 20, [o.path for o in operations]
-    each = -(-REQUESTS // len(operations))
+    # Without a body there are few different requests. Some that are made cannot be sent.
+    each = 3 * REQUESTS // (2 * sum(bool(list(o.body)) for o in operations))
     process = psutil.Process(server.pid)
     children = {child.pid for child in process.children(recursive=True)}
-    seen, problems = 0, []
+    sent, problems = 0, []
     with httpx.Client(base_url=root, timeout=120) as client:
         for operation in operations:
 
@@ -69,26 +70,27 @@ def test_two_thousand_requests_to_all_routes(server):
             )
             @given(case=operation.as_strategy(), name=NAMES)
             def ask(case, name):
-                nonlocal seen
+                nonlocal sent
                 _named(case, name)
-                problems.extend(_ask(client, case))
-                seen += 1
+                faults = _ask(client, case)
+                sent += faults is not None
+                problems.extend(faults or ())
 
             ask()
     assert not problems, "\n".join(problems[:20])
-    assert seen >= REQUESTS * 0.9
+    assert sent >= REQUESTS
     assert {child.pid for child in process.children(recursive=True)} >= children
     answer = httpx.post(f"{root}/v1/completions", json={"model": "one", "prompt": "x"}, timeout=60)
     assert answer.status_code == 200 and answer.json()["model"] == "one"
 
 
 def _ask(client, case):
-    """Send one request; what is wrong with the answer, if anything."""
+    """Send one request; return what is wrong with the answer, or None if it cannot be sent."""
     try:
         sent = case.as_transport_kwargs(base_url=str(client.base_url))
         response = case.call(base_url=str(client.base_url), timeout=120)
     except (ValueError, TypeError):
-        return []
+        return None
     shown = f"{case.method} {case.path} {str(sent.get('json') or sent.get('data'))[:300]}"
     if response.status_code >= 500 and response.status_code not in (501, 503):
         return [f"{shown}: {response.status_code} {response.text[:300]}"]
