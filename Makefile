@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
+.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,8 +31,13 @@ setup: $(VENV)/.stamp-package ## make .venv: vLLM for CPU, torch, this package (
 demo: setup ## serve the embedded base with ./adapters and open the chat page
 	$(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS) $(FLAGS)
 
+# What needs no engine runs in two processes with one thread each; engines want all cores.
 test: setup ## the test suite; the chat-page test wants chromium installed
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not engine" $(ARGS)
+	$(PY) -m pytest -m "engine and not slow" $(ARGS)
+
+test-fast: setup ## the quick part: no vLLM engine, nothing that trains or compiles for long
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not engine and not long" $(ARGS)
 
 test-slow: setup ## only the tests marked slow
 	$(PY) -m pytest -m slow $(ARGS)

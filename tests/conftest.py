@@ -25,6 +25,17 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.
+ENGINES = {"served", "started", "start", "restarted"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out."""
+    for item in items:
+        if ENGINES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded base as a folder (made dense once, then from the cache)."""

@@ -318,6 +318,7 @@ save(Path(sys.argv[1]), *here.make(here.Base()), overwrite=True)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", ["save_file", "fsync", "put_in_place"])
 def test_a_killed_save_leaves_no_half_adapter(folder: Path, tmp_path: Path, step: str) -> None:
     before = load(folder)

@@ -20,6 +20,7 @@ from secura_serve.method import MagNorm
 from secura_serve.serve.app.http.routes import ROUTES
 from tests.support.engines import random_adapter, random_lora, serving
 
+pytestmark = pytest.mark.engine
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),

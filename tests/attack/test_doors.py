@@ -321,6 +321,7 @@ def test_the_chat_page_stays_on_loopback_unless_told_otherwise(monkeypatch):
         page_access(None, login="ann:secret", no_login=True, keys=NO_KEYS)
 
 
+@pytest.mark.long
 def test_the_demo_keeps_strangers_out_in_the_same_way(monkeypatch):
     from demo import app
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tests.support.engines import random_adapter, serving
 
+pytestmark = pytest.mark.engine
 REQUESTS = 2000
 NAMES = st.sampled_from(["base", "one", "bounded", "nobody", "../one", "", "one*2", "BASE", "\0"])
 SWITCHES = ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ENABLE_RESPONSES_API_STORE")

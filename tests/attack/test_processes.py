@@ -271,6 +271,8 @@ def test_a_stop_under_load_cuts_at_the_limit_and_is_clean(restarted):
     server, _ = restarted
     load = Load.on(server)
     server.meet_family()
+    shared = _shared(server)
+    assert shared
     server.process.terminate()
     _until(server, lambda: "secura-serve: stopping" in server.text())
     late = server.ask(n=1)
@@ -278,7 +280,7 @@ def test_a_stop_under_load_cuts_at_the_limit_and_is_clean(restarted):
     assert "stopping" in late.json()["error"]["message"]
     load.assert_cut("stopping")
     assert server.wait() == 0, server.text()[-3000:]
-    assert server.alive() == []
+    assert server.alive() == [] and _remaining(shared) == []
     assert [word for word in LEAKS if word in server.text()] == []
 
 

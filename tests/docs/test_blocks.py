@@ -43,6 +43,8 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path
     return folder
 
 
+# Also those that need no server: the blocks of a page run in its order.
+@pytest.mark.engine
 @pytest.mark.parametrize("block", RUN, ids=lambda block: block.id)
 def test_block_runs(
     block: Block, folder_of: Callable[[Path], Path], request: pytest.FixtureRequest

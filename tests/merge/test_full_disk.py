@@ -45,6 +45,7 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "disk"
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_finds_no_room(
     tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_checkpoint_that_finds_no_room(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_base_that_finds_no_room_at_first_use(tmp_path: Path, disk: Path) -> None:
     pytest.importorskip("gguf")
     adapter = ROOT / "adapters" / "iso-date"
@@ -67,6 +69,7 @@ def test_a_base_that_finds_no_room_at_first_use(tmp_path: Path, disk: Path) -> N
     assert "No space left" in done.stderr and "SECURA_CACHE" in done.stderr
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up(tiny_base: Callable[[str], Path], tmp_path: Path, disk: Path) -> None:
     base = reshard(tiny_base("llama"), tmp_path / "base", 2)
     adapter = make_adapter(base, tmp_path / "a", only=("q_proj", "up_proj"))

@@ -88,6 +88,7 @@ def llama(tiny_base: TinyBase) -> Path:
     return tiny_base("llama")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.mode)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_agrees_with_float64(arch: str, norm: MagNorm, tiny_base: TinyBase, tmp_path: Path) -> None:
@@ -116,6 +117,7 @@ def test_agrees_with_float64(arch: str, norm: MagNorm, tiny_base: TinyBase, tmp_
     assert len(facts["touched"]) == len(A.load(adapter).modules) == len(facts["modules"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.mode)
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])
 def test_same_bits_as_peft_and_loads_in_transformers(
@@ -478,6 +480,7 @@ def test_help_is_instant() -> None:
     assert "--to-base" in said.stdout
 
 
+@pytest.mark.long
 def test_a_result_that_cannot_be_printed_is_one_line(llama: Path, tmp_path: Path) -> None:
     adapter, out = make_adapter(llama, tmp_path / "a", norm=BOUNDED), tmp_path / "out"
     flags = ["--base", str(llama), "--adapter", str(adapter), "--out", str(out)]
@@ -530,6 +533,7 @@ def _loads(folder: Path) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_kill_9_leaves_nothing_that_loads(llama: Path, tmp_path: Path) -> None:
     base = reshard(llama, tmp_path / "base", 2)
     adapter = make_adapter(base, tmp_path / "a", norm=BOUNDED, only=("q_proj", "up_proj"))

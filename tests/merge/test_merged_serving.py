@@ -21,6 +21,7 @@ from tests.support.engines import random_adapter, serving, stock_vllm
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "mode"), [("gpt2", "none"), ("llama", "bounded")])
 def test_served_merge_agrees_with_transformers(arch, mode, tiny_base, tmp_path):
@@ -45,6 +46,7 @@ def test_served_merge_agrees_with_transformers(arch, mode, tiny_base, tmp_path):
         torch.testing.assert_close(oracle.logprobs(merged, ids, [7]), folded, atol=1e-4, rtol=0)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 def test_stock_vllm_serves_the_lora_export(tiny_base, tmp_path):
     base, adapters, lora = tiny_base("llama"), tmp_path / "adapters", tmp_path / "lora"

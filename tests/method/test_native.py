@@ -310,6 +310,7 @@ def test_a_missing_compiler_is_said_once_and_torch_folds(
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.long
 def test_many_processes_compile_at_once(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path))
     code = "from secura_serve.method.native import binding; assert binding._library() is not None"

@@ -71,6 +71,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("line", "status", "said"), WRONG, ids=[line for line, _, _ in WRONG])
 def test_wrong_use_is_told_in_one_message(
     line: str,

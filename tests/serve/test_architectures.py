@@ -37,11 +37,13 @@ def _serve_and_compare(base, tmp_path, *more):
         assert name == served.base or result.moved > 0.5, (name, result)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "mistral"])
 def test_mixed_batch_agrees_with_transformers(arch, tiny_base, tmp_path):
     _serve_and_compare(tiny_base(arch), tmp_path)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_two_tensor_parallel_ranks_agree_with_transformers(arch, tiny_base, tmp_path, monkeypatch):

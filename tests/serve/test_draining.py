@@ -108,6 +108,7 @@ async def file(scope, receive, send):
     await silent(scope, receive, send)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("app", [silent, deaf, events, file])
 def test_what_runs_at_the_limit_is_cut_and_shows_it(app):
     async def run():
@@ -261,6 +262,7 @@ def _front(ids):
     time.sleep(3600)
 
 
+@pytest.mark.long
 def test_children_and_their_children_end_with_a_killed_parent(tmp_path, monkeypatch):
     monkeypatch.setenv(children.REPORTS, str(tmp_path))
     spawn = multiprocessing.get_context("spawn")

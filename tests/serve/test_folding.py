@@ -303,6 +303,7 @@ def _double_a_linear(source, target):
     target.with_suffix(".new").replace(target)
 
 
+@pytest.mark.engine
 def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_back(
     tiny_base, tmp_path
 ):
@@ -353,6 +354,7 @@ def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_bac
     assert "could not be put back" in log.read_text()
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tensor", "data"])
 def test_a_fold_on_two_ranks(layout, tiny_base, tmp_path, monkeypatch):

@@ -100,10 +100,12 @@ def _serve(base, tmp_path, *more):
     assert answers.moved > 0.1
 
 
+@pytest.mark.engine
 def test_served_logprobs(tiny_base, tmp_path):
     _serve(tiny_base("llama"), tmp_path)
 
 
+@pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_two_tensor_parallel_ranks(arch, tiny_base, tmp_path, monkeypatch):

@@ -38,12 +38,14 @@ def _wait_for(text, log, process):
         time.sleep(0.2)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("number", "moment", "status"),
     [
         (signal.SIGTERM, "Starting to load model", 128 + signal.SIGTERM),
         (signal.SIGINT, "starting; the endpoint", 128 + signal.SIGINT),
-        (signal.SIGTERM, "is ready", 0),
+        # Without an engine more in attack/test_processes.py, under load.
+        pytest.param(signal.SIGTERM, "is ready", 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path, monkeypatch):

@@ -267,6 +267,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "strategy", "more"), SEQUENCES)
 def test_a_sequence_stopped_between_tasks_ends_in_the_same_numbers(
     tiny_base: TinyBase,
@@ -308,6 +309,7 @@ def test_a_sequence_stopped_between_tasks_ends_in_the_same_numbers(
     assert again["matrix"] == found["matrix"] and again["untrained"] == found["untrained"]
 
 
+@pytest.mark.long
 def test_a_killed_process_goes_on_and_stages_are_kept(
     tiny_base: TinyBase, folder: Path, tmp_path: Path
 ) -> None:
@@ -347,6 +349,7 @@ class _CtrlC(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.long
 def test_an_interrupted_task_leaves_the_finished_ones(
     tiny_base: TinyBase, folder: Path, tmp_path: Path
 ) -> None:
@@ -364,6 +367,7 @@ def test_an_interrupted_task_leaves_the_finished_ones(
     assert [stage["examples"] for stage in stages] == [9, 9]
 
 
+@pytest.mark.long
 def test_what_is_written_is_the_slow_copy(
     tiny_base: TinyBase, folder: Path, tmp_path: Path
 ) -> None:
@@ -419,6 +423,7 @@ def test_the_slow_copy_answers_as_the_model_would(
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in held.values())
 
 
+@pytest.mark.long
 def test_ewc_holds_what_the_first_task_needs(
     tiny_base: TinyBase, folder: Path, tmp_path: Path
 ) -> None:

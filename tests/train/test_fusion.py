@@ -142,6 +142,7 @@ def _trained(model: Any) -> Any:
     return (p for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.long
 def test_what_cannot_be_fused_is_refused(tmp_path: Path) -> None:
     model = tuned(base(dtype=torch.float32), target_modules=TARGETS)
     with pytest.raises(ConfigError, match="core 'u'"):

@@ -209,6 +209,7 @@ def test_targets() -> None:
     assert names() == {f"{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_the_plain_trainer_can_be_resumed(tmp_path: Path) -> None:
     """transformers' Trainer resumes from the adapter folder and the optimiser's own file."""
     row = {"input_ids": TOKENS[0], "labels": TOKENS[0]}

@@ -52,6 +52,7 @@ def _files(recipe: Path, data: Path) -> list[str]:
     return ["--data", str(data / "mrpc.train.jsonl")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_parses_and_starts(
     tiny_base: Callable[[str], Path], data: Path, tmp_path: Path, recipe: Path

@@ -40,6 +40,7 @@ def data(tmp_path: Path) -> Path:
     return write(tmp_path / "sums.jsonl", PAIRS)
 
 
+@pytest.mark.long
 def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any) -> None:
     base, out = tiny_base("llama"), tmp_path / "sums"
     assert main(flags(base, data, out)) == 0
@@ -79,6 +80,7 @@ def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any)
         assert adapter.load(tmp_path / name).config == found.config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arch", "more"),
     [
@@ -96,6 +98,7 @@ def test_other_models_and_settings(
     assert found.config.magnorm.mode == (more[1] if more[0] == "--magnorm" else "none")
 
 
+@pytest.mark.long
 def test_training_lowers_the_loss(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
     losses = []
     for steps in ("1", "40"):

@@ -76,6 +76,7 @@ def _sequence_argv(base: Path, folder: Path, out: Path, *more: str) -> list[str]
     return argv[:at] + argv[at + 2 :]
 
 
+@pytest.mark.long
 def test_a_strategy_from_outside_is_trained_like_our_own(
     clean_registries: None, tiny_base: TinyBase, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_old_names_are_read_with_a_notice(
     assert settings(["--config", str(file), "--lr", "0.25"]).learning_rate == 0.25
 
 
+@pytest.mark.long
 def test_a_run_of_an_earlier_version_is_resumed(tiny_base: TinyBase, tmp_path: Path) -> None:
     """Its run.json has the settings under their old names."""
     data = write(tmp_path / "d.jsonl", PAIRS)

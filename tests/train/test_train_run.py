@@ -44,6 +44,7 @@ def data(tmp_path: Path) -> Path:
     return write(tmp_path / "sums.jsonl", PAIRS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_other_methods_write_plain_folders(
     tiny_base: TinyBase, data: Path, tmp_path: Path, method: str
@@ -78,6 +79,7 @@ def test_other_methods_write_plain_folders(
     assert same(out, again)
 
 
+@pytest.mark.long
 def test_full_training_in_bfloat16_writes_bfloat16(
     tiny_base: TinyBase, data: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +142,7 @@ def test_settings_that_mean_nothing_are_refused(
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_secura_is_core_ab_with_bounded(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     more = ["--method", "secura", "--inner-rank", "12", "--targets", r".*layers\.1\..*[qv]_proj"]
@@ -149,6 +152,7 @@ def test_secura_is_core_ab_with_bounded(tiny_base: TinyBase, data: Path, tmp_pat
     assert set(found.modules) == {f"model.layers.1.self_attn.{x}_proj" for x in "qv"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("more", "modules"),
     [
@@ -166,6 +170,7 @@ def test_targets_are_chosen_as_in_peft(
     assert len(adapter.load(out).modules) == modules
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["activation", "reference"])
 def test_reproduction_only_modes_say_so(
     tiny_base: TinyBase, data: Path, tmp_path: Path, mode: str, capfd: Any
@@ -186,6 +191,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("more", "how"), RESUMED)
 def test_a_stopped_run_goes_on_to_the_same_bits(
     tiny_base: TinyBase,
@@ -241,6 +247,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [p["step"] for p in curves[0]["held_out"]] == [5, 10, 15]
 
 
+@pytest.mark.long
 def test_a_run_that_is_all_warm_up_says_so(
     tiny_base: TinyBase, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +259,7 @@ def test_a_run_that_is_all_warm_up_says_so(
         assert any(t.any() for k, t in tensors(out).items() if k.endswith("_U")) is not said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("torn", ["trainer_state.json", "trained.safetensors", "optimizer.pt"])
 def test_a_torn_checkpoint_is_passed_over(
     torn: str, tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -292,6 +300,7 @@ def trained(tuned: Any) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in checkpoint_tensors(tuned.model).items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "more",
     [["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"], ["--packing"]],
@@ -340,6 +349,7 @@ def test_a_model_that_cannot_be_packed_is_refused(tiny_base: TinyBase, data: Pat
         packer(tuned.model, rows, Collator(0))
 
 
+@pytest.mark.long
 def test_one_model_learns_task_after_task(tiny_base: TinyBase, data: Path) -> None:
     """The loop of continual learning: rows, replay and a penalty."""
     tuned, rows = prepared(tiny_base("llama"), data)
@@ -382,6 +392,7 @@ def test_replay_draws_a_share_of_earlier_rows() -> None:
     assert mix(rows, [], 0.5, seed=0) == rows
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_best(
     tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

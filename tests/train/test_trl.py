@@ -33,6 +33,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["u", "ab-bounded-checkpointing"])
 def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
     base, checkpointing = tiny_base("llama"), "checkpointing" in how
@@ -84,6 +85,7 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
     assert adapter.load(tmp_path / "run" / "checkpoint-4").config == saved.config
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("core", ["u", "ab"])
 def test_exact_resume(core: str, tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
     def trainer(folder: str, steps: int, *callbacks: TrainerCallback) -> Any:

@@ -43,6 +43,7 @@ def test_the_enum_takes_one_new_member() -> None:
     assert PEFT_TYPE_TO_TUNER_MAPPING[member] is SecuraModel
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n["mode"] if n else "none")
 @pytest.mark.parametrize("core", ["u", "ab"])
 @pytest.mark.parametrize("arch", list(SHAPES))

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
@@ -49,6 +50,7 @@ def test_rows_of_a_wider_matrix_and_other_tokens_that_are_not_finite(dtype):
     assert torch.equal(sheet[fine, -16:], before[fine, -16:])
 
 
+@pytest.mark.long
 def test_compiled_with_the_linear_before_it():
     linear = Linear(NativeKernel(), (96, 32, 32), (16, 5), torch.bfloat16, biased=False)
     W = linear.noise(linear.out, 24) * 0.2
@@ -71,6 +73,7 @@ def test_other_dtypes_are_refused():
         linear.step(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("setting", [{"SECURA_NATIVE": "0"}, {"CXX": "/no/such/compiler"}])
 def test_without_a_compiler_the_expression_is_left(setting, tmp_path):
     code = (

@@ -50,6 +50,7 @@ def _run(device, dtypes, **env):
     )
 
 
+@pytest.mark.long
 def test_interpreted_on_the_cpu():
     # The interpreter computes with NumPy, which has no bfloat16.
     _run("cpu", "(torch.float32, torch.float16)", TRITON_INTERPRET="1")
