@@ -108,6 +108,20 @@ async def file(scope, receive, send):
     await silent(scope, receive, send)
 
 
+def test_what_is_written_in_the_background_may_finish_too():
+    async def run():
+        client, left = Client(silent, limit=30), [1]
+        client.shutdown.admitted = lambda: len(left)
+        client.shutdown.stop()
+        await asyncio.sleep(0.2)
+        assert not client.uvicorn.should_exit
+        left.clear()
+        await asyncio.sleep(0.2)
+        assert client.uvicorn.should_exit
+
+    asyncio.run(run())
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("app", [silent, deaf, events, file])
 def test_what_runs_at_the_limit_is_cut_and_shows_it(app):

@@ -66,7 +66,8 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
     stop_cleanly_during_start()
     args.middleware = [*args.middleware, MIDDLEWARE]
     with page, EngineHealth() as health:
-        context.shutdown = Shutdown(args.shutdown_timeout, health)
+        admission = context.folding.admission
+        context.shutdown = Shutdown(args.shutdown_timeout, health, lambda: admission.running)
         context.hand_over(args)
         # The engine process needs a moment to remove what it shares with its workers.
         args.shutdown_timeout = max(args.shutdown_timeout, _ENGINE_STOP_S)

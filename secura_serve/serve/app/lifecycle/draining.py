@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -51,10 +52,13 @@ class Shutdown:
     Args:
         limit: seconds that running requests have once a signal has come.
         health: of the engine.
+        admitted: how many requests run, those included that are written in the background.
     """
 
-    def __init__(self, limit: float, health: EngineHealth) -> None:
-        self.limit, self.health = limit, health
+    def __init__(
+        self, limit: float, health: EngineHealth, admitted: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.limit, self.health, self.admitted = limit, health, admitted
         self.engine_died: str | None = None
         """The cause, if the server ends because of it."""
         self.refusal: str | None = None
@@ -118,7 +122,11 @@ class Shutdown:
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limit
-        while self.running and not self._hurry.is_set() and loop.time() < deadline:
+        while (
+            (self.running or self.admitted())
+            and not self._hurry.is_set()
+            and loop.time() < deadline
+        ):
             await asyncio.sleep(_POLL_S / 4)
         await self._end()
 
