@@ -48,6 +48,7 @@ def _named(case, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_thousand_requests_to_all_routes(server):
     root = server.url.removesuffix("/v1")
     schema = schemathesis.openapi.from_url(f"{root}/openapi.json")
