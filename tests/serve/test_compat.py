@@ -5,10 +5,13 @@ Needs vLLM installed; no engine is started.
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 
 import pytest
 
+import secura_serve
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
 from secura_serve.serve.app.vllm_flags import refuse_hiding_settings
@@ -19,7 +22,7 @@ def test_the_installed_vllm_fits():
     compat.check()
 
 
-@pytest.mark.parametrize("name", [n for n in compat._NAMES if "." in n.partition(":")[2]])
+@pytest.mark.parametrize("name", [n for n in compat.NAMES if "." in n.partition(":")[2]])
 def test_a_name_that_moved_is_named(name, monkeypatch):
     module, _, path = name.partition(":")
     owner, _, attribute = path.rpartition(".")
@@ -70,3 +73,46 @@ def test_settings_that_would_serve_the_base_instead_are_refused(name, monkeypatc
 def test_flags_that_would_hide_adapters_are_refused(flag):
     with pytest.raises(ConfigError, match="silently not be applied"):
         refuse_hiding_settings([flag])
+
+
+def test_attributes_of_instances_that_moved_are_named():
+    class Manager:
+        punica_wrapper_mapping = {}
+
+    with pytest.raises(IncompatibleVLLMError) as caught:
+        compat.check_manager(Manager())
+    assert "_registered_adapters is gone" in str(caught.value.problems)
+    assert "lora_index_to_id is gone" in str(caught.value.problems)
+    with pytest.raises(IncompatibleVLLMError, match="model_runner is gone"):
+        compat.check_worker(object())
+
+
+def _private_names(source):
+    """Attributes with one leading underscore that no class or function of the source defines."""
+    own, used = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute):
+            (own if isinstance(node.ctx, ast.Store) else used).add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
+            used |= {alias.name for alias in node.names}
+    return {n for n in used - own if n.startswith("_") and not n.startswith("__")}
+
+
+def test_no_other_file_touches_a_private_name_of_vllm():
+    # Not vLLM's: how a process ends at once, and the flags that argparse knows.
+    allowed = {"_exit", "_option_string_actions"}
+    root = Path(secura_serve.__file__).parent / "serve"
+    faults = {
+        str(file.relative_to(root)): names
+        for file in sorted(root.rglob("*.py"))
+        if "compat" not in file.parts
+        and (names := _private_names(file.read_text("utf-8")) - allowed)
+    }
+    assert not faults
+    assert _private_names("def f(x):\n  x._adapter_manager\n  x._own = 1\n  x._own") == {
+        "_adapter_manager"
+    }

@@ -25,6 +25,7 @@ from vllm.lora.layers import (
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
+from secura_serve.serve import compat
 from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
 from secura_serve.serve.kernels import Layout, choose_kernel
 
@@ -42,7 +43,7 @@ class Shards(NamedTuple):
     """``(n, r)``: 1 where this rank answers for the entry, else 0."""
 
     def gather(self, y: Tensor) -> Tensor:
-        """(y − b) at the rows, complete on every rank: ``(T, n·r)``."""
+        """Return (y − b) at the rows, complete on every rank: ``(T, n·r)``."""
         g = y.index_select(1, self.rows.flatten().clamp(min=0))
         if self.offset is not None:
             g = g - self.offset
@@ -77,7 +78,7 @@ class CURLinearMixin:
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        """vLLM's own A and B only where plain LoRA is served; the bank is the manager's."""
+        """Make vLLM's own A and B where plain LoRA is served; the bank is the manager's."""
         if self.lora is not None:
             super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         self.lora_config = lora_config
@@ -131,7 +132,7 @@ class CURLinearMixin:
         return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Positions of global ``rows`` in this rank's slice, and which of them it answers for."""
+        """Return where global ``rows`` are in this rank's slice, and which are its own."""
         if not self._sharded_out:
             return rows, torch.ones_like(rows)
         shard = self.tp_rank
@@ -139,13 +140,12 @@ class CURLinearMixin:
             shard = self.output_ids[s]
         mine = (rows >= shard * size) & (rows < (shard + 1) * size)
         # Ranks that hold copies of one KV head must not count its rows twice.
-        copies = getattr(self.base_layer, "num_kv_head_replicas", 1) if s else 1
-        if self.tp_rank % copies:
+        if self.tp_rank % compat.kv_head_copies(self, s):
             mine = torch.zeros_like(mine)
         return torch.where(mine, rows - shard * size, 0), mine
 
     def _columns(self, cols: Tensor) -> Tensor:
-        """Columns of W as ``(len(cols), out)``, by pushing one-hot inputs through the kernel.
+        """Return columns of W as ``(len(cols), out)``, by one-hot inputs to the base's kernel.
 
         Packed, quantised and prepacked weights have no plain columns to read.
         """
@@ -157,32 +157,32 @@ class CURLinearMixin:
         place = cols - first
         held = ((place >= 0) & (place < width)).nonzero().squeeze(-1)
         one_hot[held.to(self.device), place[held].to(self.device)] = 1
-        kernel = self._get_quant_method()  # type: ignore[attr-defined]
-        columns: Tensor = kernel.apply(self.base_layer, one_hot, None)
+        columns = compat.base_linear(self, one_hot)
         if self._sharded_in:
             columns = tensor_model_parallel_all_reduce(columns)
         return columns
 
     def _bias_at(self, rows: Tensor) -> Tensor | None:
-        """The bias that the base output holds at ``rows``, so that it can be taken off again."""
-        bias = getattr(self.base_layer, "bias", None)
+        """Return the bias that the base output holds at ``rows``, to be taken off again."""
+        bias = self.base_layer.bias
         if bias is None or self.base_layer.skip_bias_add or (self._sharded_in and self.tp_rank):
             return None
         at_rows: Tensor = bias.detach()[rows].to(self.lora_config.lora_dtype)
         return at_rows
 
     def reset_lora(self, index: int) -> None:
-        """Of plain LoRA; the manager fills a slot of the bank for all linears at once."""
+        """Empty a slot of plain LoRA; the manager fills the bank for all linears at once."""
         if self.lora is not None:
             super().reset_lora(index)  # type: ignore[misc]
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Of plain LoRA: a CUR adapter has no module of any linear's name."""
+        """Fill a slot of plain LoRA: a CUR adapter has no module of any linear's name."""
         super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
 
-    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+    def apply_adapter(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return the base linear's output with each token's adapter applied."""
         y = output.reshape(-1, output.shape[-1])
-        slots = self.punica_wrapper._token_lora_indices[: y.shape[0]]
+        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
         if self.bank is not None:
             source = None if self.shards is None else self.shards.gather(y)
             y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.state)
@@ -191,5 +191,5 @@ class CURLinearMixin:
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
             torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)
         elif self.lora is not None:
-            y = super()._apply_lora_to_output(x, y)  # type: ignore[misc]
+            y = compat.apply_stock_lora(self, x, y)
         return y.view(output.shape)

@@ -23,6 +23,7 @@ from secura_serve import adapter as adapters
 from secura_serve.bases import cache_root
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
+from secura_serve.serve import compat
 from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
 from secura_serve.serve.engine.layers import CURLinearMixin
@@ -38,7 +39,7 @@ _CORE = "secura.core"
 
 
 def _vllm_name(model: Any, module: str) -> str:
-    """The checkpoint's module name as vLLM's model calls it."""
+    """Return the checkpoint's module name as vLLM's model calls it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is not None:
         mapper = mapper.get_rename_mapper()
@@ -57,14 +58,16 @@ class CURModelManager(LRUCacheLoRAModelManager):
         # vLLM makes the layers, and with them LoRA's buffers, in its own constructor.
         CURLinearMixin.lora = self.lora
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
+        compat.check_manager(self)
         self.shared_basis = SharedBasis.load(ours["basis"])
         for wrapper in self.punica_wrapper_mapping.values():
             # Padding tokens read past what vLLM writes; -1 is the empty slot.
-            wrapper._token_lora_indices.fill_(-1)
+            compat.token_slots(wrapper).fill_(-1)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
+                compat.check_layer(layer)
                 parts = self.packed_modules.get(name, [name])
                 bases = [wanted.pop(part, None) for part in parts]
                 if (layout := layer.install_basis(bases)) is not None:
@@ -86,15 +89,15 @@ class CURModelManager(LRUCacheLoRAModelManager):
     def create_dummy_lora(
         self, lora_id: int, rank: int, embedding_modules: Any = None
     ) -> LoRAModel:
-        """An adapter that changes nothing: warm-up runs the same step with an empty slot."""
+        """Return an adapter that changes nothing: warm-up runs the step with an empty slot."""
         return _packed(lora_id, rank, torch.zeros(1), 0)
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """vLLM chooses the slot; what goes into it is one copy."""
+        """Fill the slot that vLLM has chosen, by one copy."""
         if not super().activate_adapter(lora_id):
             return False
-        slot = self.lora_index_to_id.index(lora_id)
-        core = self._registered_adapters[lora_id].loras.get(_CORE)
+        slot = compat.slot_of(self, lora_id)
+        core = compat.registered_adapter(self, lora_id).loras.get(_CORE)
         if core is not None and core.rank:
             self.bank.put(slot, core.lora_a, core.rank)
         else:
@@ -105,7 +108,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
 
 
 def _packed(lora_id: int, rank: int, row: torch.Tensor, used: int) -> LoRAModel:
-    """vLLM's idea of an adapter with a row of the bank inside, as a module that no model has."""
+    """Wrap a row of the bank as vLLM's idea of an adapter, under a module that no model has."""
     core = LoRALayerWeights(_CORE, used, 1, row, torch.zeros(1), scaling=1)
     return LoRAModel(lora_id, rank, {_CORE: core})
 
@@ -118,7 +121,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
     kept of it (:mod:`secura_serve.serve.engine.mapped`).
     """
 
-    _manager_cls = CURModelManager
+    model_manager = CURModelManager
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -127,7 +130,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._kept: dict[str, Callable[[int], LoRAModel]] = {}
         self._paths: dict[int, str] = {}
 
-    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+    def load_adapter(self, lora_request: Any) -> LoRAModel:
         """Return the adapter of a registered path, or register it. Raises AdapterError."""
         path = lora_request.lora_path
         if path not in self._kept:
@@ -144,8 +147,8 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         return bool(super().remove_adapter(adapter_id))
 
     def _read(self, path: Path) -> Callable[[int], LoRAModel]:
-        """Folder -> a row of the bank."""
-        manager = self._adapter_manager
+        """Make a row of the bank from a folder."""
+        manager = compat.model_manager(self)
         adapter = adapters.load(path)
         refuse_full_rank(adapter)
         gains = manager.shared_basis.verified.get(base_id(adapter))
@@ -164,13 +167,13 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         return partial(_packed, rank=adapter.config.r, row=row, used=used)
 
     def _read_lora(self, lora_request: Any) -> Callable[[int], LoRAModel]:
-        """A plain LoRA as vLLM reads it, its scale multiplied in."""
-        if self._adapter_manager.lora is None:
+        """Read a plain LoRA as vLLM does, its scale multiplied in."""
+        if compat.model_manager(self).lora is None:
             raise UnservableError(
                 f"{lora_request.lora_name} is a plain LoRA, and this server has no room for one: "
                 "restart it with such an adapter in its folder"
             )
-        model = super()._load_adapter(lora_request)
+        model = compat.load_stock_lora(self, lora_request)
         layers = {name: layer.optimize() for name, layer in model.loras.items()}
         kept = map_tensors([t for v in layers.values() for t in (v.lora_a, v.lora_b)], _kept_in())
         parts = [

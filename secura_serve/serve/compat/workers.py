@@ -1,0 +1,178 @@
+"""In vLLM's workers: our layers and manager in the place of LoRA's, and what they ask of vLLM."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, find, require
+
+__all__ = [
+    "apply_stock_lora",
+    "base_linear",
+    "check_layer",
+    "check_manager",
+    "check_worker",
+    "install",
+    "kv_head_copies",
+    "load_stock_lora",
+    "model_manager",
+    "packed_modules",
+    "quiet_reload",
+    "registered_adapter",
+    "slot_of",
+    "token_slots",
+]
+
+
+def install(mixin: type, worker_manager: type) -> None:
+    """Put our layers and manager in place of LoRA's, in this process; safe to call again.
+
+    Args:
+        mixin: has ``create_lora_weights``, ``set_lora``, ``reset_lora`` and ``apply_adapter`` for
+            every linear LoRA class; ``apply_adapter(x, output)`` becomes the hook after the base
+            linear.
+        worker_manager: replaces ``LRUCacheWorkerLoRAManager``; has ``model_manager``, the class of
+            its manager of slots, and ``load_adapter(lora_request)``.
+    """
+    utils: Any = importlib.import_module("vllm.lora.utils")
+    runner: Any = importlib.import_module("vllm.v1.worker.lora_model_runner_mixin")
+    if issubclass(runner.LRUCacheWorkerLoRAManager, worker_manager):
+        return
+    layers = importlib.import_module("vllm.lora.layers")
+    hooks: Any = mixin
+    ours = {
+        cls: type(
+            f"CUR{cls.__name__}", (mixin, cls), {"_apply_lora_to_output": hooks.apply_adapter}
+        )
+        for cls in (getattr(layers, name) for name in LINEARS)
+    }
+    utils._all_lora_classes = tuple(ours.get(c, c) for c in utils._all_lora_classes)
+    manager: Any = worker_manager
+    runner.LRUCacheWorkerLoRAManager = type(
+        worker_manager.__name__,
+        (worker_manager,),
+        {"_manager_cls": manager.model_manager, "_load_adapter": manager.load_adapter},
+    )
+    _keep_cpu_compilation()
+
+
+def check_manager(manager: Any) -> None:
+    """Raise IncompatibleVLLMError, naming every attribute that vLLM's manager of slots lacks."""
+    require("LRUCacheLoRAModelManager", manager, MANAGER)
+    for wrapper in manager.punica_wrapper_mapping.values():
+        require("PunicaWrapperBase", wrapper, ("_token_lora_indices",))
+
+
+def check_layer(layer: Any) -> None:
+    """Raise IncompatibleVLLMError, naming every attribute that a linear LoRA layer lacks."""
+    require(type(layer).__name__, layer, LAYER)
+    require(type(layer.base_layer).__name__, layer.base_layer, BASE_LINEAR)
+
+
+def check_worker(worker: Any) -> None:
+    """Raise IncompatibleVLLMError, naming what a worker lacks that a fold needs."""
+    require("Worker", worker, ("model_runner", "reload_weights"))
+    require("ModelRunner", worker.model_runner, ("model_config", "get_model", "device"))
+
+
+def token_slots(wrapper: Any) -> Tensor:
+    """Return the slot of every token of the batch, -1 for none, in a buffer of fixed address."""
+    slots: Tensor = wrapper._token_lora_indices
+    return slots
+
+
+def slot_of(manager: Any, lora_id: int) -> int:
+    """Return the slot that vLLM has chosen for an adapter."""
+    return int(manager.lora_index_to_id.index(lora_id))
+
+
+def registered_adapter(manager: Any, lora_id: int) -> Any:
+    """Return the LoRAModel that vLLM keeps under a number."""
+    return manager._registered_adapters[lora_id]
+
+
+def model_manager(worker_manager: Any) -> Any:
+    """Return a worker's manager of slots."""
+    return worker_manager._adapter_manager
+
+
+def load_stock_lora(worker_manager: Any, lora_request: Any) -> Any:
+    """Return a plain LoRA as vLLM itself reads it."""
+    stock = find("vllm.lora.worker_manager:LRUCacheWorkerLoRAManager")
+    return stock._load_adapter(worker_manager, lora_request)
+
+
+def apply_stock_lora(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Return y with vLLM's own LoRA step applied."""
+    adapted: Tensor = _stock_layer()._apply_lora_to_output(layer, x, y)
+    return adapted
+
+
+@cache
+def _stock_layer() -> Any:
+    return find("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA")
+
+
+def base_linear(layer: Any, x: Tensor) -> Tensor:
+    """Return W x without the bias, by the base linear's own kernel."""
+    y: Tensor = layer._get_quant_method().apply(layer.base_layer, x, None)
+    return y
+
+
+def kv_head_copies(layer: Any, s: int) -> int:
+    """Return how many ranks hold the same rows of slice ``s``; more than 1 for copied KV heads."""
+    linear = find("vllm.model_executor.layers.linear:QKVParallelLinear")
+    return int(layer.base_layer.num_kv_head_replicas) if s and _is(layer, linear) else 1
+
+
+def _is(layer: Any, linear: type) -> bool:
+    return isinstance(layer.base_layer, linear)
+
+
+def packed_modules(model: Any) -> dict[str, list[str]]:
+    """Return which linears vLLM keeps as one, such as ``{"qkv_proj": ["q_proj", ...]}``; a model
+    that packs none does not say so."""
+    return dict(getattr(model, "packed_modules_mapping", None) or {})
+
+
+def _keep_cpu_compilation() -> None:
+    """Let the CPU platform choose its compilation as it would without adapters.
+
+    It turns compilation off for stock LoRA, whose kernels cannot be traced; our adapter step is
+    a plain tensor expression.
+    """
+    platform = find("vllm.platforms.cpu:CpuPlatform")
+    original: Callable[..., None] = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        lora, vllm_config.lora_config = vllm_config.lora_config, None
+        try:
+            original(cls, vllm_config)
+        finally:
+            vllm_config.lora_config = lora
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+
+
+@contextmanager
+def quiet_reload() -> Iterator[None]:
+    """Silence the warnings that vLLM's reload gives for every linear that is not in the stream."""
+    loggers = [
+        logging.getLogger(f"vllm.model_executor.model_loader.reload.{name}")
+        for name in ("layerwise", "inplace")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
