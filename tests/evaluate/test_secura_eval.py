@@ -84,6 +84,7 @@ def test_endpoint_and_process_agree(served: Served, local: Local) -> None:
     assert refused.kl is None and "--max-logprobs -1" in str(refused.kl_missing)
 
 
+@pytest.mark.long
 def test_a_normed_adapter_in_this_process(local: Local, smollm2: Path) -> None:
     kl, ratio = _oracle(smollm2, ROOT / "adapters" / "iso-date-bounded")
     prompt = [load_task("iso-date").rows("test")[0][0]]
@@ -132,6 +133,7 @@ def test_what_the_endpoint_refuses(served: Served, capsys: pytest.CaptureFixture
     assert "within 0.001 s" in said("--timeout", "0.001", "--retries", "0")
 
 
+@pytest.mark.long
 def test_settings_are_checked_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "o")]
     assert main(["--tasks", "iso-date", *out]) == 2
@@ -153,6 +155,7 @@ def test_adapters_of_another_base(
     assert "another base" in told and "no such folder" in told
 
 
+@pytest.mark.long
 def test_retention_of_a_whole_run(
     tiny_base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

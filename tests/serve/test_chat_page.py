@@ -156,6 +156,7 @@ def test_base_and_adapter_stream_side_by_side(open_page: Callable[[str], Any], s
     assert page.hosts == {"127.0.0.1"}, "the page must work offline"
 
 
+@pytest.mark.long
 def test_no_server_then_refresh_then_refusal_and_stop(open_page: Callable[[str], Any]) -> None:
     port = free_port()
     page = open_page(f"http://127.0.0.1:{port}/v1")

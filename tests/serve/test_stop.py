@@ -44,7 +44,7 @@ def _wait_for(text, log, process):
     [
         (signal.SIGTERM, "Starting to load model", 128 + signal.SIGTERM),
         (signal.SIGINT, "starting; the endpoint", 128 + signal.SIGINT),
-        # Without an engine more in attack/test_processes.py, under load.
+        # attack/test_processes.py checks the same under load, on a server that it has anyway.
         pytest.param(signal.SIGTERM, "is ready", 0, marks=pytest.mark.slow),
     ],
 )
@@ -63,6 +63,7 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
     assert set(shared.iterdir()) <= before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flag", ["--port", "--ui-port"])
 def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -74,6 +75,7 @@ def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path
     assert "is ready" not in done.stdout and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_flag_that_vllm_does_not_know_gets_one_line(tiny_base):
     command = [*SERVE, "--base", str(tiny_base("llama")), "--no-ui", "--bogus-flag", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -82,6 +84,7 @@ def test_a_flag_that_vllm_does_not_know_gets_one_line(tiny_base):
     assert "usage:" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
