@@ -101,7 +101,13 @@ def test_a_sound_adapter_is_loaded_replaced_and_unloaded(server):
     weights = server.root / "sound" / "adapter_config.json"
     weights.write_text(weights.read_text() + "\n")
     assert server.post(LOAD, lora_name="sound", lora_path="sound")[0] == 200
-    assert server.engine.loaded[-1][2] not in (path, str(server.root / "sound"))
+    changed = server.engine.loaded[-1][2]
+    assert changed not in (path, str(server.root / "sound"))
+    # A fold takes what is loaded, and nothing once it is unloaded.
+    folding = server.loading.folding
+    assert str(folding.paths["sound"]) == changed and folding.known("sound")
+    assert server.post(UNLOAD, lora_name="sound")[0] == 200
+    assert not folding.paths and not folding.snapshots
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -23,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from secura_serve import adapter as A
 from secura_serve.bases import cache_root
-from secura_serve.errors import ConfigError
+from secura_serve.errors import ConfigError, FoldError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.snapshots import SnapshotStore
@@ -304,9 +307,7 @@ def _double_a_linear(source, target):
 
 
 @pytest.mark.engine
-def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_back(
-    tiny_base, tmp_path
-):
+def test_gpt2_folded_at_start_with_a_key_while_its_base_changes_on_disk(tiny_base, tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapters"
     shutil.copytree(tiny_base("gpt2"), base)
     random_adapter(base, folder / "one", r=8, seed=1)
@@ -343,18 +344,48 @@ def test_gpt2_folded_at_start_with_a_key_and_stopped_when_nothing_can_be_put_bac
             folding.join(timeout=120)
             return answers[0][0], answers[0][1]["error"]["message"]
 
-        weights = base / "model.safetensors"
-        kept = weights.rename(base / "kept")
-        shutil.copy(kept, weights)
-        status, said = fold_two(lambda: _double_a_linear(kept, weights))
-        assert status == 409 and "other weights" in said and "the base was put back" in said
+        weights, kept = base / "model.safetensors", base / "kept"
+
+        def replaced():
+            weights.rename(kept)
+            _double_a_linear(kept, weights)
+
+        for meanwhile in (replaced, lambda: weights.rename(kept)):
+            status, said = fold_two(meanwhile)
+            assert status == 409 and "nothing was changed: model.safetensors" in said
+            kept.replace(weights)
+            assert agreement.compare(served, served.base)[served.base].worst < 1e-4
+        assert operator("/admin/fold", {"name": "two"})[0] == 200
+        replaced()
+        status, answer = operator("/admin/unfold")
+        assert status == 409 and "model.safetensors" in answer["error"]["message"]
+        assert agreement.compare(served, "two")["two"].worst < 1e-4
         kept.replace(weights)
-        status, said = fold_two(lambda: weights.rename(kept))
-        assert status == 409 and "server is stopping" in said
-    assert "could not be put back" in log.read_text()
+        assert operator("/admin/unfold")[0] == 200
+        assert agreement.compare(served, served.base)[served.base].worst < 1e-4
 
 
-@pytest.mark.engine
+class FailingEngine:
+    """In the engine's place: every change of weights fails in the workers."""
+
+    async def pause_generation(self, **how):
+        pass
+
+    async def collective_rpc(self, *call, **how):
+        raise RuntimeError("the disk is gone")
+
+
+def test_the_server_stops_when_nothing_can_be_put_back(tiny_base, tmp_path, monkeypatch):
+    adapter = A.load(random_adapter(tiny_base("qwen2"), tmp_path / "one", r=4, seed=1))
+    folding, ended = Folding(tiny_base("qwen2"), ["base"], [adapter], ["one"]), []
+    folding._engine, folding._models = FailingEngine(), SimpleNamespace()
+    monkeypatch.setattr("os.kill", lambda pid, number: ended.append((pid, number)))
+    with pytest.raises(FoldError, match="server is stopping.*could not be put back"):
+        asyncio.run(folding.change("one"))
+    assert ended == [(os.getpid(), signal.SIGTERM)]
+    assert folding.refusal("base").status == 503
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tensor", "data"])
 def test_a_fold_on_two_ranks(layout, tiny_base, tmp_path, monkeypatch):

@@ -152,6 +152,8 @@ def parse_vllm_flags(
             json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
             for a in served
         ]
+    if sum(flag.partition("=")[0] in ("--api-key", "--api_key") for flag in rest) > 1:
+        raise ConfigError("--api-key is given twice; give all keys after one: --api-key K1 K2")
     _brief_errors(parser)
     args = parser.parse_args(arguments)
     if args.model_tag is not None or args.model != str(path):

@@ -34,9 +34,11 @@ def check_key(key: str | None, source: str) -> str | None:
     """Return ``key``; None is no key.
 
     Raises:
-        ConfigError: the key is empty or has blanks around it, so that it would protect nothing or
-            never match.
+        ConfigError: the key is empty, has blanks around it, or holds what cannot be sent in a
+            header alike by all clients, so that it would protect nothing or never match.
     """
+    if key and key == key.strip() and not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the key of {source} holds other than printable ASCII; give another")
     if key is not None and (not key or key != key.strip()):
         what = "starts or ends with blanks" if key.strip() else "is empty"
         raise ConfigError(f"the key of {source} {what}; give a key, or leave {source} out")

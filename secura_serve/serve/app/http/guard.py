@@ -27,10 +27,11 @@ __all__ = ["GuardMiddleware", "refusal"]
 # their headers have in common, and how the names of some of them begin.
 _FORWARDED = re.compile(
     r"forward|proxy|^via$|^x-host$|remote|originat|(client|connecting|real|source)-?(ip|addr|host)"
+    r"|akamai|ngrok|tailscale|varnish|cloudfront|^x-client$|scheme$|^front-end-"
     r"|^(cf|cdn|fly|fastly|true|x-original|x-rewrite|x-envoy|x-azure|x-appengine|x-vercel|x-nf|"
     r"x-arr|x-amz-cf|x-amzn)-"
 )
-_WEB_PAGE = ("origin", "sec-fetch-site")
+_WEB_PAGE = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
 _TYPES = {
     401: "AuthenticationError",
     403: "PermissionDeniedError",

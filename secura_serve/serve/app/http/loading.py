@@ -177,7 +177,7 @@ class AdapterLoading:
             said = self._text(
                 await self._models.load_lora_adapter(request, base_model_name=self.names[0])
             )
-            self.folding.snapshots[name] = snapshot
+            self.folding.serve_from(name, snapshot)
             return said
         except BaseException:
             if before is not None:
@@ -188,9 +188,11 @@ class AdapterLoading:
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
         name = check_name(body.lora_name)
-        return self._text(
+        said = self._text(
             await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
         )
+        self.folding.forget(name)
+        return said
 
     def _text(self, answer: Any) -> str:
         """Return vLLM's success as text; raise its refusals."""
