@@ -143,7 +143,7 @@ def test_a_completion_outside_the_labels_is_named(tmp_path: Path, tiny_base: Tin
     file = write(tmp_path / "c.jsonl", rows)
     with pytest.raises(DataError, match=r"c.jsonl:3: field 'completion' 'so-so' is not one of"):
         read(str(file), labels=["good", "bad"])
-    assert main(flags(tiny_base("llama"), file, tmp_path / "o", "--labels", "good, bad")) == 2
+    assert main(flags(tiny_base("llama"), file, tmp_path / "o", "--labels", "good, bad")) == 1
     assert len(read(str(file), labels=["good", "bad", "so-so"])) == 3
 
 
