@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
@@ -16,6 +18,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
 from secura_serve.serve.app.catalog import Catalog, examine, scan
 from secura_serve.serve.app.config import ServeConfig
+from secura_serve.serve.app.http.access import page_access
 from secura_serve.serve.app.memory import estimate
 from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
@@ -27,9 +30,9 @@ from secura_serve.serve.app.startup_messages import (
     warn_of_width,
 )
 from secura_serve.serve.app.vllm_flags import (
+    check_vllm_flags,
     parse_vllm_flags,
     refuse_hiding_settings,
-    refuse_unknown_flags,
     server_keys,
 )
 from secura_serve.serve.basis import SharedBasis, refuse_full_rank
@@ -50,8 +53,8 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     Raises:
         SecuraError: the server cannot start, or ended on its own.
     """
-    if config.check and vllm_flags:
-        refuse_unknown_flags(vllm_flags)
+    if config.check:
+        _check_settings(config, vllm_flags)
     base = resolve_base(config.base)
     names = list(config.served_model_name) or [_default_name(base)]
     catalog = _catalog(config, base, names)
@@ -99,6 +102,16 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     keys = server_keys(args, admin=config.admin_api_key)
     run(config, args, memory, ServerContext(folding, loading, keys, fold_at_start=config.fold))
     return 0
+
+
+def _check_settings(config: ServeConfig, vllm_flags: list[str]) -> None:
+    """Refuse what a start would refuse. vLLM is imported only where there are flags for it."""
+    args: Any = SimpleNamespace(api_key=None)
+    if vllm_flags:
+        args = check_vllm_flags(vllm_flags)
+    keys = server_keys(args, admin=config.admin_api_key)
+    if config.ui:
+        page_access(config.ui_host, login=config.ui_auth, no_login=config.ui_no_auth, keys=keys)
 
 
 def _default_name(base: ResolvedBase) -> str:

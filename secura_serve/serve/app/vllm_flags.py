@@ -23,7 +23,7 @@ __all__ = [
     "parse_vllm_flags",
     "print_help",
     "refuse_hiding_settings",
-    "refuse_unknown_flags",
+    "check_vllm_flags",
     "server_keys",
 ]
 
@@ -65,8 +65,8 @@ def refuse_hiding_settings(rest: Sequence[str]) -> None:
         )
 
 
-def refuse_unknown_flags(rest: Sequence[str]) -> None:
-    """Raise ConfigError for flags that are neither ours nor vLLM's, with near names.
+def check_vllm_flags(rest: Sequence[str]) -> Any:
+    """Return vLLM's flags as it parses them; raise ConfigError for those that a start refuses.
 
     Imports vLLM, which alone knows its flags.
     """
@@ -80,8 +80,21 @@ def refuse_unknown_flags(rest: Sequence[str]) -> None:
             f"unrecognized arguments: {' '.join(rest)}{hint} (secura-serve --help lists our "
             f"flags; vLLM, which has others, cannot be imported: {error})"
         ) from error
+    return _parse(parser, rest)
+
+
+def _parse(parser: Any, rest: Sequence[str]) -> Any:
+    """Parse vLLM's flags, with short errors, and refuse values that depend on nothing else."""
+    if sum(flag.partition("=")[0] in ("--api-key", "--api_key") for flag in rest) > 1:
+        raise ConfigError("--api-key is given twice; give all keys after one: --api-key K1 K2")
     _brief_errors(parser)
-    parser.parse_args(list(rest))
+    args = parser.parse_args(list(rest))
+    if args.max_loras is not None and args.max_loras < 1:
+        raise ConfigError(
+            f"--max-loras {args.max_loras}: adapters need at least 1 slot; leave it out, and their "
+            "number is chosen by what they take"
+        )
+    return args
 
 
 def _our_flags() -> set[str]:
@@ -152,18 +165,10 @@ def parse_vllm_flags(
             json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
             for a in served
         ]
-    if sum(flag.partition("=")[0] in ("--api-key", "--api_key") for flag in rest) > 1:
-        raise ConfigError("--api-key is given twice; give all keys after one: --api-key K1 K2")
-    _brief_errors(parser)
-    args = parser.parse_args(arguments)
+    args = _parse(parser, arguments)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
             f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
-        )
-    if args.max_loras is not None and args.max_loras < 1:
-        raise ConfigError(
-            f"--max-loras {args.max_loras}: adapters need at least 1 slot; leave it out, and their "
-            "number is chosen by what they take"
         )
     if foldable and args.worker_extension_cls != _EXTENSION:
         raise ConfigError(

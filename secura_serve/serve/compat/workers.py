@@ -128,12 +128,9 @@ def base_linear(layer: Any, x: Tensor) -> Tensor:
 
 def kv_head_copies(layer: Any, s: int) -> int:
     """Return how many ranks hold the same rows of slice ``s``; more than 1 for copied KV heads."""
-    linear = find("vllm.model_executor.layers.linear:QKVParallelLinear")
-    return int(layer.base_layer.num_kv_head_replicas) if s and _is(layer, linear) else 1
-
-
-def _is(layer: Any, linear: type) -> bool:
-    return isinstance(layer.base_layer, linear)
+    # Not every linear of this kind derives from QKVParallelLinear; all are called so.
+    packed = any("QKV" in cls.__name__ for cls in type(layer.base_layer).__mro__)
+    return int(layer.base_layer.num_kv_head_replicas) if s and packed else 1
 
 
 def packed_modules(model: Any) -> dict[str, list[str]]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -28,6 +29,7 @@ from secura_serve.method import Basis
 from secura_serve.serve import compat
 from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
 from secura_serve.serve.kernels import Layout, choose_kernel
+from secura_serve.serve.names import CONFIG_KEY
 
 __all__ = ["CURLinearMixin"]
 
@@ -54,9 +56,9 @@ class Shards(NamedTuple):
 class CURLinearMixin:
     """y' = y + C_s·(U_slot·(y_s − b_s)[rows]) for each slice s of a packed linear."""
 
-    lora: ClassVar[Tensor | None] = None
-    """``(slots + 1,)`` bool, which slots hold a plain LoRA; None where there are none to serve,
-    and vLLM's own A and B are not made."""
+    lora: Tensor | None = None
+    """``(slots + 1,)`` bool, which slots hold a plain LoRA, given by the manager; None where there
+    are none to serve, and vLLM's own A and B are not made."""
 
     bank: Tensor | None = None
     """This linear's part of the bank, ``(slots + 1, *layout)``, given by the manager."""
@@ -79,7 +81,7 @@ class CURLinearMixin:
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
         """Make vLLM's own A and B where plain LoRA is served; the bank is the manager's."""
-        if self.lora is not None:
+        if get_current_vllm_config().additional_config[CONFIG_KEY]["plain_lora"]:
             super().create_lora_weights(max_loras, lora_config, model_config)  # type: ignore[misc]
         self.lora_config = lora_config
         if "output_slices" not in self.__dict__:

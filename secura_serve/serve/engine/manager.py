@@ -55,8 +55,6 @@ class CURModelManager(LRUCacheLoRAModelManager):
         self.lora: torch.Tensor | None = None
         if ours["plain_lora"]:
             self.lora = torch.zeros(slots + 1, dtype=torch.bool)
-        # vLLM makes the layers, and with them LoRA's buffers, in its own constructor.
-        CURLinearMixin.lora = self.lora
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
         compat.check_manager(self)
         self.shared_basis = SharedBasis.load(ours["basis"])
@@ -68,6 +66,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
                 compat.check_layer(layer)
+                layer.lora = self.lora
                 parts = self.packed_modules.get(name, [name])
                 bases = [wanted.pop(part, None) for part in parts]
                 if (layout := layer.install_basis(bases)) is not None:
