@@ -56,12 +56,16 @@ class Endpoint:
             raise EvaluationError(
                 f"{self.where} does not serve:", [f"{n}: {suggestion(n, known)}" for n in strangers]
             )
-        if self.base and self._refusal(self.base) is not None and self.base not in config.model:
+        reason = self._refusal(self.base) if self.base else None
+        if reason is not None and self.base not in config.model:
             # Blocked while an adapter is folded: that one can still be scored, on its own.
             self.base = None
         names = [self.base, *wanted] if self.base else wanted
         if self.base is None and not config.model:
             names = [m.id for m in listed if getattr(m, "status", "ready") == "folded"]
+        if reason is not None and not names:
+            # No fold is the cause, so nothing here answers.
+            raise EvaluationError(reason)
         self.names: tuple[str, ...] = tuple(dict.fromkeys(names))
         refused = {name: self._refusal(name) for name in self.names if name != self.base}
         if problems := [f"{name}: {reason}" for name, reason in refused.items() if reason]:
