@@ -19,6 +19,7 @@ from typing import Any
 from secura_serve.adapter import Adapter, is_plain_lora
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
+from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
 from secura_serve.serve.app.http.model_name import near_names
 from secura_serve.serve.app.snapshots import Snapshot
@@ -52,7 +53,7 @@ class Folding:
         snapshots: Mapping[str, Snapshot] | None = None,
     ) -> None:
         self.base, self.names = base, tuple(names)
-        self._base_files = _stamps(base)
+        self._base_files = BaseFiles(base)
         self.snapshots = dict(snapshots or {})
         self.paths = {adapter.name: adapter.path for adapter in adapters}
         # Asked for every request, so not worked out anew each time.
@@ -255,8 +256,7 @@ class Folding:
     async def _put(self, name: str | None, proof: str | None) -> dict[str, Any]:
         """Change the engine's weights while nothing is admitted."""
         assert self._models is not None
-        # Weights are made from the base's files, also those of the base itself.
-        if changed := self._changed_base():
+        if changed := self._base_files.changed():
             raise FoldError(
                 f"nothing was changed: {changed} of the base in {self.base} is not what it was at "
                 "the start; put it back, or restart the server"
@@ -276,18 +276,12 @@ class Folding:
         slowest: dict[str, Any] = max(ranks, key=lambda rank: float(rank["seconds"]))
         return slowest
 
-    def _changed_base(self) -> str | None:
-        """Return the name of a file of the base that was replaced, changed or removed, if any."""
-        now = _stamps(self.base)
-        names = {*now, *self._base_files}
-        return min((n for n in names if now.get(n) != self._base_files.get(n)), default=None)
-
     async def _restore(self, cause: Exception) -> None:
         """Put the base back on every rank, or end the server."""
         assert self._models is not None
         self.folded = None
         try:
-            if changed := self._changed_base():
+            if changed := self._base_files.changed():
                 raise FoldError(f"{changed} of the base has changed meanwhile")
             await self._engine.collective_rpc("secura_fold", args=(None, self._cores))
             await self._models.answer_as(None)
@@ -296,9 +290,3 @@ class Folding:
             self.broken = f"a fold failed ({cause}) and the base could not be put back ({error})"
             os.kill(os.getpid(), signal.SIGTERM)
             raise FoldError(f"the server is stopping: {self.broken}") from error
-
-
-def _stamps(base: Path) -> dict[str, tuple[int, int, int]]:
-    """Return inode, size and time of every file with weights."""
-    stats = {file.name: file.stat() for file in sorted(base.glob("*.safetensors"))}
-    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats.items()}

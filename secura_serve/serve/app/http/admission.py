@@ -15,6 +15,7 @@ from typing import NamedTuple
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.model_name import (
     InvalidModelName,
     read_body,
@@ -29,13 +30,6 @@ HOLD_SECONDS = 60.0
 """How long a request waits for a change of the weights before it gets a 503."""
 _RETRY_AFTER = 5
 
-_KINDS = {
-    400: "BadRequestError",
-    404: "NotFoundError",
-    409: "ConflictError",
-    503: "ServiceUnavailableError",
-}
-
 
 class Refusal(NamedTuple):
     """Why a request is not answered, as HTTP status and sentence."""
@@ -46,12 +40,11 @@ class Refusal(NamedTuple):
 
     def response(self) -> JSONResponse:
         """Return the error in OpenAI's shape."""
-        kind = _KINDS[self.status]
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.status}
-        if self.status == 503:
-            return JSONResponse({"error": error}, 503, headers={"retry-after": str(_RETRY_AFTER)})
         # The openai client would otherwise try a 409 again, twice.
-        return JSONResponse({"error": error}, self.status, headers={"x-should-retry": "false"})
+        headers = {"x-should-retry": "false"}
+        if self.status == 503:
+            headers = {"retry-after": str(_RETRY_AFTER)}
+        return error_response(self.status, self.message, param=self.param, headers=headers)
 
 
 class Admission:

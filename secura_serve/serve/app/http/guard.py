@@ -13,12 +13,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from secura_serve.serve.app.http.access import Keys, is_loopback, is_loopback_host
 from secura_serve.serve.app.http.context import context_of
+from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.routes import WEBSOCKET, Access, find_route, routed_path
 
 __all__ = ["GuardMiddleware", "refusal"]
@@ -32,12 +32,6 @@ _FORWARDED = re.compile(
     r"x-arr|x-amz-cf|x-amzn)-"
 )
 _WEB_PAGE = ("origin", "referer", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")
-_TYPES = {
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    501: "NotImplementedError",
-    503: "ServiceUnavailableError",
-}
 
 
 def has_key(headers: Headers, keys: Iterable[str]) -> bool:
@@ -101,9 +95,8 @@ class GuardMiddleware:
             await self.app(scope, receive, send)
             return
         status, message = refused
-        error = {"message": message, "type": _TYPES[status], "param": None, "code": status}
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-        await JSONResponse({"error": error}, status, headers)(scope, receive, send)
+        await error_response(status, message, headers=headers)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         context = context_of(scope["app"])

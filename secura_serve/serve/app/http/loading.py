@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from secura_serve.adapter import check_name
 from secura_serve.errors import AdapterError, ConfigError, FoldError, SecuraError
 from secura_serve.serve.app.folding import Folding
+from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.snapshots import Snapshot
 
 __all__ = ["AdapterLoading", "contained"]
@@ -135,11 +136,11 @@ class AdapterLoading:
         try:
             return PlainTextResponse(await asyncio.shield(task))
         except (ConfigError, AdapterError) as error:
-            return _error(400, "InvalidUserInput", str(error))
+            return error_response(400, str(error), kind="InvalidUserInput")
         except FoldError as error:
-            return _error(409, "ConflictError", str(error))
+            return error_response(409, str(error))
         except SecuraError as error:
-            return _error(503, "ServiceUnavailableError", str(error))
+            return error_response(503, str(error))
         except _Refused as refused:
             return JSONResponse(refused.body, refused.status)
 
@@ -215,8 +216,3 @@ class _Refused(Exception):
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         self.status, self.body = status, body
         super().__init__(status)
-
-
-def _error(status: int, kind: str, message: str) -> JSONResponse:
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": error}, status)

@@ -12,6 +12,8 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from secura_serve.serve.app.http.errors import error_response
+
 __all__ = ["answer_unsupported_requests"]
 
 # A child of vLLM's logger, which alone has a handler.
@@ -30,5 +32,4 @@ def answer_unsupported_requests(app: FastAPI) -> None:
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     log.warning("%s failed inside vLLM", request.url.path, exc_info=error)
     message = f"vLLM does not support this request ({type(error).__name__}: {error})"
-    body = {"message": message, "type": "NotImplementedError", "param": None, "code": 501}
-    return JSONResponse({"error": body}, 501, headers={"x-should-retry": "false"})
+    return error_response(501, message, headers={"x-should-retry": "false"})

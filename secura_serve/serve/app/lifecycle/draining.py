@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from secura_serve.serve.app.http.context import context_of
+from secura_serve.serve.app.http.errors import error_body, error_response
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
 from secura_serve.serve.app.lifecycle.repeated_errors import limit_repeated_errors
 
@@ -35,15 +36,9 @@ _NOTICE_S = 2.0
 _RETRY_AFTER_S = 10
 
 
-def _error(message: str) -> dict[str, Any]:
-    """Return a 503 in OpenAI's shape."""
-    kind = "ServiceUnavailableError"
-    return {"error": {"message": message, "type": kind, "param": None, "code": 503}}
-
-
 def _refusal(message: str) -> JSONResponse:
     headers = {"Retry-After": str(_RETRY_AFTER_S), "Connection": "close"}
-    return JSONResponse(_error(message), 503, headers=headers)
+    return error_response(503, message, headers=headers)
 
 
 class Shutdown:
@@ -263,6 +258,6 @@ class _Answer:
                 if not self._started:
                     await _refusal(why)(self._scope, self._receive, self._send)
                 elif self._events:
-                    event = f"data: {json.dumps(_error(why))}\n\n".encode()
+                    event = f"data: {json.dumps(error_body(503, why))}\n\n".encode()
                     await self._send({"type": "http.response.body", "body": event})
         # An answer of another kind is left incomplete: uvicorn breaks the connection.
