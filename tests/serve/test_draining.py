@@ -1,5 +1,5 @@
 """Proves what a client gets when its answer is cut, that an engine's death is told as what it is,
-that children end with whoever started them, and that one error cannot fill the log.
+and that children end with whoever started them.
 
 Needs starlette only; requests go through the real ASGI calls, and processes are real.
 """
@@ -22,7 +22,6 @@ from secura_serve.serve.app.http.access import Keys
 from secura_serve.serve.app.http.context import ServerContext
 from secura_serve.serve.app.lifecycle.draining import DrainingMiddleware, Shutdown
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
-from secura_serve.serve.app.lifecycle.repeated_errors import RepeatedErrors
 from secura_serve.serve.children import ErrorReport
 
 
@@ -235,21 +234,6 @@ def test_the_first_error_of_a_burst_is_the_cause(tmp_path):
         os.utime(folder / str(os.getpid()), (time.time() - 3600,) * 2)
         assert health.reported() is None
     assert not folder.exists()
-
-
-def test_an_error_that_repeats_is_written_a_few_times():
-    now, only = 0.0, RepeatedErrors("Error with", 3, 60.0)
-    passed = []
-    for number in range(1000):
-        record = logging.LogRecord("x", logging.ERROR, "", 0, "Error with %s", (number,), None)
-        if only.filter(record):
-            passed.append(record.getMessage())
-    assert len(passed) == 3 and "left out" in passed[-1] and now == 0.0
-    other = logging.LogRecord("x", logging.ERROR, "", 0, "another", (), None)
-    assert only.filter(other)
-    only._since -= 61
-    late = logging.LogRecord("x", logging.ERROR, "", 0, "Error with %s", (1,), None)
-    assert only.filter(late) and "997 like it" in late.getMessage()
 
 
 def _grandchild(ids):

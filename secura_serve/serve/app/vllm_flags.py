@@ -20,10 +20,10 @@ from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 
 __all__ = [
+    "check_vllm_flags",
     "parse_vllm_flags",
     "print_help",
     "refuse_hiding_settings",
-    "check_vllm_flags",
     "server_keys",
 ]
 

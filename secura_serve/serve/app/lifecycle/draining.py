@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from secura_serve.serve.app.http.context import context_of
 from secura_serve.serve.app.http.errors import error_body, error_response
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
-from secura_serve.serve.app.lifecycle.repeated_errors import limit_repeated_errors
 
 __all__ = ["MIDDLEWARE", "DrainingMiddleware", "Shutdown"]
 
@@ -161,8 +160,6 @@ class DrainingMiddleware:
             if message["type"] == "lifespan.startup.complete":
                 state = scope["app"].state
                 shutdown.begin(state.server, state.engine_client)
-                # Not earlier: making the engine sets vLLM's logging up anew.
-                limit_repeated_errors()
             elif message["type"].startswith("lifespan.shutdown"):
                 # vLLM itself may have noticed first that the engine is dead.
                 shutdown.end()
