@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from secura_serve.method import MagNorm
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.loading import AdapterLoading
-from secura_serve.serve.app.snapshots import SnapshotStore
 from secura_serve.serve.app.start import verified_copy
 from tests.support.engines import random_adapter
 

@@ -28,8 +28,8 @@ from secura_serve import adapter as A
 from secura_serve.bases import cache_root
 from secura_serve.errors import ConfigError, FoldError
 from secura_serve.method import MagNorm
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.folding import Folding
-from secura_serve.serve.app.snapshots import SnapshotStore
 from tests.support import agreement
 from tests.support.engines import random_adapter, serving
 

@@ -14,7 +14,7 @@ import torch
 
 from secura_serve.errors import AdapterFormatError, StorageError
 from secura_serve.serve.app import snapshots
-from secura_serve.serve.app.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.engine.mapped import map_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")

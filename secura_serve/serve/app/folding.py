@@ -19,10 +19,10 @@ from typing import Any
 from secura_serve.adapter import Adapter, is_plain_lora
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
+from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
 from secura_serve.serve.app.http.model_name import near_names
-from secura_serve.serve.app.snapshots import Snapshot
 from secura_serve.serve.compat import ServedModels
 
 __all__ = ["DEFAULT_TIMEOUT", "Folding"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.serve.app.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
 
 __all__ = ["Memory", "default_cached", "default_slots", "estimate", "kv_cache_gib"]

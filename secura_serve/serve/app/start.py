@@ -16,12 +16,12 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
-from secura_serve.serve.app.catalog import Catalog, examine, scan
+from secura_serve.serve.app.adapters.catalog import Catalog, examine, scan
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import page_access
 from secura_serve.serve.app.memory import estimate
-from secura_serve.serve.app.plain_lora import PlainLoRA
-from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.startup_messages import (
     announce_fold,
     no_adapters,

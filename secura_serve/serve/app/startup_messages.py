@@ -6,10 +6,10 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
-from secura_serve.serve.app.catalog import Catalog
+from secura_serve.serve.app.adapters.catalog import Catalog
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.app.memory import Memory
-from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
 
 __all__ = [

@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 from secura_serve.adapter import Adapter
 from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
-from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 

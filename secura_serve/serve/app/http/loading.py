@@ -22,9 +22,9 @@ from pydantic import BaseModel
 
 from secura_serve.adapter import check_name
 from secura_serve.errors import AdapterError, ConfigError, FoldError, SecuraError
+from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.errors import error_response
-from secura_serve.serve.app.snapshots import Snapshot
 
 __all__ = ["AdapterLoading", "contained"]
 

@@ -19,8 +19,8 @@ from secura_serve.errors import (
     StorageError,
     UnservableError,
 )
-from secura_serve.serve.app.plain_lora import PlainLoRA
-from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.basis import Gains, base_id
 
 __all__ = ["Catalog", "Comparison", "Entry", "examine", "scan"]

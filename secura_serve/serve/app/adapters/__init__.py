@@ -1,0 +1,1 @@
+"""The adapters of a running server: found, verified, kept in versions, and followed on disk."""
