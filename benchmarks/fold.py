@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks._report import header, out_file
 from benchmarks._synthetic import make_adapter
 
-EXTENSION = "secura_serve.serve.engine.worker_extension.FoldExtension"
+EXTENSION = "secura_serve.serve.engine.worker_extension.WorkerExtension"
 
 
 def make_adapters(base: Path, folder: Path) -> dict[str, Path]:

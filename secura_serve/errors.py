@@ -13,6 +13,7 @@
     ├── EvaluationError           an evaluation that cannot be started or finished
     ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
+    ├── LifecycleError            a change of a running server's adapters that did not happen
     ├── StorageError              a disk that is full or cannot be written
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
@@ -34,6 +35,7 @@ __all__ = [
     "EvaluationError",
     "FoldError",
     "IncompatibleVLLMError",
+    "LifecycleError",
     "MergeError",
     "SecuraError",
     "ServeError",
@@ -104,6 +106,18 @@ class ServeError(SecuraError):
 
 class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
+
+
+class LifecycleError(SecuraError):
+    """A change of a running server's adapters that did not happen; what was served still is.
+
+    Args:
+        status: the HTTP status that says it best.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
 
 
 class StorageError(SecuraError):

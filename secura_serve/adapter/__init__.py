@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of
-from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig
+from secura_serve.adapter.format import (
+    FORMAT_VERSION,
+    PEFT_TYPE,
+    AdapterConfig,
+    weights_digest,
+)
 from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized
-from secura_serve.adapter.store import Adapter, check_name, is_plain_lora, load, save
+from secura_serve.adapter.store import (
+    Adapter,
+    check_name,
+    holds_its_weights,
+    is_plain_lora,
+    load,
+    load_config,
+    save,
+)
 from secura_serve.adapter.tensors import CURModule, parse_modules
 from secura_serve.adapter.verify import (
     BaseComparison,
@@ -33,12 +46,15 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "gather_verified",
+    "holds_its_weights",
     "is_plain_lora",
     "load",
+    "load_config",
     "mismatch_message",
     "parse_modules",
     "refuse_mismatches",
     "refuse_oversized",
     "save",
     "verify",
+    "weights_digest",
 ]

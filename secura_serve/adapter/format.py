@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from blake3 import blake3
+
 from secura_serve.errors import AdapterFormatError, ConfigError
 from secura_serve.method import MagNorm, rule_names
 
@@ -16,6 +18,7 @@ __all__ = [
     "PEFT_TYPE",
     "WEIGHTS_NAME",
     "AdapterConfig",
+    "weights_digest",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -55,10 +58,14 @@ class AdapterConfig:
     """``u``: U trained directly (CURLoRA). ``ab``: U = A·B was trained (SECURA's CABR)."""
     inner_rank: int | None = None
     magnorm: MagNorm = field(default_factory=MagNorm)
+    weights_digest: str | None = None
+    """:func:`weights_digest` of the weights file, so that a mixture of two adapters is noticed;
+    None in folders that another program wrote."""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object, PEFT's keys first."""
+        digest = {} if self.weights_digest is None else {"weights_digest": self.weights_digest}
         return {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
@@ -72,6 +79,7 @@ class AdapterConfig:
             "core": self.core,
             "inner_rank": self.inner_rank,
             "magnorm": self.magnorm.to_json(),
+            **digest,
             "base_fingerprint": dict(self.base_fingerprint),
         }
 
@@ -108,7 +116,14 @@ class AdapterConfig:
             core=raw["core"],
             inner_rank=raw.get("inner_rank"),
             magnorm=norm,
+            weights_digest=raw.get("weights_digest"),
         )
+
+
+def weights_digest(weights: bytes | memoryview) -> str:
+    """Return 32 hex digits of BLAKE3 over a weights file's bytes."""
+    digest: str = blake3(weights).hexdigest()[:32]
+    return digest
 
 
 def _is_int(value: Any) -> bool:
@@ -154,14 +169,24 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         "core": (lambda v: v in ("u", "ab"), '"u" or "ab"'),
         "base_fingerprint": (fingerprints, "an object of module name -> digest"),
     }
-    problems = [
+    digest = raw.get("weights_digest")
+    problems = [] if digest is None or isinstance(digest, str) else ["weights_digest: a string"]
+    problems += [
         f"{key}: got {raw.get(key)!r:.80}, allowed: {what}"
         for key, (accepts, what) in allowed.items()
         if not accepts(raw.get(key))
     ]
     if raw.get("core") == "ab" and not (isinstance(inner, int) and inner >= 1):
         problems.append(f'inner_rank: got {inner!r}, core "ab" needs an integer >= r')
-    known = {*allowed, "inner_rank", "magnorm", "peft_type", "format_version", *_PEFT_KEYS}
+    known = {
+        *allowed,
+        "weights_digest",
+        "inner_rank",
+        "magnorm",
+        "peft_type",
+        "format_version",
+        *_PEFT_KEYS,
+    }
     problems += [
         f"{key!r}: unknown key; it could change what the adapter means, so it is refused"
         for key in sorted(set(raw) - known)

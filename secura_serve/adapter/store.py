@@ -17,12 +17,26 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME, AdapterConfig
+from secura_serve.adapter.format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterConfig,
+    weights_digest,
+)
 from secura_serve.adapter.tensors import CURModule, module_problems, parse_modules
 from secura_serve.atomic import atomic_folder
 from secura_serve.errors import AdapterFormatError, ConfigError
 
-__all__ = ["NAME_PATTERN", "Adapter", "check_name", "is_plain_lora", "load", "save"]
+__all__ = [
+    "NAME_PATTERN",
+    "Adapter",
+    "check_name",
+    "holds_its_weights",
+    "is_plain_lora",
+    "load",
+    "load_config",
+    "save",
+]
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _CONFIG_LIMIT = 16 * 2**20
@@ -75,7 +89,7 @@ def check_name(name: str) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(
             f"adapter name {name!r} is not allowed; use 1 to 64 letters, digits, '.', '_' or '-', "
-            "the first a letter or digit"
+            "the first a letter or digit ('@', '*' and '+' have a meaning of their own in requests)"
         )
     return name
 
@@ -112,12 +126,14 @@ def save(
 
     with atomic_folder(target) as new:
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
+        digest = weights_digest((new / WEIGHTS_NAME).read_bytes())
+        written = replace(config, weights_digest=digest).to_json()
         for name, content in (extra or {}).items():
             new.joinpath(name).write_bytes(
                 content.encode("utf-8") if isinstance(content, str) else content
             )
         # The config makes a folder an adapter, so it is written last.
-        (new / CONFIG_NAME).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+        (new / CONFIG_NAME).write_text(json.dumps(written, indent=1) + "\n")
         # safetensors makes its files private; an adapter is as readable as its config.
         shutil.copymode(new / CONFIG_NAME, new / WEIGHTS_NAME)
     return target
@@ -146,7 +162,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise AdapterFormatError(f"{os.fspath(path)}: no such folder; give that of an adapter")
-    config = _load_config(folder)
+    config = load_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         pickles = sorted(p.name for ext in ("bin", "pt", "pth") for p in folder.glob(f"*.{ext}"))
@@ -164,10 +180,25 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         ) from error
     if problems:
         raise AdapterFormatError(f"{folder.name} is not a valid adapter:", problems)
+    if config.weights_digest is not None and not holds_its_weights(folder, config):
+        raise AdapterFormatError(
+            f"{folder.name}: {WEIGHTS_NAME} is not the file that {CONFIG_NAME} was written with; "
+            "a copy is not complete, or two adapters were mixed. Copy both files again"
+        )
     return Adapter(folder, config, modules)
 
 
-def _load_config(folder: Path) -> AdapterConfig:
+def holds_its_weights(folder: Path, config: AdapterConfig) -> bool:
+    """Return whether the weights file is the one that the configuration names by digest.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return weights_digest((folder / WEIGHTS_NAME).read_bytes()) == config.weights_digest
+
+
+def load_config(folder: Path) -> AdapterConfig:
+    """Read and check ``adapter_config.json`` alone. Raises AdapterFormatError."""
     file = folder / CONFIG_NAME
     try:
         if file.stat().st_size > _CONFIG_LIMIT:

@@ -85,6 +85,15 @@ class SharedBasis:
             modules[name] = Basis(_union(u.rows for u in users), _union(u.cols for u in users))
         return cls(modules, {key: gains[key] for key in dict.fromkeys(map(base_id, ranked))})
 
+    def with_more(self, modules: Mapping[str, Basis]) -> SharedBasis:
+        """Return the basis with more rows and columns behind its own."""
+        wider = dict(self.modules)
+        for name, more in modules.items():
+            if (own := wider.get(name)) is not None:
+                more = Basis(_union([own.rows, more.rows]), _union([own.cols, more.cols]))
+            wider[name] = more
+        return SharedBasis(wider, self.verified)
+
     @property
     def width(self) -> int:
         """The largest number of rows or columns over all modules."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from secura_serve.errors import AdapterFormatError, StorageError
-from secura_serve.serve.app import snapshots
+from secura_serve.serve.app.adapters import snapshots
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.engine.mapped import map_tensors
 

@@ -33,6 +33,24 @@ class ServeConfig:
     )
     strict: bool = option("refuse to start if any adapter is not servable", False)
     check: bool = option("check the adapters against the base and exit", False)
+    watch: bool = option(
+        "follow the adapters folder: serve what is added or changed, drop what is removed", True
+    )
+    reserve_rank: int | None = option(
+        "make room in every linear for adapters of the default selection up to this rank that come "
+        "while the server runs; 0 makes none (default: 32 if there is no adapter yet, else 0)",
+        None,
+        metavar="R",
+    )
+    adapter_versions: int = option(
+        "how many versions of an adapter stay for a rollback", 3, metavar="N"
+    )
+    state: str | None = option(
+        "file that keeps versions, rollbacks, pins and aliases for the next start (default: below "
+        "$SECURA_CACHE, one for each folder and port)",
+        None,
+        metavar="FILE",
+    )
     fold: str | None = option(
         "start with this adapter folded into the weights: it alone is served, at base cost. In the "
         "running server: POST /admin/fold, POST /admin/unfold, GET /admin/fold",
@@ -69,6 +87,10 @@ class ServeConfig:
         problems = []
         if self.adapters == "":
             problems.append("--adapters is empty; name a folder, or leave the flag out")
+        if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
+            problems.append(f"--reserve-rank {self.reserve_rank}: must be 0 to 1024")
+        if not 1 <= self.adapter_versions <= 1000:
+            problems.append(f"--adapter-versions {self.adapter_versions}: must be 1 to 1000")
         if not (0 < self.write_timeout < math.inf):
             problems.append(f"--write-timeout {self.write_timeout:g}: must be more than 0 seconds")
         if problems:

@@ -11,15 +11,13 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_serve.adapter import Adapter, is_plain_lora
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
-from secura_serve.serve.app.adapters.snapshots import Snapshot
+from secura_serve.serve.app.adapters.library import Library, Version, split_version
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
 from secura_serve.serve.app.http.model_name import near_names
@@ -39,27 +37,19 @@ class Folding:
     Args:
         base: the base's folder.
         names: what the base is called in requests.
-        adapters: all that can be folded.
-        per_request: names of those that can also be chosen per request, and of plain LoRAs.
-        snapshots: name -> the verified copy that is served, for telling when its source changes.
+        library: the adapters.
+        per_request: whether this engine takes adapters per request at all.
     """
 
     def __init__(
-        self,
-        base: Path,
-        names: Sequence[str],
-        adapters: Iterable[Adapter],
-        per_request: Iterable[str],
-        snapshots: Mapping[str, Snapshot] | None = None,
+        self, base: Path, names: Sequence[str], library: Library, *, per_request: bool = True
     ) -> None:
-        self.base, self.names = base, tuple(names)
+        self.base, self.names, self.library = base, tuple(names), library
         self._base_files = BaseFiles(base)
-        self.snapshots = dict(snapshots or {})
-        self.paths = {adapter.name: adapter.path for adapter in adapters}
-        # Asked for every request, so not worked out anew each time.
-        self._per_request: Collection[str] = set(per_request)
-        self._only_folded = self.paths.keys() - self._per_request
+        self.per_request = per_request
         self.folded: str | None = None
+        """The model name that is folded, as it was asked for."""
+        self.folded_version: Version | None = None
         self.broken: str | None = None
         """Why the weights are no longer known; the server is then on its way out."""
         self.admission = Admission(self.refusal)
@@ -72,71 +62,42 @@ class Folding:
     def bind(self, engine: Any, models: ServedModels) -> None:
         """Take hold of the engine once it is there."""
         self._engine, self._models = engine, models
-        # vLLM's own table: an adapter can be loaded and unloaded while the server runs.
-        self._per_request = models.adapters
-        models.describe(
-            self.status,
-            more=[(name, self._source(name)) for name in self.paths if name in self._only_folded],
-            root=lambda name: s.source if (s := self.snapshots.get(name)) else None,
-        )
 
-    def _source(self, name: str) -> Path:
-        """Return the folder that the user knows, not its copy."""
-        return self.snapshots[name].source if name in self.snapshots else self.paths[name]
-
-    def serve_from(self, name: str, snapshot: Snapshot) -> None:
-        """Take note of an adapter that was loaded at run time, or of its new content."""
-        self.snapshots[name] = snapshot
-        if not is_plain_lora(snapshot.path):
-            self.paths[name] = snapshot.path
-
-    def forget(self, name: str) -> None:
-        """Take note of an adapter that was unloaded: it cannot be folded either."""
-        self.snapshots.pop(name, None)
-        self.paths.pop(name, None)
+    def foldable(self) -> list[str]:
+        """Return the names of the adapters that can be folded."""
+        return [version.name for version in self.library if version.foldable]
 
     def changed_on_disk(self) -> list[str]:
         """Return the adapters whose folder no longer holds what is served."""
-        return [name for name, snapshot in self.snapshots.items() if snapshot.has_changed()]
+        return [v.name for v in self.library if v.snapshot.has_changed()]
 
     def known(self, name: str) -> bool:
         """Return whether any model has this name, whether or not it answers now."""
-        return name in self.names or name in self.paths or name in self._per_request
+        known = name in self.names or self.library.find(name) is not None
+        return known or name == self.folded
 
     def answering(self) -> list[str]:
         """Return the names that answer now, the base's first."""
         if self.folded is not None:
             return [self.folded]
-        return [*self.names, *sorted(self._per_request)]
+        return [*self.names, *sorted(v.name for v in self.library if self._ready(v))]
+
+    def _ready(self, version: Version) -> bool:
+        """Return whether a version answers while nothing is folded."""
+        return self.per_request and version.per_request
 
     @property
     def busy(self) -> bool:
         """Whether a change is under way."""
         return self._one_at_a_time.locked()
 
-    @asynccontextmanager
-    async def unfolded(self) -> AsyncIterator[None]:
-        """Keep the base in the weights for the block.
-
-        Raises:
-            FoldError: an adapter is folded, or a change is under way.
-        """
-        if self.busy:
-            raise FoldError("nothing was changed: a fold is under way; try again after it")
-        async with self._one_at_a_time:
-            if self.folded is not None or self.broken is not None:
-                raise FoldError(
-                    f"nothing was changed: {self.folded or 'no known adapter'} is folded into the "
-                    "weights; POST to /admin/unfold first"
-                )
-            yield
-
     def status(self, model: str) -> str:
         """``ready``, ``folded`` (answers, at base cost), ``unfolded`` (must be folded to answer)
         or ``blocked`` (another adapter is folded)."""
         if self.folded is not None:
             return "folded" if model == self.folded else "blocked"
-        return "unfolded" if model in self._only_folded else "ready"
+        version = self.library.find(model)
+        return "ready" if version is None or self._ready(version) else "unfolded"
 
     def refusal(self, model: str | None) -> Refusal | None:
         """Return why a request for ``model`` cannot be answered now, or None if it can."""
@@ -167,6 +128,16 @@ class Folding:
         """Return what to tell somebody who asks for a name that no model has."""
         answering = self.answering()
         near = near_names(model, answering)
+        name, digest = split_version(self.library.aliases.get(model, model))
+        record = self.library.records.get(name)
+        if record is not None and digest is not None and record.versions:
+            kept = ", ".join(str(version) for version in record.versions)
+            return (
+                f"The model `{model[:100]}` does not exist: {name} has these versions: {kept} (six "
+                "or more digits name one)"
+            )
+        if record is not None and record.refused is not None:
+            return f"The adapter `{name}` is not served: {record.refused}"
         listed = ", ".join(answering[:_LISTED])
         more = f" and {len(answering) - _LISTED} more" if len(answering) > _LISTED else ""
         return (
@@ -180,8 +151,9 @@ class Folding:
     ) -> dict[str, Any]:
         """Fold ``name``, whatever is folded now; None puts the base back.
 
-        What is folded is what was verified at the start, whatever its folder holds by now; the
-        result then says ``"changed_on_disk": true``.
+        What is folded is the verified version that the name stands for, whatever its folder holds
+        by now; the result then says ``"changed_on_disk": true``. A name that is folded already is
+        folded again if it stands for a newer version since.
 
         Args:
             timeout: seconds to wait for another change and for running requests; None waits for
@@ -195,8 +167,8 @@ class Folding:
             FoldError: the fold failed and the base was put back, or running requests took longer
                 than ``timeout`` and nothing changed, or the server must stop.
         """
-        if name is not None and name not in self.paths:
-            raise ConfigError(self._no_adapter(name))
+        if name is not None:
+            self._wanted(name)
         begin = time.perf_counter()
         try:
             await asyncio.wait_for(self._one_at_a_time.acquire(), timeout)
@@ -207,15 +179,17 @@ class Folding:
         try:
             if self.broken is not None:
                 raise FoldError(f"the server is stopping: {self.broken}")
-            drift = await self._drift(name)
-            if name == self.folded:
+            # Its name may stand for a newer version than when this call began to wait.
+            version = None if name is None else self._wanted(name)
+            drift = await self._drift(version)
+            if name == self.folded and version is self.folded_version:
                 return {"folded": name, "changed": False, **drift}
             # While the engine still answers: most faults show here, and none is looked for twice.
-            proof = None if name is None else await asyncio.to_thread(self._look, name)
+            proof = None if version is None else await asyncio.to_thread(self._look, version)
             left = None if timeout is None else max(0.0, begin + timeout - time.perf_counter())
             try:
                 async with self.admission.closed(left):
-                    done = await self._put(name, proof)
+                    done = await self._put(name, version, proof)
             except TimeoutError as error:
                 raise FoldError(
                     f"nothing was changed: running requests ({self.admission.running}) took longer "
@@ -228,32 +202,45 @@ class Folding:
         print(f"secura-serve: {what} (after {total:.2f} s)", flush=True)
         return {"folded": name, "changed": True, **done, "total_seconds": total, **drift}
 
-    async def _drift(self, name: str | None) -> dict[str, Any]:
-        snapshot = self.snapshots.get(name) if name is not None else None
-        if snapshot is None or not await asyncio.to_thread(snapshot.has_changed):
+    async def _drift(self, version: Version | None) -> dict[str, Any]:
+        if version is None or not await asyncio.to_thread(version.snapshot.has_changed):
             return {}
         print(
-            f"secura-serve: {snapshot.source} has changed since the start; {name} is served as it "
-            "was then (restart to serve the new files)",
+            f"secura-serve: {version.snapshot.source} does not hold what is served as "
+            f"{version.name}; that is {version} (POST /v1/adapters/reload serves the new files)",
             flush=True,
         )
         return {"changed_on_disk": True}
 
-    def _no_adapter(self, name: str) -> str:
+    def _wanted(self, name: str) -> Version:
+        """Return the version to fold for a name. Raises ConfigError if there is none."""
+        version = self.library.find(name)
+        if version is not None and version.foldable:
+            return version
         if name in self.names:
-            return f"{name!r} is the base: POST to /admin/unfold puts it back"
-        if name in self._per_request:
-            return f"{name!r} is a plain LoRA: it is chosen per request, and not folded"
-        return f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
+            raise ConfigError(f"{name!r} is the base: POST to /admin/unfold puts it back")
+        if version is not None:
+            raise ConfigError(f"{name!r} is a plain LoRA: it is chosen per request, and not folded")
+        foldable = self.foldable()
+        near = near_names(name, foldable)
+        raise ConfigError(
+            f"no adapter {name[:100]!r} to fold; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"There are {', '.join(foldable) or 'none'}"
+        )
 
-    def _look(self, name: str) -> str:
+    def _look(self, version: Version) -> str:
         try:
-            proof: str = verify_base(str(self.base), [str(self.paths[name])])
+            proof: str = verify_base(str(self.base), [str(version.snapshot.path)])
         except MergeError as error:
-            raise FoldError(f"{name} cannot be folded, nothing was changed: {error}") from error
+            raise FoldError(
+                f"{version.name} cannot be folded, nothing was changed: {error}"
+            ) from error
         return proof
 
-    async def _put(self, name: str | None, proof: str | None) -> dict[str, Any]:
+    async def _put(
+        self, name: str | None, version: Version | None, proof: str | None
+    ) -> dict[str, Any]:
         """Change the engine's weights while nothing is admitted."""
         assert self._models is not None
         if changed := self._base_files.changed():
@@ -262,7 +249,7 @@ class Folding:
                 "the start; put it back, or restart the server"
             )
         await self._engine.pause_generation(mode="wait", clear_cache=True)
-        path = None if name is None else str(self.paths[name])
+        path = None if version is None else str(version.snapshot.path)
         try:
             ranks = await self._engine.collective_rpc(
                 "secura_fold", args=(path, self._cores, proof)
@@ -270,8 +257,10 @@ class Folding:
         except Exception as error:
             await self._restore(error)
             raise FoldError(f"the fold failed and the base was put back: {error}") from error
-        self.folded = name
-        await self._models.answer_as(None if name is None else (name, str(self._source(name))))
+        self.folded, self.folded_version = name, version
+        self._models.answer_as(
+            (name, str(version.snapshot.source)) if name is not None and version else None
+        )
         await self._engine.resume_generation()
         slowest: dict[str, Any] = max(ranks, key=lambda rank: float(rank["seconds"]))
         return slowest
@@ -279,12 +268,12 @@ class Folding:
     async def _restore(self, cause: Exception) -> None:
         """Put the base back on every rank, or end the server."""
         assert self._models is not None
-        self.folded = None
+        self.folded = self.folded_version = None
         try:
             if changed := self._base_files.changed():
                 raise FoldError(f"{changed} of the base has changed meanwhile")
             await self._engine.collective_rpc("secura_fold", args=(None, self._cores))
-            await self._models.answer_as(None)
+            self._models.answer_as(None)
             await self._engine.resume_generation()
         except Exception as error:
             self.broken = f"a fold failed ({cause}) and the base could not be put back ({error})"

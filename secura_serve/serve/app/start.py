@@ -6,19 +6,27 @@ up to the basis works without vLLM (``--check``).
 
 from __future__ import annotations
 
+import hashlib
 import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
-from secura_serve.serve.app.adapters.catalog import Catalog, examine, scan
+from secura_serve.serve.app.adapters.catalog import Catalog, scan
+from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.reserve import DEFAULT_RANK, reserved_basis
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.state import StateFile
+from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.verified import Verified
+from secura_serve.serve.app.adapters.verifier import Verifier
+from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import page_access
 from secura_serve.serve.app.memory import estimate
@@ -35,10 +43,13 @@ from secura_serve.serve.app.vllm_flags import (
     refuse_hiding_settings,
     server_keys,
 )
-from secura_serve.serve.basis import SharedBasis, refuse_full_rank
+from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.names import LOAD_FORMAT
 
-__all__ = ["start", "verified_copy"]
+if TYPE_CHECKING:
+    from secura_serve.serve.app.http.context import ServerContext
+
+__all__ = ["start"]
 
 
 def start(config: ServeConfig, vllm_flags: list[str]) -> int:
@@ -57,23 +68,32 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
         _check_settings(config, vllm_flags)
     base = resolve_base(config.base)
     names = list(config.served_model_name) or [_default_name(base)]
-    catalog = _catalog(config, base, names)
+    verifier = _verifier(config, base)
+    catalog = _catalog(config, base, names, verifier)
     if config.check:
         if not catalog.entries:
             print(no_adapters(config.adapters))
         return 1 if catalog.refused else 0
     checkpoint = Checkpoint(base.path)
-    served = _prepare_vllm(checkpoint, catalog, vllm_flags)
-    ours = [a for a in served if isinstance(a, Adapter)]
-    loras = [a for a in served if isinstance(a, PlainLoRA)]
+    served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
+    per_request = config.adapters is not None and _prepare_vllm(checkpoint, served, vllm_flags)
+    ours = catalog.served if per_request else []
+    loras = catalog.plain_loras if per_request else []
     basis = SharedBasis.of(ours, catalog.gains)
     warn_of_width(basis, ours)
+    if per_request:
+        rank = config.reserve_rank
+        if rank is None:
+            rank = 0 if served else DEFAULT_RANK
+        if rank:
+            basis = basis.with_more(reserved_basis(checkpoint, rank))
     args = parse_vllm_flags(
         vllm_flags,
         path=base.path,
         names=names,
-        served=served,
-        foldable=bool(catalog.foldable),
+        served=served if per_request else [],
+        per_request=per_request,
+        foldable=config.adapters is not None,
         basis=basis,
         memory=partial(estimate, checkpoint, basis, loras),
         cache=cache_root() / "serve",
@@ -83,25 +103,53 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     elif not catalog.entries:
         print(no_adapters(config.adapters))
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
-    warn_of_fewer_slots(memory, served, loras)
+    if per_request:
+        warn_of_fewer_slots(memory, served, loras)
     # Imports of vLLM's, which the checks above do without.
-    from secura_serve.serve.app.folding import Folding
-    from secura_serve.serve.app.http.context import ServerContext
-    from secura_serve.serve.app.http.loading import AdapterLoading
     from secura_serve.serve.app.run import run
 
-    folding = Folding(
-        base.path, names, catalog.foldable, [a.name for a in served], catalog.snapshots
-    )
-    loading = AdapterLoading(
-        Path(config.adapters).expanduser() if config.adapters else None,
-        names,
-        partial(verified_copy, base=base.path, store=_store()),
-        folding,
-    )
-    keys = server_keys(args, admin=config.admin_api_key)
-    run(config, args, memory, ServerContext(folding, loading, keys, fold_at_start=config.fold))
+    context = _context(config, args, base, names, catalog, verifier, per_request)
+    run(config, args, memory, context)
     return 0
+
+
+def _context(
+    config: ServeConfig,
+    args: Any,
+    base: ResolvedBase,
+    names: list[str],
+    catalog: Catalog,
+    verifier: Verifier,
+    per_request: bool,
+) -> ServerContext:
+    """Put the parts of the server together."""
+    from secura_serve.serve.app.folding import Folding
+    from secura_serve.serve.app.http.context import ServerContext
+
+    root = Path(config.adapters).expanduser() if config.adapters else None
+    library = Library(names, keep=config.adapter_versions)
+    folding = Folding(base.path, names, library, per_request=per_request)
+    state = StateFile(_state_path(config, args, root)) if root is not None else None
+    updates = AdapterUpdates(root, library, verifier, state, folding.admission.ended)
+    updates.fill(catalog.entries)
+    return ServerContext(
+        folding,
+        updates,
+        server_keys(args, admin=config.admin_api_key),
+        watch=FolderWatch(root, updates, updates.say) if root is not None else None,
+        follow=config.watch,
+        strict=config.strict,
+        fold_at_start=config.fold,
+    )
+
+
+def _state_path(config: ServeConfig, args: Any, root: Path | None) -> Path:
+    if config.state:
+        return Path(config.state).expanduser()
+    # Servers that share a folder listen on different ports, and each keeps its own decisions.
+    where = f"{root and root.resolve()}|{args.uds or args.port}"
+    name = hashlib.sha256(where.encode()).hexdigest()[:32]
+    return cache_root() / "serve" / "state" / f"{name}.json"
 
 
 def _check_settings(config: ServeConfig, vllm_flags: list[str]) -> None:
@@ -119,19 +167,30 @@ def _default_name(base: ResolvedBase) -> str:
     return base.path.name if base.model_id == str(base.path) else base.name
 
 
-def _store() -> SnapshotStore:
-    return SnapshotStore(cache_root() / "serve" / "adapters")
+def _verifier(config: ServeConfig, base: ResolvedBase) -> Verifier:
+    """Return what checks the adapters; with ``--check`` it writes nothing."""
+
+    # A checkpoint of its own each time: what was compared stays mapped as long as it is open.
+    def checkpoint() -> Checkpoint:
+        return Checkpoint(base.path)
+
+    if config.check or not config.adapters:
+        return Verifier(checkpoint)
+    serve = cache_root() / "serve"
+    verified = Verified(serve / "verified", base.path)
+    return Verifier(checkpoint, SnapshotStore(serve / "adapters", verified), verified)
 
 
-def _catalog(config: ServeConfig, base: ResolvedBase, names: list[str]) -> Catalog:
+def _catalog(
+    config: ServeConfig, base: ResolvedBase, names: list[str], verifier: Verifier
+) -> Catalog:
     """Check all adapters, print them, and refuse what the settings ask of them."""
     catalog = Catalog(())
     if config.adapters:
-        store = None if config.check else _store()
-        # A checkpoint of its own: what was compared stays mapped as long as it is open.
-        catalog = scan(config.adapters, Checkpoint(base.path), taken=names, store=store)
-        if store is not None:
-            store.remove_unused()
+        catalog = scan(config.adapters, Checkpoint(base.path), taken=names, verifier=verifier)
+        verifier.save()
+        if verifier.store is not None:
+            verifier.store.remove_unused()
     if catalog.entries:
         print(f"{catalog.table()}\n\n{summary(catalog, config.base)}", flush=True)
     if config.fold in {lora.name for lora in catalog.plain_loras}:
@@ -153,36 +212,24 @@ def _catalog(config: ServeConfig, base: ResolvedBase, names: list[str]) -> Catal
 
 
 def _prepare_vllm(
-    checkpoint: Checkpoint, catalog: Catalog, vllm_flags: list[str]
-) -> list[Adapter | PlainLoRA]:
-    """Check this vLLM and switch the plugins on; return the adapters to serve per request."""
+    checkpoint: Checkpoint, served: list[Adapter | PlainLoRA], vllm_flags: list[str]
+) -> bool:
+    """Check this vLLM and switch the plugins on; return whether it takes adapters per request."""
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from secura_serve.serve import compat, plugin
 
     compat.check()
     plugin.choose_plugins()
-    served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
-    if catalog.foldable or served:
-        refuse_hiding_settings(vllm_flags)
+    refuse_hiding_settings(vllm_flags)
     architectures = checkpoint.config.get("architectures") or []
-    if not served:
-        return []
     if not compat.supports_adapters(architectures):
-        print(
-            f"\nvLLM {compat.vllm_version()} offers no per-request adapters for "
-            f"{', '.join(architectures)}: each of these answers only while it is folded "
-            "(--fold NAME, or POST /admin/fold), plain LoRAs not at all"
-        )
-        return []
+        if served:
+            print(
+                f"\nvLLM {compat.vllm_version()} offers no per-request adapters for "
+                f"{', '.join(architectures)}: each of these answers only while it is folded "
+                "(--fold NAME, or POST /admin/fold), plain LoRAs not at all"
+            )
+        return False
     plugin.activate()
-    return served
-
-
-def verified_copy(folder: Path, *, base: Path, store: SnapshotStore) -> Snapshot:
-    """Copy and check an adapter that is to be loaded at run time. Raises SecuraError."""
-    entry = examine(folder, Checkpoint(base), {}, store)
-    if entry.adapter is not None:
-        refuse_full_rank(entry.adapter)
-    assert entry.snapshot is not None
-    return entry.snapshot
+    return True

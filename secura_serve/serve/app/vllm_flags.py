@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -32,7 +31,7 @@ __all__ = [
 _STOCK_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _GUARD = "secura_serve.serve.app.http.guard.GuardMiddleware"
 _DRAIN_S = 20
-_EXTENSION = "secura_serve.serve.engine.worker_extension.FoldExtension"
+_EXTENSION = "secura_serve.serve.engine.worker_extension.WorkerExtension"
 
 
 def print_help(argv: Sequence[str]) -> None:
@@ -120,6 +119,7 @@ def parse_vllm_flags(
     path: Path,
     names: Sequence[str],
     served: Sequence[Adapter | PlainLoRA],
+    per_request: bool,
     foldable: bool,
     basis: SharedBasis,
     memory: Callable[..., Memory],
@@ -131,8 +131,9 @@ def parse_vllm_flags(
         rest: the flags that are not ours; they win over our defaults.
         path: the base's folder.
         names: what the base is called in requests.
-        served: the adapters, registered from the start.
-        foldable: there are adapters to fold, so the workers must know how.
+        served: the adapters that the folder has now.
+        per_request: whether adapters are served per request, from the start or later.
+        foldable: there are, or may come, adapters to fold, so the workers must know how.
         basis: their union, handed to the workers as a file under ``cache``.
         memory: what a number of ``slots`` of a ``dtype`` takes.
 
@@ -151,8 +152,9 @@ def parse_vllm_flags(
     arguments = list(rest)
     if foldable:
         parser.set_defaults(worker_extension_cls=_EXTENSION)
-    if served:
-        targets = sorted({module.rpartition(".")[2] for a in served for module in a.modules})
+    if per_request:
+        changed = {module for a in served for module in a.modules} | set(basis.modules)
+        targets = sorted({module.rpartition(".")[2] for module in changed})
         widest = max((a.r for a in served if isinstance(a, PlainLoRA)), default=0)
         parser.set_defaults(
             enable_lora=True,
@@ -160,11 +162,6 @@ def parse_vllm_flags(
             max_lora_rank=next((r for r in _STOCK_RANKS if r >= widest), _STOCK_RANKS[-1]),
             lora_target_modules=targets,
         )
-        arguments += ["--lora-modules"]
-        arguments += [
-            json.dumps({"name": a.name, "path": str(a.path), "base_model_name": names[0]})
-            for a in served
-        ]
     args = _parse(parser, arguments)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
@@ -177,7 +174,7 @@ def parse_vllm_flags(
         )
     if foldable and args.load_format == LOAD_FORMAT:
         raise ConfigError(f"--load-format {LOAD_FORMAT}: use --fold NAME beside --adapters")
-    if (foldable or served) and args.pipeline_parallel_size > 1:
+    if (foldable or per_request) and args.pipeline_parallel_size > 1:
         raise ConfigError(
             f"--pipeline-parallel-size {args.pipeline_parallel_size}: adapters were not run on "
             "pipeline stages (on CPUs vLLM 0.32 fails there without any); use "
@@ -185,10 +182,10 @@ def parse_vllm_flags(
         )
     if foldable and (args.api_server_count or 1) > 1:
         raise ConfigError(
-            f"--api-server-count {args.api_server_count}: what is folded is known to one server "
-            "process; leave it out"
+            f"--api-server-count {args.api_server_count}: which adapters there are, and which is "
+            "folded, is known to one server process; leave it out"
         )
-    if served:
+    if per_request:
         slot = memory(dtype=args.dtype).slot
         if args.max_loras is None:
             args.max_loras = default_slots(len(served), slot)

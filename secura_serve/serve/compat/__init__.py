@@ -13,11 +13,14 @@ What is used, and why there is no public way:
   base linear, and the kernel of that linear.
 * ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
 * ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address.
-* ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters`` and the attributes in
-  ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as they are made.
+* ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters``, ``._active_adapters``
+  and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
+  they are made.
+* ``LRUCache._unpin``: vLLM pins adapters and has no call that unpins them.
 * ``QKVParallelLinear.num_kv_head_replicas``: ranks that hold copies of one KV head.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
-* ``OpenAIServingModels``: which names a server answers to, changed while an adapter is folded.
+* ``OpenAIServingModels``: which names a server answers to, changed when adapters come and go and
+  while one is folded.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
 * ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
@@ -28,6 +31,7 @@ from __future__ import annotations
 
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
 from secura_serve.serve.compat.server import (
+    ListedModel,
     ServedModels,
     background_tasks,
     make_arg_parser,
@@ -42,17 +46,24 @@ from secura_serve.serve.compat.workers import (
     install,
     kv_head_copies,
     load_stock_lora,
+    lora_request,
     model_manager,
     packed_modules,
+    pin,
     quiet_reload,
     registered_adapter,
+    resident,
     slot_of,
     token_slots,
+    unpin,
+    unpinned_slots,
+    worker_adapters,
 )
 
 __all__ = [
     "NAMES",
     "SUPPORTED",
+    "ListedModel",
     "ServedModels",
     "apply_stock_lora",
     "background_tasks",
@@ -65,12 +76,18 @@ __all__ = [
     "kv_head_copies",
     "load_stock_lora",
     "make_arg_parser",
+    "lora_request",
     "model_manager",
     "packed_modules",
+    "pin",
     "quiet_reload",
     "registered_adapter",
+    "resident",
     "slot_of",
     "supports_adapters",
     "token_slots",
+    "unpin",
+    "unpinned_slots",
     "vllm_version",
+    "worker_adapters",
 ]

@@ -72,6 +72,8 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     ),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": (),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": None,
+    "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
+    "vllm.utils.cache:LRUCache._unpin": ("key",),
     "vllm.v1.worker.gpu_worker:Worker.reload_weights": (),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
         "weights_iterator",
@@ -92,7 +94,7 @@ LINEARS = (
 # Attributes of instances, which only exist once vLLM has made them.
 MANAGER = (
     *("model", "modules", "packed_modules", "punica_wrapper_mapping", "lora_slots", "lora_config"),
-    *("device", "lora_index_to_id", "_registered_adapters"),
+    *("device", "lora_index_to_id", "_registered_adapters", "_active_adapters"),
 )
 LAYER = (
     *("base_layer", "punica_wrapper", "device", "input_size", "output_size", "output_slices"),

@@ -3,75 +3,86 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import IncompatibleVLLMError
 from secura_serve.serve.compat.names import SUPPORTED, vllm_version
 
-__all__ = ["ServedModels", "background_tasks", "make_arg_parser", "supports_adapters"]
+__all__ = [
+    "ListedModel",
+    "ServedModels",
+    "background_tasks",
+    "make_arg_parser",
+    "supports_adapters",
+]
+
+
+@dataclass(frozen=True)
+class ListedModel:
+    """What ``/v1/models`` says of one adapter."""
+
+    name: str
+    root: Path
+    status: str
 
 
 class ServedModels:
     """The table of model names behind ``/v1/models`` and the routing of requests.
 
-    Takes over ``show_available_models`` of the one ``OpenAIServingModels`` of a server; its
-    ``base_model_paths`` says which names run on the engine's weights as they are.
+    Takes over ``lora_requests`` and ``show_available_models`` of the one ``OpenAIServingModels``
+    of a server; its ``base_model_paths`` says which names run on the engine's weights as they are.
+
+    Args:
+        models: vLLM's.
+        adapters: the table that vLLM looks an adapter's name up in.
+        base_status: what ``/v1/models`` says of the base.
+        listed: the adapters to list.
     """
 
-    def __init__(self, models: Any) -> None:
+    def __init__(
+        self,
+        models: Any,
+        adapters: dict[str, Any],
+        base_status: Callable[[], str],
+        listed: Callable[[], Iterable[ListedModel]],
+    ) -> None:
         self._models, self._original = models, models.show_available_models
         self._bases = list(models.base_model_paths)
-        self.adapters: Mapping[str, Any] = models.lora_requests
-        """Name -> LoRARequest of what can be chosen per request; vLLM changes it in place."""
-        self._status: Callable[[str], str] = lambda name: "ready"
-        self._more: list[Any] = []
-        self._root: Callable[[str], Path | None] = lambda name: None
-        self._before: list[Any] | None = None
-        models.show_available_models = self._show
+        self._adapters, self._base_status, self._listed = adapters, base_status, listed
+        self._base_cards: list[Any] = []
 
-    def describe(
-        self,
-        status: Callable[[str], str],
-        more: Sequence[tuple[str, Path]],
-        root: Callable[[str], Path | None],
-    ) -> None:
-        """Add what ``/v1/models`` should say and vLLM does not know.
+    async def take_over(self) -> None:
+        """Put the table in place; before the first request."""
+        self._base_cards = (await self._original()).data
+        self._models.lora_requests = self._adapters
+        self._models.show_available_models = self._show
 
-        Args:
-            status: of every entry.
-            more: entries of (name, folder).
-            root: the folder to show for a name, in the place of the one that vLLM loads from.
-        """
-        from vllm.entrypoints.serve.engine.protocol import ModelCard
-
-        self._status, self._root, parent = status, root, self._bases[0].name
-        self._more = [ModelCard(id=name, root=str(path), parent=parent) for name, path in more]
-
-    async def answer_as(self, folded: tuple[str, str] | None) -> None:
+    def answer_as(self, folded: tuple[str, str] | None) -> None:
         """Serve the engine's weights under this (name, folder) alone; None: as it was."""
         if folded is None:
             self._models.base_model_paths[:] = self._bases
-            self._models.lora_requests, self._before = self.adapters, None
+            self._models.lora_requests = self._adapters
             return
-        if self._before is None:
-            self._before = (await self._original()).data
         one = type(self._bases[0])(name=folded[0], model_path=folded[1])
         self._models.base_model_paths[:] = [one]
         self._models.lora_requests = {}
 
     async def _show(self) -> Any:
-        listed = await self._original()
-        cards = listed.data if self._before is None else self._before
-        listed.data = [self._described(card) for card in (*cards, *self._more)]
-        return listed
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
-    def _described(self, card: Any) -> Any:
-        update = {"status": self._status(card.id)}
-        if (root := self._root(card.id)) is not None:
-            update["root"] = str(root)
-        return card.model_copy(update=update)
+        parent = self._bases[0].name
+        cards = [c.model_copy(update={"status": self._base_status()}) for c in self._base_cards]
+        for model in self._listed():
+            card = ModelCard(
+                id=model.name, root=str(model.root), parent=parent, permission=[ModelPermission()]
+            )
+            cards.append(card.model_copy(update={"status": model.status}))
+        listed = await self._original()
+        listed.data = cards
+        return listed
 
 
 def background_tasks(state: Any) -> Callable[[], Iterable[Any]]:

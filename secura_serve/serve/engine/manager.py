@@ -6,7 +6,7 @@ changes: one row of the :class:`Bank`, read from a folder and copied into a slot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,30 +127,43 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
         # By path, which names the content: see SnapshotStore.
         self._kept: dict[str, Callable[[int], LoRAModel]] = {}
-        self._paths: dict[int, str] = {}
 
     def load_adapter(self, lora_request: Any) -> LoRAModel:
         """Return the adapter of a registered path, or register it. Raises AdapterError."""
         path = lora_request.lora_path
-        if path not in self._kept:
-            plain = adapters.is_plain_lora(Path(path))
-            self._kept[path] = self._read_lora(lora_request) if plain else self._read(Path(path))
-        self._paths[lora_request.lora_int_id] = path
+        self.keep(lora_request.lora_name, path)
         return self._kept[path](lora_request.lora_int_id)
 
-    def remove_adapter(self, adapter_id: int) -> bool:
-        """Free the slot, and what was kept of the adapter."""
-        path = self._paths.pop(adapter_id, None)
-        if path is not None and path not in self._paths.values():
-            self._kept.pop(path, None)
-        return bool(super().remove_adapter(adapter_id))
+    def keep(
+        self, name: str, path: str, norm_bounds: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
+        """Read an adapter's folder, unless that was done before.
 
-    def _read(self, path: Path) -> Callable[[int], LoRAModel]:
+        Args:
+            norm_bounds: see :meth:`AdapterCalls.secura_prepare`.
+
+        Raises:
+            AdapterError: this engine cannot serve it.
+        """
+        if path not in self._kept:
+            plain = adapters.is_plain_lora(Path(path))
+            self._kept[path] = (
+                self._read_lora(name, path) if plain else self._read(Path(path), norm_bounds or {})
+            )
+
+    def drop(self, path: str) -> None:
+        """Forget what was kept of an adapter."""
+        self._kept.pop(path, None)
+
+    def _read(
+        self, path: Path, norm_bounds: Mapping[str, Mapping[str, float]]
+    ) -> Callable[[int], LoRAModel]:
         """Make a row of the bank from a folder."""
         manager = compat.model_manager(self)
         adapter = adapters.load(path)
         refuse_full_rank(adapter)
-        gains = manager.shared_basis.verified.get(base_id(adapter))
+        identity = base_id(adapter)
+        gains = manager.shared_basis.verified.get(identity) or norm_bounds.get(identity)
         if gains is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
             compared = adapters.compare_with_base(adapter, Checkpoint(self._base_path))
@@ -165,14 +178,14 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         (row,) = map_tensors([row], _kept_in())
         return partial(_packed, rank=adapter.config.r, row=row, used=used)
 
-    def _read_lora(self, lora_request: Any) -> Callable[[int], LoRAModel]:
+    def _read_lora(self, name: str, path: str) -> Callable[[int], LoRAModel]:
         """Read a plain LoRA as vLLM does, its scale multiplied in."""
         if compat.model_manager(self).lora is None:
             raise UnservableError(
-                f"{lora_request.lora_name} is a plain LoRA, and this server has no room for one: "
+                f"{name} is a plain LoRA, and this server has no room for one: "
                 "restart it with such an adapter in its folder"
             )
-        model = compat.load_stock_lora(self, lora_request)
+        model = compat.load_stock_lora(self, compat.lora_request(name, 1, path))
         layers = {name: layer.optimize() for name, layer in model.loras.items()}
         kept = map_tensors([t for v in layers.values() for t in (v.lora_a, v.lora_b)], _kept_in())
         parts = [

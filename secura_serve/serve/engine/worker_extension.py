@@ -23,8 +23,9 @@ from secura_serve.errors import MergeError
 from secura_serve.merge import FoldPlan, base_stamp, fold_stream, open_source, plan_fold
 from secura_serve.method import MagNorm
 from secura_serve.serve import compat
+from secura_serve.serve.engine.adapter_calls import AdapterCalls
 
-__all__ = ["FoldExtension", "with_siblings"]
+__all__ = ["WorkerExtension", "with_siblings"]
 
 # Each holds a tensor or two; more would wait for memory.
 _THREADS = 4
@@ -51,7 +52,7 @@ def with_siblings(
     return [module for module in held if module in wanted]
 
 
-class FoldExtension:
+class WorkerExtension(AdapterCalls):
     """Methods that vLLM adds to each worker; ``model_runner`` and ``reload_weights`` are its."""
 
     model_runner: Any

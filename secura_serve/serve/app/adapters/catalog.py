@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,49 +10,14 @@ from tqdm import tqdm
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
-from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import (
-    AdapterFormatError,
-    ConfigError,
-    SecuraError,
-    StorageError,
-    UnservableError,
-)
+from secura_serve.errors import ConfigError, SecuraError, StorageError, UnservableError
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
-from secura_serve.serve.basis import Gains, base_id
+from secura_serve.serve.app.adapters.verifier import Entry, Verifier
+from secura_serve.serve.basis import Gains
 
-__all__ = ["Catalog", "Comparison", "Entry", "examine", "scan"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One folder: either an adapter that can be served, or the error that says why not."""
-
-    name: str
-    adapter: Adapter | None
-    error: SecuraError | None = None
-    lora: PlainLoRA | None = None
-    snapshot: Snapshot | None = None
-    """The copy that is served; None where nothing is served, or nothing was to be copied."""
-
-    @property
-    def shown(self) -> str:
-        """The name, on one line whatever a folder may be called."""
-        return self.name if self.name.isprintable() else ascii(self.name)
-
-    @property
-    def per_request(self) -> bool:
-        """Whether it can be chosen per request, beside others; if not, it must be folded."""
-        return self.adapter is not None and self.adapter.config.magnorm.additive
-
-    @property
-    def status(self) -> str:
-        """How it can be served, in a word or two."""
-        if self.adapter is None:
-            return "SKIPPED" if self.lora is None else "ok (plain LoRA)"
-        return "ok" if self.per_request else f"fold ({self.adapter.config.magnorm.mode})"
+__all__ = ["Catalog", "adapter_folders", "check_folder_name", "refuse_quantised", "scan"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +80,7 @@ def scan(
     *,
     taken: Iterable[str] = (),
     store: SnapshotStore | None = None,
+    verifier: Verifier | None = None,
 ) -> Catalog:
     """Load every adapter in ``folder`` and compare it with ``base``.
 
@@ -126,6 +92,7 @@ def scan(
         taken: names that adapters may not have (those of the base).
         store: where each adapter is copied before it is checked; the adapters of the catalog are
             then those copies. None checks them where they are.
+        verifier: what checks them; by default one that knows nothing yet.
 
     Raises:
         ConfigError: ``folder`` is not a folder.
@@ -135,72 +102,46 @@ def scan(
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ConfigError(f"--adapters {folder}: not a folder. Give the folder that holds them")
-    folders = sorted(
-        # A link that leads nowhere is reported like a folder without an adapter.
-        p
-        for p in root.iterdir()
-        if (p.is_dir() or p.is_symlink() and not p.exists()) and not p.name.startswith(".")
-    )
+    folders = adapter_folders(root)
     if not folders and (root / "adapter_config.json").is_file():
         raise ConfigError(
             f"--adapters {folder}: this is one adapter; give the folder that holds it "
             f"({root.absolute().parent})"
         )
     if folders:
-        _refuse_quantised(base)
-    entries, seen = list[Entry](), dict[str, Comparison]()
+        refuse_quantised(base)
+    verifier = verifier or Verifier(lambda: base, store)
+    entries = list[Entry]()
     for path in tqdm(folders, desc="checking adapters", unit="adapter", leave=False):
         try:
-            _check_name(path, set(taken))
-            entries.append(examine(path, base, seen, store))
+            check_folder_name(path, set(taken))
+            entries.append(verifier.examine(path))
         except StorageError:
             raise
         except SecuraError as error:
             entries.append(Entry(path.name, None, error))
-    return Catalog(tuple(entries), {key: like.norm_bounds for key, like in seen.items()})
+    return Catalog(tuple(entries), verifier.norm_bounds)
 
 
-def examine(
-    path: Path,
-    base: Checkpoint,
-    seen: dict[str, Comparison],
-    store: SnapshotStore | None = None,
-) -> Entry:
-    """Copy one adapter folder and check the copy; see :func:`scan` for ``store``.
-
-    Args:
-        seen: results for adapters that share base and indices; added to.
-
-    Raises:
-        SecuraError: why the adapter cannot be served.
-        StorageError: the copy cannot be written.
-    """
-    snapshot = _snapshot(path, store)
-    at = snapshot.path if snapshot else path
-    adapter, lora = None, None
-    if adapters.is_plain_lora(at):
-        lora = PlainLoRA.load(at, base)
-    else:
-        adapter = _servable(at, base, seen)
-    if store is not None and snapshot is None:
-        raise AdapterFormatError(f"{path.name} was still being written; try again")
-    return Entry(path.name, adapter, lora=lora, snapshot=snapshot)
+def adapter_folders(root: Path) -> list[Path]:
+    """Return the folders that count as adapters, by name; a link that leads nowhere is among them,
+    to be reported like a folder without an adapter."""
+    return sorted(
+        p
+        for p in root.iterdir()
+        if (p.is_dir() or p.is_symlink() and not p.exists()) and not p.name.startswith(".")
+    )
 
 
-def _snapshot(path: Path, store: SnapshotStore | None) -> Snapshot | None:
-    """Copy the adapter; None without a store, and where a file is missing, which loading it
-    explains better."""
-    complete = all((path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    return store.take(path) if store is not None and complete else None
-
-
-def _check_name(path: Path, taken: set[str]) -> None:
+def check_folder_name(path: Path, taken: Collection[str]) -> None:
+    """Raise ConfigError for a folder that an adapter may not be called after."""
     adapters.check_name(path.name)
     if path.name in taken:
         raise ConfigError(f"{path.name!r} is the base model's name; rename the folder")
 
 
-def _refuse_quantised(base: Checkpoint) -> None:
+def refuse_quantised(base: Checkpoint) -> None:
+    """Raise UnservableError for a base whose weights on disk are not the dense ones."""
     settings = base.config.get("quantization_config")
     if settings:
         raise UnservableError(
@@ -210,34 +151,3 @@ def _refuse_quantised(base: Checkpoint) -> None:
             "loading (--quantization, where this device has the kernels). Without --adapters the "
             "base alone is served"
         )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What holds for all adapters of one :func:`base_id`."""
-
-    example: Adapter
-    """The first of them, without its weights."""
-    mismatches: list[str]
-    norm_bounds: Gains
-
-    @classmethod
-    def of(cls, adapter: Adapter, base: Checkpoint) -> Comparison:
-        compared = adapters.compare_with_base(adapter, base)
-        return cls(adapter.without_weights(), compared.mismatches, compared.norm_bounds)
-
-
-def _servable(path: Path, base: Checkpoint, seen: dict[str, Comparison]) -> Adapter:
-    adapter = adapters.load(path)
-    if not adapter.config.magnorm.foldable:
-        raise UnservableError(
-            f"{adapter.name}: S-MagNorm {adapter.config.magnorm.mode!r} acts on activations and "
-            "has no weights to serve; it is for reproduction only. Train it with 'bounded'"
-        )
-    identity = base_id(adapter)
-    if identity not in seen:
-        seen[identity] = Comparison.of(adapter, base)
-    like = seen[identity]
-    adapters.refuse_mismatches(adapter, like.mismatches)
-    adapters.refuse_oversized(adapter, like.norm_bounds)
-    return adapter.without_weights(like.example)

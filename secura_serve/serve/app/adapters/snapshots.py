@@ -16,7 +16,8 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from blake3 import blake3
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, StorageError
+from secura_serve.serve.app.adapters.verified import Stamps, Verified
 
-__all__ = ["KEPT_DAYS", "Snapshot", "SnapshotStore"]
+__all__ = ["KEPT_DAYS", "Snapshot", "SnapshotStore", "digest_of", "stamps_of"]
 
 KEPT_DAYS = 30
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -40,16 +42,16 @@ class Snapshot:
     path: Path
     """The copy; its last part is the adapter's name."""
     source: Path
-    """The folder that it was copied from."""
+    """The folder that it was copied from; of what came otherwise, the copy itself."""
     digest: str
     """32 hex digits of BLAKE3 over both files."""
-    stamps: tuple[tuple[int, int, int], ...]
-    """Inode, size and change time of the source's files when they were copied."""
+    stamps: Stamps
+    """Those of the source's files when they were copied."""
 
     def has_changed(self) -> bool:
         """Return whether the source no longer holds the content of this copy."""
         try:
-            return _stamps(self.source) != self.stamps and _digest_of(self.source) != self.digest
+            return stamps_of(self.source) != self.stamps and digest_of(self.source) != self.digest
         except OSError:
             return True
 
@@ -59,10 +61,11 @@ class SnapshotStore:
 
     Args:
         root: made on first use, readable by this user alone.
+        verified: remembers digests, so that unchanged files are not read again.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, verified: Verified | None = None) -> None:
+        self.root, self.verified = root, verified
 
     def take(self, source: Path) -> Snapshot:
         """Copy an adapter folder, unless an identical copy is there already.
@@ -72,40 +75,88 @@ class SnapshotStore:
             StorageError: the copy cannot be written.
         """
         try:
-            stamps, digest = _stamps(source), _digest_of(source)
+            stamps, digest = self._known(source)
         except OSError as error:
             raise AdapterFormatError(f"{source.name} cannot be read: {error}") from error
-        try:
+        with self._storing(source.name):
             if not self._has(digest, source.name):
-                digest = self._write(source)
+                digest = self._write(source.name, lambda new: digest_of(source, copy_to=new))
             copy = self.root / digest / source.name
             os.utime(copy.parent)
+        return Snapshot(copy, source, digest, stamps)
+
+    def put(self, name: str, config: bytes, weights: bytes) -> Snapshot:
+        """Keep an adapter that came without a folder.
+
+        Raises:
+            StorageError: the copy cannot be written.
+        """
+
+        def write(new: Path) -> str:
+            for file, content in zip(_FILES, (config, weights), strict=True):
+                (new / file).write_bytes(content)
+            return digest_of(new)
+
+        with self._storing(name):
+            path = self.root / self._write(name, write) / name
+            return Snapshot(path, path, path.parent.name, stamps_of(path))
+
+    def find(self, name: str, digest: str) -> Snapshot | None:
+        """Return a copy that was kept earlier; None where it is gone or damaged."""
+        if not self._has(digest, name):
+            return None
+        path = self.root / digest / name
+        with suppress(OSError):
+            os.utime(path.parent)
+        return Snapshot(path, path, digest, stamps_of(path))
+
+    def discard(self, snapshot: Snapshot) -> None:
+        """Remove a copy that nothing needs any more."""
+        shutil.rmtree(snapshot.path, ignore_errors=True)
+        with suppress(OSError):
+            snapshot.path.parent.rmdir()
+
+    @contextmanager
+    def _storing(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StorageError(
-                f"no copy of the adapter {source.name} can be kept in {self.root} ({error}); free "
-                "some space there, or point SECURA_CACHE at another folder"
+                f"no copy of the adapter {name} can be kept in {self.root} ({error}); free some "
+                "space there, or point SECURA_CACHE at another folder"
             ) from error
-        return Snapshot(copy, source, digest, stamps)
+
+    def _known(self, folder: Path) -> tuple[Stamps, str]:
+        """Return stamps and digest of a folder; it is read only if its files have changed."""
+        stamps = stamps_of(folder)
+        digest = self.verified.digest(folder, stamps) if self.verified else None
+        if digest is None:
+            digest = digest_of(folder)
+            if self.verified is not None:
+                self.verified.remember_digest(folder, stamps, digest)
+        return stamps, digest
 
     def _has(self, digest: str, name: str) -> bool:
         try:
-            return _digest_of(self.root / digest / name) == digest
+            return self._known(self.root / digest / name)[1] == digest
         except OSError:
             return False
 
-    def _write(self, source: Path) -> str:
-        """Copy and hash in one pass, so that the digest is that of what was written."""
+    def _write(self, name: str, write: Callable[[Path], str]) -> str:
+        """Have ``write`` fill a folder and return its digest, then give it its place."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = Path(tempfile.mkdtemp(prefix=".", dir=self.root))
         try:
-            new = draft / source.name
+            new = draft / name
             new.mkdir(mode=0o700)
-            digest = _digest_of(source, copy_to=new)
-            target = self.root / digest / source.name
+            digest = write(new)
+            if self._has(digest, name):
+                return digest
+            target = self.root / digest / name
             target.parent.mkdir(exist_ok=True, mode=0o700)
             with suppress(FileNotFoundError):
                 # Only a damaged copy can stand there.
-                target.rename(draft / "damaged")
+                target.rename(draft / "replaced")
             new.rename(target)
             return digest
         finally:
@@ -120,13 +171,18 @@ class SnapshotStore:
                     shutil.rmtree(entry, ignore_errors=True)
 
 
-def _stamps(folder: Path) -> tuple[tuple[int, int, int], ...]:
+def stamps_of(folder: Path) -> Stamps:
+    """Return inode, size and change time of an adapter's files. Raises OSError."""
     stats = [(folder / name).stat() for name in _FILES]
     return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
 
 
-def _digest_of(folder: Path, copy_to: Path | None = None) -> str:
-    """Hash each file, then the hashes: bytes cannot move from one file to the next unnoticed."""
+def digest_of(folder: Path, copy_to: Path | None = None) -> str:
+    """Hash each file, then the hashes: bytes cannot move from one file to the next unnoticed.
+
+    Args:
+        copy_to: where the bytes that are hashed are written as well.
+    """
     whole = blake3()
     for name in _FILES:
         one = blake3()

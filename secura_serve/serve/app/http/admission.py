@@ -8,7 +8,7 @@ and are judged by what is folded then. Knows ASGI only, nothing of vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -53,7 +53,12 @@ class Admission:
     Args:
         judge: model name of a request (None if it names none) -> why it may not run.
         hold_seconds: how long a request is held before it is refused.
+
+    ``prepare`` may be set: model name -> what has to be awaited before its request may run (None
+    if nothing), and then gives why it may not, or None.
     """
+
+    prepare: Callable[[str | None], Awaitable[str | None] | None] = staticmethod(lambda model: None)
 
     def __init__(
         self, judge: Callable[[str | None], Refusal | None], hold_seconds: float = HOLD_SECONDS
@@ -62,8 +67,13 @@ class Admission:
         self._open, self._idle = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
-        self._later: set[asyncio.Task[object]] = set()
-        self.running = 0
+        self._later: dict[asyncio.Task[object], asyncio.Future[None]] = {}
+        self._running: set[asyncio.Future[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """How many requests run."""
+        return len(self._running)
 
     @property
     def holding(self) -> bool:
@@ -90,23 +100,39 @@ class Admission:
     @asynccontextmanager
     async def admitted(self, model: str | None) -> AsyncIterator[Refusal | None]:
         """Wait to be admitted; yields the refusal, or None with the request counted as running."""
-        if not await self._opened():
-            yield Refusal(
-                503,
-                "an adapter is being folded into the weights or taken out of them, and has held "
-                f"this request for {self._hold_seconds:g} s: try again",
-                None,
-            )
-            return
-        if (refusal := self._judge(model)) is not None:
+        refusal = await self._wait_for_turn(model)
+        if refusal is not None:
             yield refusal
             return
         # No await since admission was seen open: whoever closes it will wait for this one.
-        self._begin()
+        mine = self._begin()
         try:
             yield None
         finally:
-            self._end()
+            self._end(mine)
+
+    async def _wait_for_turn(self, model: str | None) -> Refusal | None:
+        """Return why a request may not run, or None at a moment when it may."""
+        while True:
+            if not await self._opened():
+                return Refusal(
+                    503,
+                    "an adapter is being folded into the weights or taken out of them, and has "
+                    f"held this request for {self._hold_seconds:g} s: try again",
+                    None,
+                )
+            if (refusal := self._judge(model)) is not None:
+                return refusal
+            if (work := self.prepare(model)) is None:
+                return None
+            # The weights, and what the name stands for, may be others afterwards.
+            if (why := await work) is not None:
+                return Refusal(409, f"{model} cannot be served: {why}")
+
+    async def ended(self) -> None:
+        """Return once every request that runs now has ended."""
+        if self._running:
+            await asyncio.wait(set(self._running))
 
     async def _opened(self) -> bool:
         """Wait until requests are admitted; False once one has been held for too long."""
@@ -124,21 +150,23 @@ class Admission:
         """Count what goes on after its request was answered, until each task is done."""
         for task in tasks:
             if task not in self._later and not task.done():
-                self._later.add(task)
-                self._begin()
+                self._later[task] = self._begin()
                 task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[object]) -> None:
-        self._later.discard(task)
-        self._end()
+        self._end(self._later.pop(task))
 
-    def _begin(self) -> None:
-        self.running += 1
+    def _begin(self) -> asyncio.Future[None]:
+        """Count a request as running; the future is what ends it."""
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._running.add(mine)
         self._idle.clear()
+        return mine
 
-    def _end(self) -> None:
-        self.running -= 1
-        if not self.running:
+    def _end(self, mine: asyncio.Future[None]) -> None:
+        self._running.discard(mine)
+        mine.set_result(None)
+        if not self._running:
             self._idle.set()
 
 

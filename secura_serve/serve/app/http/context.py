@@ -6,14 +6,17 @@ started with on the app, as ``app.state.args``, and prints only what its own par
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from secura_serve.errors import ServeError
+from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import Keys
-from secura_serve.serve.app.http.loading import AdapterLoading
 
 __all__ = ["ServerContext", "context_of"]
 
@@ -26,16 +29,41 @@ class ServerContext:
 
     folding: Folding
     """What is folded into the weights, and which requests may run."""
-    loading: AdapterLoading
-    """The routes that load and unload adapters at run time."""
+    updates: AdapterUpdates
+    """What changes the adapters while the server runs."""
     keys: Keys
     """Who may ask which route."""
+    watch: FolderWatch | None = None
+    """Compares the adapters folder with what is served; None without one."""
+    follow: bool = True
+    """Whether changes of the folder are followed as they happen."""
+    strict: bool = False
+    """Whether an adapter that a worker refuses ends the start."""
     fold_at_start: str | None = None
     """The adapter to fold before the first request."""
     shutdown: Any = None
     """How the server ends: :class:`~secura_serve.serve.app.lifecycle.draining.Shutdown`."""
     attached: bool = False
     """Whether our own routes and the admission of requests are in the app."""
+
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """What runs beside the requests until the server ends."""
+
+    def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the requests; an error is reported, and ends nothing else."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+
+        def done(task: asyncio.Task[None]) -> None:
+            self.tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                print(f"secura-serve: {error!r}", flush=True)
+
+        task.add_done_callback(done)
+
+    def may_ask(self, model: str) -> bool:
+        """Return whether whoever asks now may ask this model."""
+        return True
 
     def hand_over(self, args: Namespace) -> None:
         """Put this where :func:`context_of` finds it in the app that vLLM makes of ``args``."""

@@ -19,14 +19,15 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from vllm import envs
 
 from secura_serve.errors import ConfigError, FoldError
+from secura_serve.serve.app.adapters.serving import serve_adapters
 from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
+from secura_serve.serve.app.http import adapters
 from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
 from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.unsupported import answer_unsupported_requests
-from secura_serve.serve.compat import ServedModels, background_tasks
+from secura_serve.serve.compat import background_tasks
 
 __all__ = ["AdminPlugin"]
 
@@ -87,7 +88,7 @@ async def get_fold(context: Context) -> dict[str, Any]:
         "busy": folding.busy,
         "holding": folding.admission.holding,
         "running_requests": folding.admission.running,
-        "foldable": list(folding.paths),
+        "foldable": folding.foldable(),
         "changed_on_disk": await asyncio.to_thread(folding.changed_on_disk),
     }
 
@@ -141,8 +142,7 @@ class AdminPlugin:
             background=lambda: background_tasks(app.state)(),
         )
         answer_unsupported_requests(app)
-        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            context.loading.attach(app)
+        adapters.attach(app)
         context.attached = True
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
@@ -150,11 +150,11 @@ class AdminPlugin:
 
         Raises:
             FoldError: that fold failed, and the server does not start.
+            UnservableError: ``--strict``, and a worker refuses an adapter.
             IncompatibleVLLMError: this vLLM keeps background answers elsewhere.
         """
         context, models = context_of(SimpleNamespace(state=state)), state.openai_serving_models
         background_tasks(state)
-        context.folding.bind(engine_client, ServedModels(models))
-        context.loading.bind(models)
+        await serve_adapters(context, engine_client, models)
         if context.fold_at_start is not None:
             await context.folding.change(context.fold_at_start)

@@ -15,8 +15,11 @@ _KINDS = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     409: "ConflictError",
+    411: "BadRequestError",
+    413: "BadRequestError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
+    507: "InsufficientStorageError",
 }
 
 

@@ -111,6 +111,8 @@ def _reading() -> Iterator[Route]:
         "/v1/models/{model_id:path}",
         "/v1/responses/{response_id}",
         "/tokenizer_info",
+        "/v1/adapters",
+        "/v1/adapters/{name}",
     ):
         yield Route(path, ("GET",), "read", "user")
     for path in (
@@ -137,9 +139,15 @@ def _reading() -> Iterator[Route]:
 
 def _changing() -> Iterator[Route]:
     yield Route("/admin/fold", ("GET", "POST"), "admin", "admin")
+    for path in ("/v1/adapters/{name}", "/v1/aliases/{alias}"):
+        yield Route(path, ("PUT", "DELETE"), "admin", "admin")
+    yield Route("/v1/adapters/{name}/weights", ("PUT",), "admin", "admin")
     for path in (
         "/admin/unfold",
-        # VLLM_ALLOW_RUNTIME_LORA_UPDATING: our handlers in the place of vLLM's
+        "/v1/adapters/reload",
+        "/v1/adapters/{name}/rollback",
+        "/v1/adapters/{name}/pin",
+        # Our handlers, also where VLLM_ALLOW_RUNTIME_LORA_UPDATING has vLLM mount its own.
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
         "/scale_elastic_ep",

@@ -1,0 +1,151 @@
+"""What outlives a restart: versions, rollbacks, pins and aliases, in one small file.
+
+The file names contents by digest; the contents themselves are the copies of the snapshot store. It
+is written whole, to a draft that then takes its name, after every change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from secura_serve.errors import SecuraError, StorageError
+from secura_serve.serve.app.adapters.library import Library, Record, Version
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
+
+__all__ = ["StateFile"]
+
+_FORMAT = 1
+
+
+class StateFile:
+    """The file of one server, or of several that serve the same folder on one machine in turn.
+
+    Args:
+        path: of the file; its folder is made on the first write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, library: Library) -> None:
+        """Write what is to outlive a restart.
+
+        Raises:
+            StorageError: the file cannot be written; the old one stays.
+        """
+        records = {
+            name: {
+                "versions": [
+                    {"digest": v.digest, "origin": v.origin, "created": v.created}
+                    for v in record.versions
+                ],
+                "on_disk": record.on_disk,
+                "rolled_back_to": record.rolled_back_to,
+                "pinned": record.pinned,
+            }
+            for name, record in library.records.items()
+            if record.versions
+        }
+        text = json.dumps({"format": _FORMAT, "adapters": records, "aliases": library.aliases})
+        draft = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle, draft = tempfile.mkstemp(dir=self.path.parent, prefix=".")
+            with os.fdopen(handle, "w") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, self.path)
+        except OSError as error:
+            if draft is not None:
+                with suppress(OSError):
+                    os.unlink(draft)
+            raise StorageError(
+                f"the state of the adapters cannot be written to {self.path} ({error}); free some "
+                "space there, or name another file with --state"
+            ) from error
+
+    def restore(
+        self, library: Library, store: SnapshotStore, make: Callable[..., Version]
+    ) -> list[str]:
+        """Bring back what an earlier run decided about the adapters.
+
+        What the folder holds now wins where it is new; a pushed version that is newer than the
+        folder's content stays the newest.
+
+        Args:
+            library: holds the versions that the folder has now.
+            make: snapshot, ``origin=``, ``created=`` -> the version, checked.
+
+        Returns:
+            What could not be brought back, a sentence each.
+        """
+        try:
+            raw = json.loads(self.path.read_text(encoding="utf-8"))
+            adapters, aliases = dict(raw["adapters"]), dict(raw["aliases"])
+            if raw["format"] != _FORMAT:
+                raise ValueError(f"format {raw['format']}")
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return [f"{self.path} cannot be read and is not used: {error}"]
+        lost = []
+        for name, saved in adapters.items():
+            try:
+                lost += _restore(library, store, make, str(name), saved)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                lost.append(f"{name}: what {self.path} says cannot be read: {error!r}")
+        for alias, target in aliases.items():
+            try:
+                library.set_alias(str(alias), str(target))
+            except SecuraError as error:
+                lost.append(f"alias {alias}: {error}")
+        return lost
+
+
+def _restore(
+    library: Library,
+    store: SnapshotStore,
+    make: Callable[..., Version],
+    name: str,
+    saved: dict[str, Any],
+) -> list[str]:
+    record = library.records.get(name, Record())
+    now = {version.digest: version for version in record.versions}
+    on_disk = record.on_disk
+    # An adapter that came from a folder which is gone goes with it; one that was pushed stays.
+    if on_disk is None and saved["on_disk"] is not None:
+        return []
+    lost, versions = [], list[Version]()
+    for entry in saved["versions"][: library.keep]:
+        digest = str(entry["digest"])
+        if (version := now.get(digest)) is None:
+            try:
+                if (snapshot := store.find(name, digest)) is None:
+                    raise SecuraError("its copy is gone")
+                library.check_free(name)
+                version = make(snapshot, origin=entry["origin"], created=float(entry["created"]))
+            except SecuraError as error:
+                lost.append(f"{name}@{digest[:12]} is not served any more: {error}")
+                continue
+        versions.append(version)
+    known = {version.digest for version in versions}
+    if any(digest not in known for digest in now):
+        # The folder has new content, which ends a rollback.
+        record.versions = [*record.versions, *(v for v in versions if v.digest not in now)]
+    elif versions:
+        record.versions = versions
+        wanted = saved["rolled_back_to"]
+        record.rolled_back_to = wanted if wanted in known else None
+    record.pinned = bool(saved["pinned"])
+    record.versions = record.versions[: library.keep]
+    if record.versions:
+        library.records[name] = record
+        library.changed(name)
+    return lost

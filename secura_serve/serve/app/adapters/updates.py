@@ -1,0 +1,368 @@
+"""Adapters come, change and go while the server runs: the one place that does it.
+
+Every way in (folder, upload, trainer's push) ends here. Content is copied, verified and prepared on
+every worker first; only then does the name stand for it, in one step of the event loop. Requests
+that run keep the version that they were given; a version that nobody can ask for any more is taken
+from the workers once all requests that ran at that moment have ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+
+from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
+from secura_serve.atomic import atomic_folder
+from secura_serve.errors import LifecycleError, SecuraError, StorageError, UnservableError
+from secura_serve.serve.app.adapters.card import read_card
+from secura_serve.serve.app.adapters.library import Library, Origin, Version
+from secura_serve.serve.app.adapters.pushed import with_new_cores
+from secura_serve.serve.app.adapters.snapshots import Snapshot
+from secura_serve.serve.app.adapters.state import StateFile
+from secura_serve.serve.app.adapters.verifier import Entry, Verifier
+from secura_serve.serve.app.adapters.workers import Workers
+
+__all__ = ["AdapterUpdates", "UPLOADED"]
+
+UPLOADED = (CONFIG_NAME, WEIGHTS_NAME, "README.md", "train.json")
+"""The files that an upload may hold; the first two it must."""
+
+
+class AdapterUpdates:
+    """Changes which adapters a server has.
+
+    Args:
+        root: the adapters folder; None if the server was started without one.
+        library: what there is.
+        verifier: checks new content; has a store.
+        state: where decisions outlive a restart; None forgets them.
+        ended: returns once every request that runs now has ended.
+        say: tells the operator one line.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        library: Library,
+        verifier: Verifier,
+        state: StateFile | None = None,
+        ended: Callable[[], Awaitable[None]] | None = None,
+        say: Callable[[str], None] = lambda line: print(f"secura-serve: {line}", flush=True),
+    ) -> None:
+        self.root, self.library, self.verifier, self.state = root, library, verifier, state
+        self.say = say
+        self.workers: Workers | None = None
+        self._ended = ended
+        self._numbers = itertools.count(1)
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._saving = asyncio.Lock()
+        self._later: set[asyncio.Task[None]] = set()
+
+    def make_version(
+        self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
+    ) -> Version:
+        """Return a version of a copy in the store, checked. Raises SecuraError."""
+        entry = entry or self.verifier.examine_copy(snapshot)
+        return Version(entry, next(self._numbers), origin, created, read_card(snapshot.source))
+
+    def fill(self, entries: Iterable[Entry]) -> None:
+        """Take what the adapters folder held at the start, and what an earlier run decided."""
+        for entry in entries:
+            if entry.error is not None or entry.snapshot is None:
+                self.library.refuse(entry.name, str(entry.error))
+                continue
+            created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
+            self.library.add(
+                self.make_version(entry.snapshot, origin="folder", created=created, entry=entry)
+            )
+        if self.state is not None and self.verifier.store is not None:
+            for lost in self.state.restore(self.library, self.verifier.store, self.make_version):
+                self.say(lost)
+
+    # What the routes and the watch call.
+
+    async def from_folder(self, name: str) -> Version:
+        """Serve what the folder ``name`` below the root holds now.
+
+        Raises:
+            SecuraError: it cannot be served; what was served before still is.
+        """
+        root = self._root()
+        async with self._locks[name]:
+            try:
+                self.library.check_free(name)
+                entry = await asyncio.to_thread(self.verifier.examine, root / name)
+                return await self._publish(entry, "folder")
+            except StorageError:
+                raise
+            except SecuraError as error:
+                self.library.refuse(name, str(error))
+                raise
+
+    async def upload(self, name: str, files: Mapping[str, bytes]) -> Version:
+        """Write an adapter into the folder, in one step, and serve it.
+
+        Args:
+            files: of :data:`UPLOADED`.
+
+        Raises:
+            SecuraError: it cannot be served or written; folder and server are as before.
+        """
+        root = self._root()
+        missing = [file for file in UPLOADED[:2] if file not in files]
+        unknown = sorted(set(files) - set(UPLOADED))
+        if missing or unknown:
+            raise LifecycleError(
+                400,
+                "an upload holds the files "
+                f"{UPLOADED[0]} and {UPLOADED[1]} ({' and '.join(UPLOADED[2:])} if you like); "
+                + "; ".join(
+                    [f"{file} is missing" for file in missing]
+                    + [f"{file[:80]!r} is not one of them" for file in unknown]
+                ),
+            )
+        async with self._locks[name]:
+            self.library.check_free(name)
+            store = self.verifier.store
+            assert store is not None
+            copy = await asyncio.to_thread(store.put, name, files[CONFIG_NAME], files[WEIGHTS_NAME])
+            # Before the folder is touched: a refused upload changes nothing.
+            entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
+            await self._prepare(entry)
+            await asyncio.to_thread(_write_folder, root / name, files)
+            entry = await asyncio.to_thread(self.verifier.examine, root / name)
+            return await self._publish(entry, "upload")
+
+    async def push(self, name: str, body: bytes, basis: str | None = None) -> Version:
+        """Serve new U on the basis of the version that ``name`` stands for.
+
+        The adapters folder stays as it is; the version is kept in the store and outlives a restart.
+
+        Args:
+            body: a safetensors file with ``secura_U`` of every module.
+            basis: the ``base_id`` that the sender trained on, if it says so.
+
+        Raises:
+            LifecycleError: (404) no such adapter; (409) another basis; (400) unreadable.
+            SecuraError: it cannot be served; what was served before still is.
+        """
+        async with self._locks[name]:
+            serving = self.library.record(name).serving
+            if serving is None or serving.entry.adapter is None:
+                raise LifecycleError(409, f"{name} is no CUR adapter that can take new weights")
+            store = self.verifier.store
+            assert store is not None
+            config, weights = await asyncio.to_thread(with_new_cores, serving, body, basis)
+            copy = await asyncio.to_thread(store.put, name, config, weights)
+            entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
+            return await self._publish(entry, "push")
+
+    async def remove(self, name: str) -> None:
+        """Serve an adapter no longer; requests that run are finished.
+
+        Raises:
+            LifecycleError: (404) there is none of that name.
+        """
+        async with self._locks[name]:
+            await self._remove(name)
+
+    async def _remove(self, name: str) -> None:
+        self.library.record(name)
+        versions = self.library.remove(name)
+        self.say(f"{name} is served no longer")
+        self._retire(versions)
+        await self._save()
+
+    async def delete(self, name: str) -> None:
+        """Remove an adapter's folder, and serve the adapter no longer.
+
+        Raises:
+            LifecycleError: (404) there is none of that name.
+            StorageError: the folder cannot be removed; it is served as before.
+        """
+        async with self._locks[name]:
+            self.library.record(name)
+            if self.root is not None:
+                await asyncio.to_thread(_remove_folder, self.root / name)
+            await self._remove(name)
+
+    async def rollback(self, name: str, digest: str | None) -> Version:
+        """Let a name stand for an older version, see :meth:`Library.rollback`."""
+        async with self._locks[name]:
+            version = self.library.rollback(name, digest)
+            await self._move_pin(name)
+            await self._save()
+            self.say(f"{name} is {version} again")
+            return version
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        """Keep an adapter in a slot, whichever version its name stands for; or no longer.
+
+        Raises:
+            LifecycleError: (404) no such adapter; (409) it takes no slot, or none is free for it.
+        """
+        async with self._locks[name]:
+            record = self.library.record(name)
+            if record.serving is None or not record.serving.per_request:
+                raise LifecycleError(409, f"{name} is not chosen per request, so it takes no slot")
+            if self.workers is not None:
+                await self.workers.pin(record.serving, pinned)
+            record.pinned = pinned
+            self.library.changed(name)
+            await self._save()
+
+    async def set_alias(self, alias: str, target: str | None) -> None:
+        """Let an alias stand for a model name; None forgets the alias."""
+        if target is None:
+            self.library.remove_alias(alias)
+        else:
+            self.library.set_alias(alias, target)
+        await self._save()
+
+    def preparation(self, model: str | None) -> Awaitable[str | None] | None:
+        """Return what a request for ``model`` has to wait for before it may run, or None.
+
+        Awaited, it gives None or why the adapter cannot be served after all.
+        """
+        version = self.library.find(model) if model and self.workers is not None else None
+        if version is None or not version.per_request or self.workers is None:
+            return None
+        return self.workers.preparation(version)
+
+    async def prepare_all(self, *, strict: bool = False) -> None:
+        """Prepare on the workers whatever the library has, one after the other.
+
+        Args:
+            strict: raise the first refusal, instead of serving without that adapter.
+
+        Raises:
+            UnservableError: see ``strict``.
+        """
+        for version in list(self.library):
+            work = self.preparation(version.name)
+            refused = await work if work is not None else None
+            if refused is not None:
+                if strict:
+                    raise UnservableError(f"--strict: {version.name} cannot be served: {refused}")
+                self._refused_by_workers(version, refused)
+                continue
+            record = self.library.records.get(version.name)
+            if record is not None and record.pinned and self.workers is not None:
+                try:
+                    await self.workers.pin(version, True)
+                except LifecycleError as error:
+                    self.say(f"{version.name} is not pinned: {error}")
+
+    # How it is done.
+
+    def _root(self) -> Path:
+        if self.root is None:
+            raise LifecycleError(
+                409, "this server was started without --adapters, so it can take none"
+            )
+        return self.root
+
+    async def _prepare(self, entry: Entry) -> None:
+        """Raise UnservableError if a worker cannot serve an adapter that is chosen per request."""
+        if self.workers is not None and (entry.per_request or entry.lora is not None):
+            assert entry.snapshot is not None
+            refused = await self.workers.prepare(entry.name, entry.snapshot.path)
+            if refused is not None:
+                raise UnservableError(refused)
+
+    async def _publish(self, entry: Entry, origin: Origin) -> Version:
+        """Make verified content what its name stands for."""
+        await self._prepare(entry)
+        assert entry.snapshot is not None
+        record = self.library.records.get(entry.name)
+        before = record.serving if record else None
+        version = self.make_version(entry.snapshot, origin=origin, created=time.time(), entry=entry)
+        retired = self.library.add(version)
+        now = self.library.record(entry.name).serving
+        assert now is not None
+        if self.workers is not None:
+            self.workers.mark_prepared(now)
+        if before is None or before.digest != now.digest:
+            self.say(f"{now.name} is served as {now}" + (f", after {before}" if before else ""))
+            await self._move_pin(entry.name)
+        self._retire(retired)
+        await self._save()
+        await asyncio.to_thread(self.verifier.save)
+        return now
+
+    async def _move_pin(self, name: str) -> None:
+        record = self.library.record(name)
+        if not record.pinned or self.workers is None or record.serving is None:
+            return
+        for version in record.versions:
+            if version is not record.serving:
+                await self.workers.pin(version, False)
+        try:
+            await self.workers.pin(record.serving, True)
+        except LifecycleError as error:
+            self.say(f"{name} is not pinned any more: {error}")
+            record.pinned = False
+
+    def _refused_by_workers(self, version: Version, reason: str) -> None:
+        record = self.library.records.get(version.name)
+        if record is not None and version in record.versions:
+            record.versions.remove(version)
+            self.library.refuse(version.name, reason)
+            self.say(f"{version} is not served: {reason}")
+
+    def _retire(self, versions: list[Version]) -> None:
+        if versions:
+            task = asyncio.ensure_future(self._free(versions))
+            self._later.add(task)
+            task.add_done_callback(self._later.discard)
+
+    async def _free(self, versions: list[Version]) -> None:
+        """Take versions from the workers that nobody can ask for any more."""
+        if self._ended is not None:
+            await self._ended()
+        if self.workers is not None:
+            await self.workers.forget(versions)
+        for version in versions:
+            if version.origin == "push" and self.verifier.store is not None:
+                await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
+
+    async def _save(self) -> None:
+        if self.state is not None:
+            async with self._saving:
+                try:
+                    await asyncio.to_thread(self.state.save, self.library)
+                except StorageError as error:
+                    self.say(str(error))
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder in one step as seen by others, or a link to one; a missing one is fine."""
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.removed-", dir=folder.parent))
+            folder.rename(hidden / folder.name)
+            shutil.rmtree(hidden, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be removed ({error}); it is still served") from error
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        with atomic_folder(folder) as new:
+            # The config makes a folder an adapter, so it is written last.
+            for name in reversed(UPLOADED):
+                if name in files:
+                    (new / name).write_bytes(files[name])
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written ({error}); free some space there, or make it writable for "
+            "the server"
+        ) from error

@@ -1,0 +1,182 @@
+"""Follows the adapters folder: what appears or changes there is served, what goes is dropped.
+
+Our own writers put a folder in place in one step, and its configuration names the digest of its
+weights, so that it is known to be complete at once. A folder that another program copies file by
+file is taken once nothing about it has changed for two seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from watchfiles import awatch
+
+from secura_serve import adapter as adapters
+from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
+from secura_serve.errors import LifecycleError, SecuraError
+from secura_serve.serve.app.adapters.catalog import adapter_folders
+from secura_serve.serve.app.adapters.library import Library
+from secura_serve.serve.app.adapters.snapshots import digest_of, stamps_of
+from secura_serve.serve.app.adapters.updates import AdapterUpdates
+
+__all__ = ["FolderWatch", "SETTLE_S"]
+
+SETTLE_S = 2.0
+"""How long a folder must stay as it is before it counts as complete, if it does not say so."""
+_LOOK_S = 0.25
+_DEBOUNCE_MS = 50
+_RETRY_S = 5.0
+
+
+class FolderWatch:
+    """Keeps the library as the folder is.
+
+    Args:
+        root: the adapters folder.
+        updates: what changes the library.
+        say: tells the operator one line.
+    """
+
+    def __init__(self, root: Path, updates: AdapterUpdates, say: Callable[[str], None]) -> None:
+        self.root, self._updates, self._say = root, updates, say
+        self._library: Library = updates.library
+        self._changed: set[str] = set()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Follow the folder until cancelled."""
+        while True:
+            try:
+                async for changes in awatch(
+                    self.root,
+                    watch_filter=None,
+                    debounce=_DEBOUNCE_MS,
+                    step=_DEBOUNCE_MS // 2,
+                    recursive=True,
+                ):
+                    self._note({self._name(path) for _, path in changes} - {""})
+            except (OSError, RuntimeError) as error:
+                # The folder may come back, for instance when a share is mounted again.
+                self._say(f"{self.root} cannot be watched ({error}); trying again")
+            await asyncio.sleep(_RETRY_S)
+
+    def _name(self, path: str) -> str:
+        with suppress(ValueError):
+            name, *_ = Path(path).relative_to(self.root).parts or ("",)
+            return "" if name.startswith(".") else name
+        return ""
+
+    def _note(self, names: set[str]) -> None:
+        for name in names:
+            self._changed.add(name)
+            if name not in self._tasks:
+                self._tasks[name] = asyncio.ensure_future(self._follow(name))
+
+    async def _follow(self, name: str) -> None:
+        """Bring one adapter up to date, again if its folder changes meanwhile."""
+        while name in self._changed:
+            self._changed.discard(name)
+            try:
+                await self.sync(name)
+            except SecuraError as error:
+                self._say(f"{name} is not served as its folder is now: {error}")
+            except Exception as error:
+                self._say(f"{name}: its folder cannot be followed: {error!r}")
+        del self._tasks[name]
+
+    async def reload(self) -> dict[str, str]:
+        """Compare the whole folder with what is served, and bring every adapter up to date.
+
+        Returns:
+            Name -> ``added``, ``updated``, ``removed`` or why it is refused; nothing of the others.
+        """
+        names = {path.name for path in await asyncio.to_thread(adapter_folders, self.root)}
+        names |= {n for n, r in self._library.records.items() if r.on_disk or r.refused}
+        outcome = {}
+        for name in sorted(names):
+            try:
+                if (change := await self.sync(name)) is not None:
+                    outcome[name] = change
+            except SecuraError as error:
+                outcome[name] = str(error)
+        return outcome
+
+    async def sync(self, name: str) -> str | None:
+        """Serve what the folder of one adapter holds now.
+
+        Returns:
+            ``added``, ``updated`` or ``removed``; None if nothing has changed.
+
+        Raises:
+            SecuraError: it cannot be served; what was served before still is.
+        """
+        folder = self.root / name
+        record = self._library.records.get(name)
+        if not folder.is_dir() and not folder.is_symlink():
+            if record is None or not (record.on_disk or record.refused):
+                return None
+            with suppress(LifecycleError):
+                await self._updates.remove(name)
+            return "removed"
+        if not await self._settled(folder):
+            # It is gone or still changing; the next event brings it back here.
+            return None
+        digest = None
+        with suppress(OSError):
+            digest = await asyncio.to_thread(digest_of, folder)
+        if record is not None and digest is not None and record.on_disk == digest:
+            return None
+        await self._updates.from_folder(name)
+        return "added" if record is None else "updated"
+
+    async def _settled(self, folder: Path) -> bool:
+        """Wait until a folder is complete; False where it has gone meanwhile."""
+        if await asyncio.to_thread(_says_complete, folder):
+            return True
+        seen, quiet = None, 0.0
+        while quiet < SETTLE_S:
+            if not os.path.lexists(folder):
+                return False
+            now = await asyncio.to_thread(_look, folder)
+            quiet = quiet + _LOOK_S if now == seen else 0.0
+            seen = now
+            if quiet and await asyncio.to_thread(_says_complete, folder):
+                return True
+            await asyncio.sleep(_LOOK_S)
+        if await asyncio.to_thread(_names_no_digest, folder):
+            self._say(
+                f"{folder.name} does not say which weights belong to it; it is served, as "
+                f"it has not changed for {SETTLE_S:g} s"
+            )
+        return True
+
+
+def _look(folder: Path) -> object:
+    """Return what must stay the same while a folder settles."""
+    try:
+        return stamps_of(folder)
+    except OSError:
+        with suppress(OSError):
+            return sorted(os.listdir(folder))
+        return None
+
+
+def _says_complete(folder: Path) -> bool:
+    """Return whether the folder's configuration names the weights that it holds."""
+    try:
+        config = adapters.load_config(folder)
+        return config.weights_digest is not None and adapters.holds_its_weights(folder, config)
+    except (SecuraError, OSError, ValueError):
+        return False
+
+
+def _names_no_digest(folder: Path) -> bool:
+    complete = all((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    try:
+        return complete and adapters.load_config(folder).weights_digest is None
+    except (SecuraError, OSError, ValueError):
+        return complete

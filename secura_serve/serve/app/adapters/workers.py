@@ -1,0 +1,97 @@
+"""What the engine's workers hold of the adapters, asked and changed from the API server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from secura_serve.errors import LifecycleError
+from secura_serve.serve.app.adapters.library import Version
+from secura_serve.serve.basis import Gains
+
+__all__ = ["Workers"]
+
+# Residency is asked for by people and by scrapes; the engine is not to be asked more often.
+_FRESH_S = 1.0
+_ANSWER_S = 5.0
+
+
+class Workers:
+    """Calls into every worker of the engine, between two of its steps.
+
+    Args:
+        engine: vLLM's ``EngineClient``.
+        norm_bounds: what the server has compared with the base, see ``AdapterCalls``.
+    """
+
+    def __init__(self, engine: Any, norm_bounds: Callable[[], Mapping[str, Gains]]) -> None:
+        self._engine, self._norm_bounds = engine, norm_bounds
+        self._prepared: dict[int, asyncio.Future[str | None]] = {}
+        self._resident: tuple[float, frozenset[int]] = (0.0, frozenset())
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        results: list[Any] = await self._engine.collective_rpc(method, args=args)
+        return results
+
+    async def prepare(self, name: str, path: Path) -> str | None:
+        """Have every worker read an adapter; return why one refuses it, or None."""
+        bounds = {key: dict(value) for key, value in self._norm_bounds().items()}
+        ranks = await self._call("secura_prepare", [(name, str(path))], bounds)
+        return next((refused for rank in ranks for refused in rank if refused is not None), None)
+
+    def preparation(self, version: Version) -> Awaitable[str | None] | None:
+        """Return what has to be awaited before a version may run; None if nothing."""
+        task = self._prepared.get(version.number)
+        if task is None:
+            task = asyncio.ensure_future(self.prepare(version.name, version.snapshot.path))
+            self._prepared[version.number] = task
+        if task.done() and not task.cancelled() and task.exception() is None:
+            if task.result() is None:
+                return None
+        elif task.done():
+            # The call did not get through; the next request tries again.
+            del self._prepared[version.number]
+        return asyncio.shield(task)
+
+    def mark_prepared(self, version: Version) -> None:
+        """Take note that every worker has read a version."""
+        done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        self._prepared[version.number] = done
+
+    async def forget(self, versions: Sequence[Version]) -> None:
+        """Free the slots of versions, and what the workers keep of them."""
+        numbers = [version.number for version in versions]
+        await self._call("secura_forget", numbers, [str(v.snapshot.path) for v in versions])
+        for number in numbers:
+            self._prepared.pop(number, None)
+
+    async def pin(self, version: Version, pinned: bool) -> None:
+        """Keep a version in a slot on every worker, or no longer.
+
+        Raises:
+            LifecycleError: (409) no slot is free for it.
+        """
+        args = (version.name, version.number, str(version.snapshot.path), pinned)
+        for refused in await self._call("secura_pin", *args):
+            if refused is not None:
+                raise LifecycleError(409, f"{version.name} cannot be pinned: {refused}")
+
+    async def resident(self) -> frozenset[int]:
+        """Return the numbers of the versions in a slot, at most a second old.
+
+        While the engine is busy with a fold it does not answer; then the last answer is returned.
+        """
+        asked, known = self._resident
+        if time.monotonic() - asked < _FRESH_S:
+            return known
+        try:
+            ranks = await asyncio.wait_for(self._call("secura_resident"), _ANSWER_S)
+        except TimeoutError:
+            return known
+        known = frozenset(ranks[0])
+        self._resident = (time.monotonic(), known)
+        return known

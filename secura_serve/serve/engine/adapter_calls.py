@@ -1,0 +1,76 @@
+"""The worker's half of the adapters' life cycle: called on every rank between two steps.
+
+Mixed into vLLM's worker beside folding (see ``worker_extension.py``). Only preparing reads files;
+whatever can be wrong with an adapter shows there and fails that call alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from secura_serve.errors import SecuraError
+from secura_serve.serve import compat
+
+__all__ = ["AdapterCalls"]
+
+
+class AdapterCalls:
+    """Methods that vLLM adds to each worker."""
+
+    model_runner: Any
+
+    def secura_prepare(
+        self, adapters: Sequence[tuple[str, str]], norm_bounds: Mapping[str, Mapping[str, float]]
+    ) -> list[str | None]:
+        """Read adapters, and keep what a slot needs of them.
+
+        Args:
+            adapters: name and folder of each; the folder names the content.
+            norm_bounds: of each ``base_id`` that the server has compared with the base: module ->
+                bound of the update's norm.
+
+        Returns:
+            For each, None or why this engine cannot serve it.
+        """
+        manager = compat.worker_adapters(self.model_runner)
+        refused: list[str | None] = []
+        for name, path in adapters:
+            try:
+                manager.keep(name, path, norm_bounds)
+                refused.append(None)
+            except (SecuraError, ValueError, RuntimeError) as error:
+                refused.append(str(error))
+        return refused
+
+    def secura_forget(self, numbers: Sequence[int], paths: Sequence[str]) -> None:
+        """Free the slots of adapters that nobody asks for any more, and what was kept of them.
+
+        Args:
+            numbers: their ``lora_int_id``.
+            paths: their folders.
+        """
+        manager = compat.worker_adapters(self.model_runner)
+        for number in numbers:
+            manager.remove_adapter(number)
+        for path in paths:
+            manager.drop(path)
+
+    def secura_resident(self) -> list[int]:
+        """Return the ``lora_int_id`` of every adapter that is in a slot."""
+        return compat.resident(compat.worker_adapters(self.model_runner))
+
+    def secura_pin(self, name: str, number: int, path: str, pinned: bool) -> str | None:
+        """Keep an adapter in a slot, or no longer; return why that cannot be done, or None."""
+        manager = compat.worker_adapters(self.model_runner)
+        if not pinned:
+            compat.unpin(manager, number)
+            return None
+        free = compat.unpinned_slots(manager, number)
+        if free < 2:
+            return (
+                f"one slot must stay free for the other adapters, and all but {free} are pinned; "
+                "unpin one, or restart with more --max-loras"
+            )
+        compat.pin(manager, name, number, path)
+        return None
