@@ -66,9 +66,10 @@ def explain(error: Exception, endpoint: object) -> str:
         return f"No server answers at {endpoint}: start it, or check the endpoint's address."
     if isinstance(error, openai.APIStatusError):
         said = error.body.get("message") if isinstance(error.body, dict) else None
+        in_v1 = endpoint.endswith("/v1")
         advice = {
             401: "give the server's key with --api-key",
-            404: "refresh the list of models" if said else "the endpoint should end in /v1",
+            404: "refresh the list of models" if in_v1 else "the endpoint should end in /v1",
         }.get(error.status_code)
         said = str(said or error.response.reason_phrase).rstrip(". ")
         return (
