@@ -21,7 +21,7 @@ from secura_serve.errors import (
 )
 from secura_serve.serve.app.plain_lora import PlainLoRA
 from secura_serve.serve.app.snapshots import Snapshot, SnapshotStore
-from secura_serve.serve.basis import Gains, base_id
+from secura_serve.serve.basis import NormBounds, base_id
 
 __all__ = ["Catalog", "Comparison", "Entry", "examine", "scan"]
 
@@ -60,7 +60,7 @@ class Catalog:
     """Everything found in one adapters folder, by name."""
 
     entries: tuple[Entry, ...]
-    gains: Mapping[str, Gains] = field(default_factory=dict)
+    norm_bounds: Mapping[str, NormBounds] = field(default_factory=dict)
     """:func:`base_id` -> module -> :func:`~secura_serve.adapter.limits.update_norm_bound`."""
 
     @property
@@ -219,7 +219,7 @@ class Comparison:
     example: Adapter
     """The first of them, without its weights."""
     mismatches: list[str]
-    norm_bounds: Gains
+    norm_bounds: NormBounds
 
     @classmethod
     def of(cls, adapter: Adapter, base: Checkpoint) -> Comparison:

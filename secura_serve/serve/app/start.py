@@ -66,7 +66,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     served = _prepare_vllm(checkpoint, catalog, vllm_flags)
     ours = [a for a in served if isinstance(a, Adapter)]
     loras = [a for a in served if isinstance(a, PlainLoRA)]
-    basis = SharedBasis.of(ours, catalog.gains)
+    basis = SharedBasis.of(ours, catalog.norm_bounds)
     warn_of_width(basis, ours)
     args = parse_vllm_flags(
         vllm_flags,

@@ -150,13 +150,13 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         manager = compat.model_manager(self)
         adapter = adapters.load(path)
         refuse_full_rank(adapter)
-        gains = manager.shared_basis.verified.get(base_id(adapter))
-        if gains is None:
+        norm_bounds = manager.shared_basis.verified.get(base_id(adapter))
+        if norm_bounds is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
             compared = adapters.compare_with_base(adapter, Checkpoint(self._base_path))
             adapters.refuse_mismatches(adapter, compared.mismatches)
-            gains = compared.norm_bounds
-        adapters.refuse_oversized(adapter, gains)
+            norm_bounds = compared.norm_bounds
+        adapters.refuse_oversized(adapter, norm_bounds)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.to_shared_basis(module, cur)
             for module, cur in adapter.modules.items()
