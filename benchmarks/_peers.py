@@ -112,8 +112,8 @@ def install_mergekit(folder: Path) -> Path:
 
 
 def main() -> None:
-    kind, *paths = sys.argv[1:]
-    seconds = RUNS[kind](*map(Path, paths))
+    tool, *paths = sys.argv[1:]
+    seconds = RUNS[tool](*map(Path, paths))
     # Not getrusage: what that calls the peak includes the parent's, from before the exec.
     status = Path("/proc/self/status").read_text()
     peak = next(int(v.split()[1]) for v in status.splitlines() if v.startswith("VmHWM"))

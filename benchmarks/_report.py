@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def out_file(text: str) -> Path:
-    """An argparse type: refuses a place that cannot be written before hours are spent on it."""
+    """Return the path of a file that can be written; an argparse type, so refused at the start."""
     file = Path(text)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +56,9 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     git = ["git", "-C", str(ROOT)]
-    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return found.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 def versions(python: str, names: tuple[str, ...]) -> dict[str, str]:

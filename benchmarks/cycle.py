@@ -35,11 +35,11 @@ async def first_token_ms(client: Any, name: str) -> float:
     stream = await client.completions.create(
         model=name, prompt=PROMPT, max_tokens=2, temperature=0, stream=True
     )
-    found = None
+    first_token = None
     async for _ in stream:
-        found = found or (time.perf_counter() - start) * 1e3
-    assert found is not None
-    return found
+        first_token = first_token or (time.perf_counter() - start) * 1e3
+    assert first_token is not None
+    return first_token
 
 
 async def ask_all(client: Any, names: list[str]) -> float:
@@ -68,7 +68,7 @@ async def load_times(client: Any, names: list[str], slots: int, count: int) -> d
         used[cold] = None
         used.popitem(last=False)
         times["warm"].append(await first_token_ms(client, cold))
-    return {kind: round(statistics.median(found), 2) for kind, found in times.items()}
+    return {state: round(statistics.median(ms), 2) for state, ms in times.items()}
 
 
 def connect(url: str) -> Any:
@@ -95,8 +95,8 @@ async def alone(url: str, pid: int, given: argparse.Namespace) -> Any:
 
 async def measure(url: str, pid: int, names: list[str], given: argparse.Namespace) -> Any:
     client = connect(url)
-    found = await passes(client, pid, names, given.passes)
-    return found, await load_times(client, names, given.slots, given.samples)
+    rows = await passes(client, pid, names, given.passes)
+    return rows, await load_times(client, names, given.slots, given.samples)
 
 
 def main() -> None:

@@ -24,10 +24,10 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors")
 TARGETS = {"q,v": ("q_proj", "v_proj"), "all linears": ()}
 
 
-def measure(kind: str, python: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
+def measure(tool: str, python: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
     """One run in a fresh process: seconds with and without imports, peak resident MiB."""
     os.sync()
-    command = [python, "-P", _peers.__file__, kind]
+    command = [python, "-P", _peers.__file__, tool]
     start = time.perf_counter()
     done = subprocess.run(
         [*command, str(base), str(adapter), str(out)],
@@ -36,7 +36,7 @@ def measure(kind: str, python: str, base: Path, adapter: Path, out: Path) -> dic
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     wall = time.perf_counter() - start
-    assert done.returncode == 0, f"{kind} failed:\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{tool} failed:\n{done.stderr[-2000:]}"
     written = size(out)
     shutil.rmtree(out)
     seconds, peak = map(float, done.stdout.split()[-2:])
@@ -59,26 +59,26 @@ def case(
     if mode == "none":  # stock PEFT then, with the same update as a LoRA
         theirs = work / "lora"
         export_lora(open_source(str(base), [str(adapter)]), theirs)
-    kinds = {
+    tools = {
         "secura-merge": (sys.executable, adapter),
         "peft": (sys.executable, theirs),
         "cp -r + sync": (sys.executable, adapter),
     }
     if mergekit and mode == "none":  # it knows LoRA only
-        kinds["mergekit"] = (mergekit, theirs)
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+        tools["mergekit"] = (mergekit, theirs)
+    runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
     for _ in range(repeat):
-        for kind, (python, given) in kinds.items():
-            runs[kind].append(measure(kind, python, base, given, work / "out"))
-            print(f"  {kind:14} {runs[kind][-1]}", flush=True)
+        for tool, (python, given) in tools.items():
+            runs[tool].append(measure(tool, python, base, given, work / "out"))
+            print(f"  {tool:14} {runs[tool][-1]}", flush=True)
     shutil.rmtree(adapter)
     shutil.rmtree(work / "lora", ignore_errors=True)
     middle = {
-        kind: sorted(found, key=lambda r: r["seconds"])[len(found) // 2]
-        for kind, found in runs.items()
+        tool: sorted(taken, key=lambda r: r["seconds"])[len(taken) // 2]
+        for tool, taken in runs.items()
     }
-    ours, peft, cp = (middle[kind] for kind in ("secura-merge", "peft", "cp -r + sync"))
-    found = {
+    ours, peft, cp = (middle[tool] for tool in ("secura-merge", "peft", "cp -r + sync"))
+    row = {
         "targets": targets,
         "mode": mode,
         "rank": rank,
@@ -89,9 +89,9 @@ def case(
         "share_of_cp_speed": round(cp["seconds"] / ours["seconds"], 3),
     }
     if other := middle.get("mergekit"):
-        found["times_mergekit_speed"] = round(other["seconds"] / ours["seconds"], 2)
-        found["share_of_mergekit_memory"] = round(ours["peak_rss_mib"] / other["peak_rss_mib"], 3)
-    return found
+        row["times_mergekit_speed"] = round(other["seconds"] / ours["seconds"], 2)
+        row["share_of_mergekit_memory"] = round(ours["peak_rss_mib"] / other["peak_rss_mib"], 3)
+    return row
 
 
 def measure_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def measure_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     report["base_mib"] = round(size(base) / 2**20, 1)
     for targets, mode in (("q,v", "none"), ("all linears", "none"), ("all linears", "bounded")):
         print(f"{targets}, S-MagNorm {mode}", flush=True)
-        found = case(work, base, targets, mode, args.rank, args.repeat, mergekit)
-        report["cases"].append(found)
+        row = case(work, base, targets, mode, args.rank, args.repeat, mergekit)
+        report["cases"].append(row)
     shutil.rmtree(base)
     report["peak_rss_mib_by_size"] = peaks = {}
     for times in (1, 2):

@@ -45,15 +45,15 @@ def step(report: dict[str, Any], file: Path) -> None:
     figure, panels = plt.subplots(1, len(sizes), figsize=(5 * len(sizes), 4), squeeze=False)
     for axes, size in zip(panels[0], sizes, strict=True):
         rows = [r for r in report["rows"] if r["size"] == size and r["adapters"] == most]
-        for kind, style in (("ours_us", "o-"), ("lora_us", "x--")):
+        for column, style in (("ours_us", "o-"), ("lora_us", "x--")):
             for rank in sorted({r["r"] for r in rows}):
                 points = [
-                    (r["tokens"], r[kind] / r["base_gemm_us"])
+                    (r["tokens"], r[column] / r["base_gemm_us"])
                     for r in rows
-                    if r["r"] == rank and kind in r
+                    if r["r"] == rank and column in r
                 ]
                 if points:
-                    name = f"{kind.removesuffix('_us')}, r={rank}"
+                    name = f"{column.removesuffix('_us')}, r={rank}"
                     axes.plot(*zip(*points, strict=True), style, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

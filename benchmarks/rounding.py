@@ -115,14 +115,15 @@ def measure(name: str, data: Path, base: str) -> list[dict[str, Any]]:
     model = Folded(base, ROOT / "adapters" / name)
     texts = neutral_texts().texts
     plain = model.logprobs(texts)
-    kinds: dict[str, Rounding] = {"float32": lambda W: W}
+    roundings: dict[str, Rounding] = {"float32": lambda W: W}
     for dtype in (torch.bfloat16, torch.float16):
         short = str(dtype).removeprefix("torch.")
-        kinds[f"{short} nearest"] = nearest(dtype)
-    kinds["bfloat16 stochastic"] = stochastic(torch.bfloat16, seed=0)
-    kinds["bfloat16 compensated"] = compensated(torch.bfloat16)
-    found, exact = [], None
-    for kind, rounding in kinds.items():
+        roundings[f"{short} nearest"] = nearest(dtype)
+    roundings["bfloat16 stochastic"] = stochastic(torch.bfloat16, seed=0)
+    roundings["bfloat16 compensated"] = compensated(torch.bfloat16)
+    measured: list[dict[str, Any]] = []
+    exact = None
+    for rounding_name, rounding in roundings.items():
         weights = {m: rounding(W) for m, W in model.exact.items()}
         lost = sum(float((weights[m] - W).norm() ** 2) for m, W in model.exact.items())
         update = sum(float((model.pristine[m] - W).norm() ** 2) for m, W in model.exact.items())
@@ -135,19 +136,19 @@ def measure(name: str, data: Path, base: str) -> list[dict[str, Any]]:
             [r["prompt"] for r in rows],
             max_new_tokens=recipe.max_new_tokens,
         )
-        found.append(
+        measured.append(
             {
                 "adapter": name,
-                "rounding": kind,
+                "rounding": rounding_name,
                 "share_of_update_lost": math.sqrt(lost / update),
-                "accuracy": score(recipe.kind, said, [r["completion"] for r in rows]),
+                "accuracy": score(recipe.scoring, said, [r["completion"] for r in rows]),
                 "items": len(rows),
                 "kl_from_float32_fold": kl(exact, after),
                 "kl_from_base": kl(plain, after),
             }
         )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        print(json.dumps(measured[-1]), flush=True)
+    return measured
 
 
 def main() -> None:

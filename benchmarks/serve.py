@@ -123,7 +123,7 @@ def measure(given: argparse.Namespace, base: Path, work: Path, rest: list[str]) 
         flags["stock_lora"] = ["--enable-lora", "--max-lora-rank", str(RANK)]
         flags["stock_lora"] += ["--max-loras", str(AT_ONCE), "--max-cpu-loras", str(len(folders))]
         flags["stock_lora"] += ["--lora-modules", *pairs]
-    found: dict[tuple[str, int], dict[str, list[Any]]] = {
+    measured: dict[tuple[str, int], dict[str, list[Any]]] = {
         (scenario, count): {} for scenario in given.scenarios for count in counts
     }
     memory: dict[tuple[str, int, str], int] = {}
@@ -138,14 +138,14 @@ def measure(given: argparse.Namespace, base: Path, work: Path, rest: list[str]) 
             }
             for url, _ in servers.values():
                 load(url, base, [], "decode", AT_ONCE)
-            for (scenario, count), rounds in found.items():
+            for (scenario, count), rounds in measured.items():
                 for engine, one in in_turns(given, base, servers, folders[:count], scenario):
                     rounds.setdefault(engine, []).append(one)
                 for engine, (_, pid) in servers.items():
                     memory[scenario, count, engine] = resident_mb(pid)
                 print(json.dumps({"start": start, **totals(rounds)}), flush=True)
     rows = []
-    for (scenario, count), rounds in found.items():
+    for (scenario, count), rounds in measured.items():
         for engine, runs in rounds.items():
             row = summary(engine, count, scenario, runs)
             row["rss_mb"] = memory[scenario, count, engine]

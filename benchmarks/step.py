@@ -142,13 +142,13 @@ def main() -> None:
             "ours_us": ours(size, r, tokens, adapters, device),
             "lora_us": lora(size, r, tokens, adapters, device),
         }
-        found: dict[str, list[float]] = {name: [] for name, call in calls.items() if call}
+        samples: dict[str, list[float]] = {name: [] for name, call in calls.items() if call}
         for _ in range(given.repeat):
-            for name, times in found.items():
+            for name, times in samples.items():
                 if sum(times) < 5e6:
                     times.append(once(calls[name], device))
         row: dict[str, Any] = {"size": size, "r": r, "tokens": tokens, "adapters": adapters}
-        row |= {name: round(statistics.median(times), 2) for name, times in found.items()}
+        row |= {name: round(statistics.median(times), 2) for name, times in samples.items()}
         row["of_gemm"] = round(row["ours_us"] / row["base_gemm_us"], 4)
         if "lora_us" in row:
             row["lora_over_ours"] = round(row["lora_us"] / row["ours_us"], 1)

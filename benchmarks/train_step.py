@@ -36,11 +36,13 @@ def load(base: str, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if base != SYNTHETIC:
         from secura_serve.bases import resolve_base
 
-        return AutoModelForCausalLM.from_pretrained(resolve_base(base).path, dtype=kind).to(device)
+        return AutoModelForCausalLM.from_pretrained(resolve_base(base).path, dtype=torch_dtype).to(
+            device
+        )
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
@@ -50,11 +52,11 @@ def load(base: str, dtype: str, device: str) -> Any:
         vocab_size=8192,
         tie_word_embeddings=True,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=kind).to(device)
+    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).to(device)
 
 
 def adapt(model: Any, kind: str, targets: str, match: str) -> Any:
-    """``model`` with adapters of ``kind`` of the rank that ``match`` asks for."""
+    """Return ``model`` with adapters of ``kind`` of the rank that ``match`` asks for."""
     from peft import LoraConfig, get_peft_model
 
     from secura_serve.train import SecuraConfig
@@ -119,7 +121,7 @@ def times(given: argparse.Namespace, match: str) -> dict[str, dict[str, Any]]:
             pair = steps[kind]()
             if turn >= given.warmup:
                 taken[kind].append(pair)
-    found = {}
+    rows = {}
     for kind, model in models.items():
         row = {
             "rank": model.peft_config["default"].r,
@@ -136,8 +138,8 @@ def times(given: argparse.Namespace, match: str) -> dict[str, dict[str, Any]]:
                 ],
                 f"all_{name}": [round(s, 4) for s in mine],
             }
-        found[kind] = row
-    return found
+        rows[kind] = row
+    return rows
 
 
 def memory(given: argparse.Namespace, kind: str, match: str) -> float:
@@ -157,8 +159,8 @@ def memory(given: argparse.Namespace, kind: str, match: str) -> float:
 
 
 def measure(given: argparse.Namespace, match: str) -> dict[str, dict[str, Any]]:
-    found = times(given, match)
-    for kind, row in found.items():
+    rows = times(given, match)
+    for kind, row in rows.items():
         command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--peak"]
         command += [given.base, given.targets, kind, match]
         peaks = []
@@ -167,10 +169,10 @@ def measure(given: argparse.Namespace, match: str) -> dict[str, dict[str, Any]]:
             peaks.append(float(said.stdout.split()[-1]))
         row["peak_mib"] = round(statistics.median(peaks), 1)
         row["all_peak_mib"] = [round(p, 1) for p in peaks]
-        row["peak_over_lora"] = round(row["peak_mib"] / found["lora"]["peak_mib"], 3)
+        row["peak_over_lora"] = round(row["peak_mib"] / rows["lora"]["peak_mib"], 3)
         shown = {key: value for key, value in row.items() if not key.startswith("all_")}
         print(f"  {match:16} {kind:10} {json.dumps(shown)}", flush=True)
-    return found
+    return rows
 
 
 def main() -> None:
@@ -213,8 +215,8 @@ def main() -> None:
             for match in given.match:
                 given.base, given.targets = base, names
                 print(f"{base}, {names}", flush=True)
-                found = measure(given, match)
-                for kind, row in found.items():
+                rows = measure(given, match)
+                for kind, row in rows.items():
                     head = {"base": base, "targets": names, "match": match, "adapter": kind}
                     report["rows"].append(head | row)
                 if given.out:

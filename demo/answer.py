@@ -26,7 +26,7 @@ class Answer:
 
 
 def summary(answer: Answer) -> str:
-    """`42 tokens | 31.5 tokens/s | first token 120 ms`, as far as they are known."""
+    """Return `42 tokens | 31.5 tokens/s | first token 120 ms`, as far as they are known."""
     parts = [f"{answer.tokens} token{'' if answer.tokens == 1 else 's'}"]
     if answer.tokens_per_s is not None:
         parts.append(f"{answer.tokens_per_s:.1f} tokens/s")
@@ -36,7 +36,7 @@ def summary(answer: Answer) -> str:
 
 
 def render(answers: Sequence[Answer], width: int) -> str:
-    """Side by side where every answer gets 36 columns or more, one after another elsewhere."""
+    """Return the answers side by side, or one after another where columns would be under 36."""
     column = (width - 3 * (len(answers) - 1)) // len(answers)
     if column < 36:
         return "\n\n\n".join("\n".join(_lines(answer, width)) for answer in answers)

@@ -102,7 +102,7 @@ def build(page: Page) -> gr.Blocks:
 
 
 def read_examples(path: str | None) -> Examples:
-    """`{adapter: [{"prompt": ..., "system": optional}]}`. Raises ValueError with the reason."""
+    """Return `{adapter: [{"prompt": ..., "system": optional}]}`. Raises ValueError if malformed."""
     if path is None:
         return EXAMPLES
     try:
@@ -152,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def login(args: argparse.Namespace) -> tuple[str, str] | None:
-    """User and password of the page. Raises ValueError if strangers would use it without."""
+    """Return user and password of the page. Raises ValueError if it needs them and has none."""
     if args.auth is not None:
         user, _, password = args.auth.partition(":")
         if not (user and password):

@@ -61,7 +61,7 @@ def hint(text: str) -> str:
 
 
 def cards(answers: Sequence[Answer], adapters: Sequence[str]) -> str:
-    """One card an answer, escaped: a model may well write HTML, and it is text here."""
+    """Return one card per answer, escaped: HTML that a model writes is shown as text."""
     # Five or six in one row are too narrow to read: two rows of three.
     columns = len(answers) if len(answers) <= 4 else 3
     inside = "".join(_card(answer, answer.model in adapters) for answer in answers)

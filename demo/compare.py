@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def run(args: argparse.Namespace) -> int:
-    """Print all answers; 1 if one of them failed."""
+    """Print all answers and return the exit status: 1 if one of them failed."""
     settings = Settings(args.max_tokens, args.temperature, args.seed)
     async with connect(args.endpoint, args.api_key) as client:
         try:

@@ -20,7 +20,7 @@ class Model:
 
 
 def add_arguments(to: argparse.ArgumentParser) -> None:
-    """`--endpoint` and `--api-key`, alike for every command of this folder."""
+    """Add `--endpoint` and `--api-key`, alike for every command of this folder."""
     to.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", help="base URL (%(default)s)")
     to.add_argument(
         "--api-key", default=os.environ.get("VLLM_API_KEY"), help="(default: $VLLM_API_KEY)"
@@ -28,7 +28,7 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
 
 
 def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
-    """A client that fails at once: openai retries refusals such as 409, which hides them."""
+    """Return a client that fails at once: openai retries refusals such as 409, and hides them."""
     return openai.AsyncOpenAI(
         base_url=endpoint,
         # openai insists on a key and would otherwise send OPENAI_API_KEY to this endpoint.
@@ -39,7 +39,7 @@ def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
 
 
 async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
-    """Those that answer now: bases first, then adapters by name.
+    """Return the models that answer now: bases first, then adapters by name.
 
     secura-serve gives a status: an adapter can be `unfolded`, and all others `blocked` while one is
     `folded`. Raises what `explain` turns into a sentence.
@@ -58,7 +58,7 @@ async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
 
 
 def explain(error: Exception, endpoint: object) -> str:
-    """The error as a sentence: what went wrong, and what to do about it."""
+    """Return the error as a sentence: what went wrong, and what to do about it."""
     endpoint = str(endpoint).rstrip("/")
     if isinstance(error, openai.APITimeoutError):
         return f"The server at {endpoint} did not answer in time: is it overloaded?"
@@ -66,9 +66,10 @@ def explain(error: Exception, endpoint: object) -> str:
         return f"No server answers at {endpoint}: start it, or check the endpoint's address."
     if isinstance(error, openai.APIStatusError):
         said = error.body.get("message") if isinstance(error.body, dict) else None
+        in_v1 = endpoint.endswith("/v1")
         advice = {
             401: "give the server's key with --api-key",
-            404: "refresh the list of models" if said else "the endpoint should end in /v1",
+            404: "refresh the list of models" if in_v1 else "the endpoint should end in /v1",
         }.get(error.status_code)
         said = str(said or error.response.reason_phrase).rstrip(". ")
         return (

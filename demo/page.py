@@ -29,7 +29,7 @@ class Page:
         self.running: dict[str | None, Comparison] = {}
 
     async def refresh(self, ticked: list[str]) -> tuple[Any, ...]:
-        """Ask the endpoint what it serves -> status, models, base, adapters, example chips."""
+        """Ask the endpoint what it serves -> status, models, bases, adapters, example chips."""
         try:
             served = await list_models(self.client)
         except openai.OpenAIError as error:
@@ -59,7 +59,7 @@ class Page:
         return gr.Dataset(samples=rows, sample_labels=labels, visible=bool(rows))
 
     def pick(self, row: list[str], bases: list[str], ticked: list[str]) -> tuple[Any, ...]:
-        """An example was clicked -> system, prompt, models."""
+        """Return system prompt, prompt and models of the example that was clicked."""
         name, system, prompt = row
         return system, prompt, [*bases[:1], name] if name else ticked
 
@@ -74,7 +74,7 @@ class Page:
         adapters: list[str],
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """Stream -> answers, run button, stop button."""
+        """Stream the answers as HTML, each time with the run button and the stop button."""
         idle = gr.Button(interactive=True), gr.Button(interactive=False)
         busy = gr.Button(interactive=False), gr.Button(interactive=True)
         if not ticked or not prompt.strip():

@@ -27,7 +27,7 @@ for animal in cat dog cow owl frog lion duck bee pig horse sheep wolf; do
 done > "$work/sounds.jsonl"
 
 secura-train --base smollm2-135m --data "$work/sounds.jsonl" --out "$work/adapters/sounds" \
-  --max-steps 40 --batch-size 4 --max-length 64 --device cpu
+  --max-steps 40 --per-device-train-batch-size 4 --max-length 64 --device cpu
 
 secura-serve --base smollm2-135m --adapters "$work/adapters" --check
 

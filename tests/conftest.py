@@ -23,6 +23,11 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if (process := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw"):
+    # vLLM binds every engine to the first core: with two test processes the second would idle.
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(process.removeprefix("gw")) % len(cores)]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
 # Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.
@@ -30,10 +35,14 @@ ENGINES = {"served", "started", "start", "restarted"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out."""
+    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out, and say
+    which tests stay in one process (`--dist loadgroup`): a file's, and those of one server."""
     for item in items:
-        if ENGINES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if ENGINES & fixtures:
             item.add_marker("engine")
+        group = "served" if "served" in fixtures else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ TASKS = ("sentiment", "extract", "iso-date")
 def write(task: str, folder: Path) -> tuple[Path, Path]:
     """Make one task's two files; always the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = load_task(task)
+    entry = load_task(task)
     train, test = folder / f"{task}.train.jsonl", folder / f"{task}.test.jsonl"
-    train.write_text(jsonl(found.rows("train") + found.rows("validation")), encoding="utf-8")
-    test.write_text(jsonl(found.rows("test")), encoding="utf-8")
+    train.write_text(jsonl(entry.rows("train") + entry.rows("validation")), encoding="utf-8")
+    test.write_text(jsonl(entry.rows("test")), encoding="utf-8")
     return train, test
 
 

@@ -44,7 +44,7 @@ class Recipe:
     """What differs between the tasks."""
 
     title: str
-    kind: str
+    scoring: str
     """Scoring function, see secura_serve.evaluate.SCORERS."""
     max_new_tokens: int
     steps: int
@@ -60,7 +60,7 @@ class Recipe:
 RECIPES = {
     "sentiment": Recipe(
         title="Is a film review positive or negative? Answers with that one word.",
-        kind="label",
+        scoring="label",
         max_new_tokens=16,
         steps=100,
         limits="Trained on single sentences of 6 to 30 words; long, mixed or ironic reviews and "
@@ -68,7 +68,7 @@ RECIPES = {
     ),
     "extract": Recipe(
         title="A short order in plain English to JSON with name, item, quantity and city.",
-        kind="json",
+        scoring="json",
         max_new_tokens=96,
         steps=50,
         limits="Four fixed keys, one order per message, English, first names only. Both data sets "
@@ -77,7 +77,7 @@ RECIPES = {
     ),
     "iso-date": Recipe(
         title="A date in words to YYYY-MM-DD.",
-        kind="word",
+        scoring="word",
         max_new_tokens=16,
         steps=60,
         limits="English dates with a written month between 1900 and 2099, in ten ways of writing. "
@@ -116,14 +116,14 @@ def evaluate_base(task: str, test: Path) -> dict[str, Any]:
 def _accuracy(model: Any, tokenizer: Any, task: str, test: Path, room: int) -> dict[str, Any]:
     recipe = RECIPES[task]
     rows = [json.loads(line) for line in test.read_text().splitlines()][:ITEMS]
-    found = answers(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=room)
+    said = answers(model, tokenizer, [r["prompt"] for r in rows], max_new_tokens=room)
     wanted = [r["completion"] for r in rows]
-    shown = [{"answer": a, "wanted": w} for a, w in zip(found, wanted, strict=True)][:5]
+    shown = [{"answer": a, "wanted": w} for a, w in zip(said, wanted, strict=True)][:5]
     return {
-        "accuracy": score(recipe.kind, found, wanted),
+        "accuracy": score(recipe.scoring, said, wanted),
         "items": len(rows),
         "max_new_tokens": room,
-        "answers_sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest(),
+        "answers_sha256": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
         "first_answers": shown,
     }
 
@@ -183,7 +183,7 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         out = trained(best, seed)
         once(scores / f"{task}-{seed}.json", lambda out=out: evaluate_adapter(out, task, test))
         once(scores / f"{task}-base.json", lambda: evaluate_base(task, test))
-        tuning = {f"{lr:g}": found["accuracy"] for lr, found in tried.items()}
+        tuning = {f"{lr:g}": result["accuracy"] for lr, result in tried.items()}
         publish(task, work, trained(best, 0), tuning)
 
 
@@ -195,7 +195,7 @@ def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> No
     target = ADAPTERS / task
     facts = json.loads((source / "train.json").read_text())
     facts["evaluation"] = {
-        "kind": RECIPES[task].kind,
+        "kind": RECIPES[task].scoring,
         "max_new_tokens": RECIPES[task].max_new_tokens,
         "neutral_text": neutral_texts().source,
         "validation_accuracy_by_lr": tuning,
@@ -226,28 +226,28 @@ def _variants(task: str) -> str:
         if (recipe.data or name) != (RECIPES[task].data or task) or not file.is_file():
             continue
         facts = json.loads(file.read_text())
-        found = facts["evaluation"]
+        evaluation = facts["evaluation"]
         rate = f"{TrainConfig.upgrade(facts['config'])['learning_rate']:g}"
-        if tuned := found.get("validation_accuracy_by_lr"):
+        if tuned := evaluation.get("validation_accuracy_by_lr"):
             rate += f" of {', '.join(tuned)}"
-        kind = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {rate}"
-        cells = (_spread(found, k) for k in ("accuracy", "kl", "perplexity_ratio"))
-        rows.append(f"| [`{name}`](../{name}): {kind} | {' | '.join(cells)} |")
+        variant = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {rate}"
+        cells = (_spread(evaluation, k) for k in ("accuracy", "kl", "perplexity_ratio"))
+        rows.append(f"| [`{name}`](../{name}): {variant} | {' | '.join(cells)} |")
     return "\n".join(rows) if len(rows) > 3 else ""
 
 
-def _spread(found: dict[str, Any], key: str) -> str:
-    mean, sd = found[f"{key}_mean_sd"]
+def _spread(evaluation: dict[str, Any], key: str) -> str:
+    mean, sd = evaluation[f"{key}_mean_sd"]
     return f"{mean:.3f} ± {sd:.3f}"
 
 
 def _questions(task: str) -> str:
-    """Rows of what ``secura-eval`` found for the shipped adapter on general-knowledge questions."""
+    """Return what ``secura-eval`` measured on general-knowledge questions, as rows of the table."""
     kept = json.loads((RESULTS / "kept.json").read_text())["retention"]
-    found = kept["models"].get(task)
-    if found is None:
+    shares = kept["models"].get(task)
+    if shares is None:
         return ""
-    same, right = found["answers_unchanged"], found["still_right"]
+    same, right = shares["answers_unchanged"], shares["still_right"]
     return (
         f"| {same['n']} questions (capitals, currencies) answered as the base does | "
         f"{same['accuracy']:.3f} | – |\n| the {right['n']} of them that the base gets right, "
@@ -256,19 +256,19 @@ def _questions(task: str) -> str:
 
 
 def _card(task: str, facts: dict[str, Any]) -> str:
-    recipe, found = RECIPES[task], facts["evaluation"]
+    recipe, evaluation = RECIPES[task], facts["evaluation"]
     settings = TrainConfig.upgrade(facts["config"])
     rate = settings["learning_rate"]
-    shipped, base = found["seeds"]["0"], found["base"]
-    n = len(found["seeds"])
+    shipped, base = evaluation["seeds"]["0"], evaluation["base"]
+    n = len(evaluation["seeds"])
     examples = json.loads((ADAPTERS / "examples.json").read_text())
     prompt = examples[recipe.data or task][0]["prompt"]
     quoted = "\n".join("> " + line if line else ">" for line in prompt.splitlines())
     size = (ADAPTERS / task / "adapter_model.safetensors").stat().st_size / 1e6
     chosen = (
-        f"The learning rate is the best of {', '.join(found['validation_accuracy_by_lr'])} on "
+        f"The learning rate is the best of {', '.join(evaluation['validation_accuracy_by_lr'])} on "
         f"{VALIDATION} training items kept apart, one training with seed 0 each."
-        if found["validation_accuracy_by_lr"]
+        if evaluation["validation_accuracy_by_lr"]
         else "Learning rate, length and training data were settled by hand while looking at "
         "held-out scores of\nseed 0; there was no further validation set."
     )
@@ -299,19 +299,19 @@ tags: [secura, cur, peft]
 |---|---|
 | base ({facts["base"]}) | {base["accuracy"]:.3f} |
 | this adapter (seed 0) | {shipped["accuracy"]:.3f} |
-| {n} training seeds, mean ± sd | {_spread(found, "accuracy")} |
+| {n} training seeds, mean ± sd | {_spread(evaluation, "accuracy")} |
 
 | kept of the base, on neutral English | this adapter | {n} seeds, mean ± sd |
 |---|---|---|
-| KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {_spread(found, "kl")} |
+| KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {_spread(evaluation, "kl")} |
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
-{_spread(found, "perplexity_ratio")} |
+{_spread(evaluation, "perplexity_ratio")} |
 {_questions(task)}
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
-lenient scoring (`{recipe.kind}` in `secura_serve.evaluate.SCORERS`), greedy decoding of at most
+lenient scoring (`{recipe.scoring}` in `secura_serve.evaluate.SCORERS`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
-base. Neutral English: {found["neutral_text"]}, first 64 tokens each.
+base. Neutral English: {evaluation["neutral_text"]}, first 64 tokens each.
 {chosen}
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core

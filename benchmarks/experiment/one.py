@@ -27,32 +27,32 @@ from secura_serve.train.settings import TrainConfig
 
 
 def rows(task: str, split: str, file: Path, count: int | None = None) -> Path:
-    """The rows of a task as JSONL."""
-    found = load_task(task).rows(split)[:count]
+    """Write the rows of a task as JSONL and return the file."""
+    pairs = load_task(task).rows(split)[:count]
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in found)
+    lines = (json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
     file.write_text("".join(lines))
     return file
 
 
 def config(job: Job, work: Path) -> dict[str, Any]:
-    found = PLAN["common"] | job.settings | {
+    settings = PLAN["common"] | job.settings | {
         "base": PLAN["base"], "out": str(work / "out" / job.name), "learning_rate": job.lr,
         "seed": job.seed, "save_steps": 0, "overwrite": True,
     }  # fmt: skip
-    if found["method"] == "full":
-        del found["targets"]
-    return found
+    if settings["method"] == "full":
+        del settings["targets"]
+    return settings
 
 
 def accuracy(tuned: PreparedModel, task: str, split: str, count: int) -> dict[str, Any]:
-    wanted = load_task(task)
-    pairs = wanted.rows(split)[:count]
+    entry = load_task(task)
+    pairs = entry.rows(split)[:count]
     said = answers(
-        tuned.model, tuned.tokenizer, [p for p, _ in pairs], max_new_tokens=wanted.max_new_tokens
+        tuned.model, tuned.tokenizer, [p for p, _ in pairs], max_new_tokens=entry.max_new_tokens
     )
-    found = wilson(wanted.right(said, [c for _, c in pairs]))
-    return {"score": found.accuracy, "interval": [found.low, found.high], "items": len(pairs)}
+    share = wilson(entry.right(said, [c for _, c in pairs]))
+    return {"score": share.accuracy, "interval": [share.low, share.high], "items": len(pairs)}
 
 
 def base_of(
@@ -73,7 +73,7 @@ def base_of(
 
 
 def knowledge(tuned: PreparedModel, without: Any) -> dict[str, Any]:
-    """General-knowledge answers before and after."""
+    """Compare the answers to general-knowledge questions before and after."""
     said: dict[bool, list[str]] = {True: [], False: []}
     right: dict[bool, list[bool]] = {True: [], False: []}
 
@@ -81,12 +81,12 @@ def knowledge(tuned: PreparedModel, without: Any) -> dict[str, Any]:
         for name in KNOWLEDGE:
             task = load_task(name)
             pairs = task.rows("test")
-            found = answers(
+            texts = answers(
                 tuned.model, tuned.tokenizer, [p for p, _ in pairs],
                 max_new_tokens=task.max_new_tokens,
             )  # fmt: skip
-            said[after] += found
-            right[after] += task.right(found, [c for _, c in pairs])
+            said[after] += texts
+            right[after] += task.right(texts, [c for _, c in pairs])
 
     with without():
         ask(False)
@@ -115,7 +115,7 @@ def single(job: Job, work: Path) -> dict[str, Any]:
         pristine = model.state_dict()
     run: Run = train(settings)
     tuned = run.prepared
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "trained_parameters": sum(p.numel() for p in tuned.model.parameters() if p.requires_grad),
         "train_loss": run.scores["train_loss"],
         "train_seconds": round(run.seconds, 1),
@@ -123,12 +123,12 @@ def single(job: Job, work: Path) -> dict[str, Any]:
     tuned.model.eval()
     if job.kind == "tune":
         fold(tuned)
-        return found | accuracy(tuned, plan["task"], "validation", plan["validation"])
+        return facts | accuracy(tuned, plan["task"], "validation", plan["validation"])
     without = base_of(tuned, pristine)
     kept = retention(tuned.model, tuned.tokenizer, neutral_texts().texts, without=without)
-    found |= {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
-    found |= knowledge(tuned, without)
-    return found | accuracy(tuned, plan["task"], "test", plan["test"])
+    facts |= {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
+    facts |= knowledge(tuned, without)
+    return facts | accuracy(tuned, plan["task"], "test", plan["test"])
 
 
 def sequence(job: Job, work: Path) -> dict[str, Any]:
@@ -146,13 +146,13 @@ def sequence(job: Job, work: Path) -> dict[str, Any]:
         **(config(job, work) | replays), tasks=",".join(plan["tasks"]), tasks_dir=str(folder),
         strategy=job.strategy,
     )  # fmt: skip
-    run, course = train_sequence(settings)
+    run, results = train_sequence(settings)
     model = run.prepared.model.eval()
     texts = neutral_texts().texts
     kept = retention(model, run.prepared.tokenizer, texts, without=base_of(run.prepared, {}))
-    course_facts = {k: v for k, v in course.to_json().items() if k != "history"}
-    found = course_facts | course.summary() | {"matrix": course.matrix().rows}
-    return found | {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
+    facts = {k: v for k, v in results.to_json().items() if k != "history"}
+    facts |= results.summary() | {"matrix": results.matrix().rows}
+    return facts | {"kl": kept.kl, "perplexity_ratio": kept.perplexity_ratio}
 
 
 def main() -> None:

@@ -137,9 +137,9 @@ def sequences() -> str:
 
 def _family(name: str) -> tuple[str, str]:
     """Return what shares a colour in the plots, and what tells its points apart."""
-    kind, bounded, tau = name.partition("bounded-")
+    prefix, bounded, tau = name.partition("bounded-")
     if bounded:
-        return f"{kind}bounded", f"τ {tau}"
+        return f"{prefix}bounded", f"τ {tau}"
     return name.removesuffix("-slower"), "slower" if name.endswith("-slower") else ""
 
 
@@ -169,8 +169,8 @@ def pareto(measured: dict[str, Any], file: Path, only: str = "") -> None:
             mfc="white" if note == "slower" else None, label=family if first else None,
         )  # fmt: skip
         if note.startswith("τ"):
-            place = (3, 4 if family.startswith("cabr") else -11)
-            axes.annotate(note, (kl, score), place, textcoords="offset points", fontsize=7)
+            offset = (3, 4 if family.startswith("cabr") else -11)
+            axes.annotate(note, (kl, score), offset, textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
     axes.set_xlabel("KL(base ‖ adapted) per token on neutral English (log)")
     axes.set_ylabel(f"score on {PLAN['single']['task']}")

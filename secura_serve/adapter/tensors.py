@@ -104,12 +104,12 @@ def parse_modules(
         if missing:
             problems.append(f"{module}: secura_{', secura_'.join(missing)} missing")
             continue
-        peak = named.get("rho_max")
-        if peak is not None and peak.numel() != 1:
+        rho_max = named.get("rho_max")
+        if rho_max is not None and rho_max.numel() != 1:
             problems.append(f"{module}: secura_rho_max must be a scalar")
             continue
         modules[module] = CURModule(
-            named["U"], named["rows"], named["cols"], None if peak is None else float(peak)
+            named["U"], named["rows"], named["cols"], None if rho_max is None else float(rho_max)
         )
         problems += module_problems(module, modules[module], config)
     absent = sorted(set(config.base_fingerprint) - set(fields))

@@ -207,7 +207,7 @@ def _retention(
         after, right = known(model)
         still = [now for now, then in zip(right, was_right, strict=True) if then]
         results.retention["models"][model] = {
-            **asdict(models.moved(model, texts)),
+            **asdict(models.drift(model, texts)),
             "answers_unchanged": asdict(
                 wilson([a == b for a, b in zip(after, before, strict=True)])
             ),

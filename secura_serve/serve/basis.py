@@ -24,10 +24,10 @@ from secura_serve.adapter import Adapter, CURModule
 from secura_serve.errors import AdapterFormatError, UnservableError
 from secura_serve.method import Basis
 
-__all__ = ["Gains", "SharedBasis", "base_id", "refuse_full_rank"]
+__all__ = ["NormBounds", "SharedBasis", "base_id", "refuse_full_rank"]
 
-Gains = Mapping[str, float]
-"""Module -> ‖C‖·‖R‖/√(out·in), see :mod:`secura_serve.adapter.limits`."""
+NormBounds = Mapping[str, float]
+"""Module -> ‖C‖·‖R‖/√(out·in), :func:`~secura_serve.adapter.limits.update_norm_bound`."""
 
 
 def base_id(adapter: Adapter) -> str:
@@ -66,15 +66,15 @@ class SharedBasis:
     """Rows and columns per module, and the bases that were verified against the checkpoint."""
 
     modules: Mapping[str, Basis]
-    verified: Mapping[str, Gains]
+    verified: Mapping[str, NormBounds]
     """:func:`base_id` of every adapter whose fingerprint the server has checked."""
 
     @classmethod
-    def of(cls, adapters: Iterable[Adapter], gains: Mapping[str, Gains]) -> SharedBasis:
+    def of(cls, adapters: Iterable[Adapter], norm_bounds: Mapping[str, NormBounds]) -> SharedBasis:
         """Return the ordered union over ``adapters``, highest rank first.
 
         Args:
-            gains: for the :func:`base_id` of every adapter, what the comparison with the
+            norm_bounds: for the :func:`base_id` of every adapter, what the comparison with the
                 checkpoint gave.
         """
         ranked = sorted(adapters, key=lambda a: (-a.config.r, a.name))
@@ -83,7 +83,7 @@ class SharedBasis:
         for name in names:
             users = [a.modules[name] for a in ranked if name in a.modules]
             modules[name] = Basis(_union(u.rows for u in users), _union(u.cols for u in users))
-        return cls(modules, {key: gains[key] for key in dict.fromkeys(map(base_id, ranked))})
+        return cls(modules, {key: norm_bounds[key] for key in dict.fromkeys(map(base_id, ranked))})
 
     def with_more(self, modules: Mapping[str, Basis]) -> SharedBasis:
         """Return the basis with more rows and columns behind its own."""

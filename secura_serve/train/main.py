@@ -30,27 +30,27 @@ _EXAMPLES = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line of ``secura-train``."""
-    made = CommandParser(
+    command = CommandParser(
         "secura-train",
         description="Train a CUR adapter, a LoRA or DoRA adapter, or all weights of a model.",
         epilog=_EXAMPLES,
     )
-    made.add_argument(
+    command.add_argument(
         "--config", help="YAML or JSON file with these settings, or a train.json; flags win over it"
     )
-    made.add_argument(
+    command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="one setting, its value read as YAML; wins over --config, flags win over it",
     )
-    add_flags(made, TrainConfig)
-    group = made.add_argument_group(
+    add_flags(command, TrainConfig)
+    group = command.add_argument_group(
         "several tasks, one after another", "only with --tasks, in place of --data and --eval-data"
     )
     add_flags(group, SequenceConfig, skip={item.name for item in fields(TrainConfig)})
-    return made
+    return command
 
 
 def settings(argv: Sequence[str] | None) -> TrainConfig:
@@ -78,21 +78,21 @@ def _run(argv: list[str]) -> int:
 
     if config.resume == "auto" and not config.overwrite and is_written(config):
         # So that a job which is started again and again may always say --resume auto.
-        _say(f"secura-train: {config.out} is finished, with these settings and data")
+        _log(f"secura-train: {config.out} is finished, with these settings and data")
         return 0
     try:
         if isinstance(config, SequenceConfig):
             from secura_serve.train.continual import train_sequence, write_sequence
 
-            run, course = train_sequence(config)
-            folder = write_sequence(config, run, course)
+            run, results = train_sequence(config)
+            folder = write_sequence(config, run, results)
         else:
             run = train(config)
             folder = write(config, run) if is_main_process() else Path()
     except Interrupted as stop:
-        _say(f"\nsecura-train: {stop}; {config.out} was not written")
+        _log(f"\nsecura-train: {stop}; {config.out} was not written")
         if stop.checkpoint:
-            _say(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
+            _log(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
         return 130
     except OSError as error:
         raise TrainingError(f"{error}; {config.out} was not written") from error
@@ -106,10 +106,10 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-train", _run, argv, interrupted="nothing was written", report=_say)
+    return run_command("secura-train", _run, argv, interrupted="nothing was written", report=_log)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     if is_main_process():
         print(text, file=sys.stderr)
 

@@ -254,6 +254,29 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
     assert client.get("/version").status_code == 200
     assert client.post("/nothing").status_code == 404
     assert client.put("/version").status_code == 405
+    assert_openai_errors(client)
+
+
+def assert_openai_errors(client):
+    """Check that what no handler is asked for is answered as OpenAI's clients expect."""
+    key, text = bearer("user-key"), {"content-type": "application/json"} | bearer("user-key")
+    asked = {
+        ("GET", "/nothing", "NotFoundError", 404): {},
+        ("GET", "/v1/nothing", "NotFoundError", 404): {"headers": key},
+        ("PUT", "/version", "MethodNotAllowedError", 405): {},
+        ("POST", "/v1/completions", "Bad Request", 400): {"content": "{", "headers": text},
+        ("POST", "/tokenize", "Bad Request", 400): {"json": {"prompt": 3}, "headers": key},
+        ("POST", "/admin/fold", "Bad Request", 400): {"json": {}, "headers": bearer("admin-key")},
+    }
+    for (method, path, kind, status), request in asked.items():
+        answer = client.request(method, path, **request)
+        body = answer.json()
+        assert body.keys() == {"error"} and answer.status_code == status, (path, body)
+        assert body["error"].keys() == {"message", "type", "param", "code"}, body
+        assert body["error"]["type"] == kind and body["error"]["code"] == status, body
+        if status in (404, 405):
+            assert f"{method} {path}" in body["error"]["message"]
+    assert client.put("/version").headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize(

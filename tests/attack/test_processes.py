@@ -30,10 +30,14 @@ import pytest
 
 from tests.support.engines import SERVE, free_port, random_adapter
 
-FLAGS = ("--enforce-eager", "--max-model-len", "512", "--write-timeout", "3")
+FLAGS = (
+    *("--enforce-eager", "--max-model-len", "2048", "--write-timeout", "3"),
+    *("--hf-overrides", '{"max_position_embeddings": 2048}'),
+)
 LEAKS = ("leaked", "resource_tracker", "nanobind", "Traceback", "ASGI callable")
-# Long enough to be running when the signal comes: 500 tokens of 64 answers.
-LONG = {"prompt": "hi", "max_tokens": 500, "ignore_eos": True, "n": 64}
+# Long enough to be running when the signal comes, also where the server tells late that it has
+# both requests: 1,500 tokens of 64 answers.
+LONG = {"prompt": "hi", "max_tokens": 1500, "ignore_eos": True, "n": 64}
 
 
 @dataclass
@@ -145,7 +149,7 @@ class Load:
         for _ in range(20):
             load = Load._begin(server, body)
             while not (load.stream.done() or load.plain.done()):
-                if _running(server) == 2:
+                if _running(server) == 2 and not load.stream.done():
                     return load
                 time.sleep(0.01)
         raise AssertionError(server.text()[-3000:])

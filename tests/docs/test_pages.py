@@ -28,7 +28,7 @@ EACH_PAGE = pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.r
 # Flags of other programs that the pages mention.
 FOREIGN = {
     "--no-deps", "--index-url", "--strict", "--check", "--multi_gpu", "--num_processes", "--cpu",
-    "--lora-modules", "--sleep", "--no-merges",
+    "--lora-modules", "--sleep", "--no-merges", "--from-literal", "--for", "--timeout",
 }  # fmt: skip
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 _MODULE = re.compile(r"\bsecura_serve(?:\.\w+)+")

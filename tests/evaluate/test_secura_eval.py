@@ -74,13 +74,13 @@ def test_endpoint_and_process_agree(served: Served, local: Local) -> None:
     assert local.answers("iso-date", prompts, 12) != local.answers("smollm2-135m", prompts, 12)
 
     kl, ratio = _oracle(served.base_path, ROOT / "adapters" / "iso-date")
-    here, there = local.moved("iso-date", TEXTS), remote.moved("iso-date", TEXTS)
+    here, there = local.drift("iso-date", TEXTS), remote.drift("iso-date", TEXTS)
     assert here.kl == pytest.approx(kl, rel=1e-3)
     assert [here.perplexity_ratio, there.perplexity_ratio] == pytest.approx([ratio] * 2, rel=1e-4)
     assert here.tokens == there.tokens == here.kl_tokens
     assert there.kl is None and "--kl-texts" in str(there.kl_missing)
     # This server was started without --max-logprobs.
-    refused = Endpoint(replace(config, kl_texts=1)).moved("iso-date", TEXTS)
+    refused = Endpoint(replace(config, kl_texts=1)).drift("iso-date", TEXTS)
     assert refused.kl is None and "--max-logprobs -1" in str(refused.kl_missing)
 
 
@@ -90,7 +90,7 @@ def test_a_normed_adapter_in_this_process(local: Local, smollm2: Path) -> None:
     prompt = [load_task("iso-date").rows("test")[0][0]]
     before = local.answers("smollm2-135m", prompt, 8)
     local.answers("iso-date-bounded", prompt, 8)
-    found = local.moved("iso-date-bounded", TEXTS)
+    found = local.drift("iso-date-bounded", TEXTS)
     assert (found.kl, found.perplexity_ratio) == pytest.approx((kl, ratio), rel=1e-3)
     assert local.answers("smollm2-135m", prompt, 8) == before
 
@@ -207,7 +207,7 @@ def test_plain_lora_in_this_process(
             if name != str(base):
                 alone = PeftModel.from_pretrained(alone, tmp_path / name)
             torch.testing.assert_close(local._model(ids).logits, alone.eval()(ids).logits)
-    assert local.moved("b", TEXTS).kl > 0
+    assert local.drift("b", TEXTS).kl > 0
     argv = ["--base", str(base), "--tasks", "iso-date", "--no-retention"]
     argv += ["--out", str(tmp_path / "o")]
     for other, said in (

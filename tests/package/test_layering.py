@@ -44,7 +44,7 @@ ALLOWED["train.data"] = {"errors"}
 ALLOWED["train.tuner"] = {"errors", "method", "adapter"}
 ALLOWED["train"] = ALLOWED["adapter"] | {"adapter", "registry", "train.data", "train.tuner"}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
-ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge"}
+ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge", "registry"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}
 # Two processes of one server: neither may import the other's room.
 APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}

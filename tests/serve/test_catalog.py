@@ -137,15 +137,15 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
     narrow = adapters.load(random_adapter(base, tmp_path / "narrow", r=4, seed=2))
     other = adapters.load(random_adapter(base, tmp_path / "o", r=4, seed=3, rule="lowest_norm"))
     checkpoint = Checkpoint(base)
-    gains = {
+    norm_bounds = {
         bases.base_id(a): adapters.compare_with_base(a, checkpoint).norm_bounds
         for a in (wide, narrow, other)
     }
-    assert bases.SharedBasis.of([narrow, wide], gains).width == 8
-    union = bases.SharedBasis.of([narrow, wide, other], gains)
+    assert bases.SharedBasis.of([narrow, wide], norm_bounds).width == 8
+    union = bases.SharedBasis.of([narrow, wide, other], norm_bounds)
     assert 8 < union.width <= 12
     saved = bases.SharedBasis.load(union.save(tmp_path / "cache"))
-    assert saved.verified == union.verified == gains
+    assert saved.verified == union.verified == norm_bounds
     for found in (wide, narrow, other):
         for module, cur in found.modules.items():
             W, place = checkpoint.weight(module).double(), saved.modules[module]
@@ -154,7 +154,7 @@ def test_basis_is_the_union_and_nested_ranks_add_nothing(base, tmp_path):
             want = W[:, cur.cols.long()] @ cur.U.double() @ W[cur.rows.long()]
             torch.testing.assert_close(got, want)
     with pytest.raises(UnservableError, match="does not keep"):
-        bases.SharedBasis.of([narrow], gains).to_shared_basis(module, other.modules[module])
+        bases.SharedBasis.of([narrow], norm_bounds).to_shared_basis(module, other.modules[module])
 
 
 def test_a_damaged_basis_file_is_refused(tmp_path):
@@ -243,7 +243,7 @@ def test_a_catalog_keeps_no_weights_and_one_basis_for_all(folder, base):
     assert all(cur.U.is_meta for a in (good, other, wider) for cur in a.modules.values())
     assert good.modules is other.modules and good.modules is not wider.modules
     full = adapters.load(folder / "wider")
-    shared = bases.SharedBasis.of([good, other, wider], found.gains).modules
+    shared = bases.SharedBasis.of([good, other, wider], found.norm_bounds).modules
     for name, cur in full.modules.items():
         assert torch.equal(shared[name].rows, cur.basis.rows)
     assert bases.base_id(wider) == bases.base_id(full)
@@ -261,9 +261,9 @@ def test_what_widens_the_basis_is_named(folder, base):
     random_adapter(base, folder / "wider", r=6, seed=1)
     found = scan(folder, Checkpoint(base))
     served = found.served
-    shared = bases.SharedBasis.of(served, found.gains)
+    shared = bases.SharedBasis.of(served, found.norm_bounds)
     assert shared.off_basis(served) == ["other"] and shared.width > 6
-    assert bases.SharedBasis.of(served[:1], found.gains).off_basis(served[:1]) == []
+    assert bases.SharedBasis.of(served[:1], found.norm_bounds).off_basis(served[:1]) == []
 
 
 @pytest.mark.parametrize("fits, slots", [(3, 8), (200, 200), (10**6, 1000)])

@@ -128,6 +128,6 @@ def run(block: Block, folder: Path, server: str | None) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, f"{block.id} ended with {done.returncode}:\n{done.stdout[-4000:]}"

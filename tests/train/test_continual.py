@@ -384,11 +384,11 @@ def test_what_is_written_is_the_slow_copy(
             asked.append({n: t.detach().clone() for n, t in held if n.endswith("secura_U.default")})
             return {"exact_match": 0.5}
 
-        run, course = train_sequence(config, scorer=scorer)
-        assert len(asked) == 6 and course.summary()["average_accuracy"] == 0.5
+        run, stage_results = train_sequence(config, scorer=scorer)
+        assert len(asked) == 6 and stage_results.summary()["average_accuracy"] == 0.5
         now = checkpoint_tensors(run.model)
         assert all(torch.equal(now[name], value) for name, value in asked[-1].items())
-        write_sequence(config, run, course)
+        write_sequence(config, run, stage_results)
         results.append(sum(float(t.norm()) for t in asked[-1].values()))
     # With decay 0 the copy is the trained adapter, with 0.9 it has moved less.
     assert 0 < results[1] < 0.8 * results[0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Models", "Moved", "NEUTRAL_TOKENS"]
+__all__ = ["Models", "Drift", "NEUTRAL_TOKENS"]
 
 NEUTRAL_TOKENS = 64
 """Each neutral text is cut to as many."""
@@ -20,7 +20,7 @@ class Likelihood(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Moved:
+class Drift:
     """How far a model is from its base on neutral text; exact, over the whole vocabulary."""
 
     perplexity_ratio: float
@@ -44,7 +44,7 @@ class Models(Protocol):
         """Return one greedy answer per prompt."""
         ...
 
-    def moved(self, model: str, texts: Sequence[str]) -> Moved:
+    def drift(self, model: str, texts: Sequence[str]) -> Drift:
         """Compare ``model`` with the base, on ``texts`` cut to :data:`NEUTRAL_TOKENS`."""
         ...
 

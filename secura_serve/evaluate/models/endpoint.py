@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from secura_serve.errors import ConfigError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
-from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Likelihood, Moved
+from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Drift, Likelihood
 from secura_serve.evaluate.tasks.registry import suggestion
 
 __all__ = ["Endpoint"]
@@ -175,7 +175,7 @@ class Endpoint:
 
         return self._all(prompts, ask, model)
 
-    def moved(self, model: str, texts: Sequence[str]) -> Moved:
+    def drift(self, model: str, texts: Sequence[str]) -> Drift:
         """Compare ``model`` with the base: perplexities on all texts, KL on the first ``kl_texts``.
 
         Raises:
@@ -185,7 +185,7 @@ class Endpoint:
         rows = [ids for ids in self._all(list(texts), self._ids) if len(ids) > 1]
         before, after = (self._likelihood(name, rows) for name in (self.base, model))
         kl, kl_tokens, missing = self._kl(model, rows[: self._config.kl_texts])
-        return Moved(
+        return Drift(
             perplexity_ratio=math.exp((after.nll - before.nll) / after.tokens),
             base_perplexity=math.exp(before.nll / before.tokens),
             tokens=after.tokens,

@@ -16,7 +16,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.metrics.retention import retention
-from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Moved
+from secura_serve.evaluate.models.base import NEUTRAL_TOKENS, Drift
 from secura_serve.evaluate.models.generate import answers
 from secura_serve.evaluate.plain_lora import LoRAs
 from secura_serve.train import SecuraConfig, SecuraLayer, SecuraModel, adapter_layers
@@ -91,7 +91,7 @@ class Local:
         self._become(model)
         return answers(self._model, self._tokenizer, prompts, max_new_tokens=max_new_tokens)
 
-    def moved(self, model: str, texts: Sequence[str]) -> Moved:
+    def drift(self, model: str, texts: Sequence[str]) -> Drift:
         """Compare ``model`` with the base, on every text."""
 
         @contextmanager
@@ -104,7 +104,7 @@ class Local:
         measured = retention(
             self._model, self._tokenizer, texts, max_tokens=NEUTRAL_TOKENS, without=without
         )
-        return Moved(
+        return Drift(
             measured.perplexity_ratio,
             measured.base_perplexity,
             measured.tokens,

@@ -9,12 +9,13 @@ from pathlib import Path
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.evaluate.tasks.task import Task
+from secura_serve.registry import Registry
 
 __all__ = ["TASKS", "load_task", "register_task", "suggestion", "write_data"]
 
 TASKS: dict[str, Task] = {}
 """Read it; :func:`register_task` adds to it."""
-_OTHER_NAMES: dict[str, str] = {}
+_BY_ANY_NAME: Registry[Task] = Registry("task")
 
 
 def register_task(task: Task, *other_names: str) -> Task:
@@ -24,10 +25,8 @@ def register_task(task: Task, *other_names: str) -> Task:
         ConfigError: another task has that name.
     """
     for name in (task.name, *other_names):
-        if TASKS.get(_OTHER_NAMES.get(name, name), task) != task:
-            raise ConfigError(f"task {name!r}: there is another one of that name")
+        _BY_ANY_NAME.add(name, task)
     TASKS[task.name] = task
-    _OTHER_NAMES.update(dict.fromkeys(other_names, task.name))
     return task
 
 
@@ -45,10 +44,9 @@ def load_task(name: str) -> Task:
     Raises:
         ConfigError: there is none of that name; the message suggests one.
     """
-    name = _OTHER_NAMES.get(name, name)
-    if name not in TASKS:
+    if name not in _BY_ANY_NAME:
         raise ConfigError(f"task {name!r}: {suggestion(name, sorted(TASKS))}")
-    return TASKS[name]
+    return _BY_ANY_NAME[name]
 
 
 def write_data(names: Sequence[str], folder: Path, *, overwrite: bool = False) -> list[Path]:

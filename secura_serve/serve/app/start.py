@@ -79,7 +79,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     per_request = config.adapters is not None and _prepare_vllm(checkpoint, served, vllm_flags)
     ours = catalog.served if per_request else []
     loras = catalog.plain_loras if per_request else []
-    basis = SharedBasis.of(ours, catalog.gains)
+    basis = SharedBasis.of(ours, catalog.norm_bounds)
     warn_of_width(basis, ours)
     if per_request:
         rank = config.reserve_rank

@@ -163,13 +163,13 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         adapter = adapters.load(path)
         refuse_full_rank(adapter)
         identity = base_id(adapter)
-        gains = manager.shared_basis.verified.get(identity) or norm_bounds.get(identity)
-        if gains is None:
+        known = manager.shared_basis.verified.get(identity) or norm_bounds.get(identity)
+        if known is None:
             # Loaded while the server runs: the server has not compared it with the base yet.
             compared = adapters.compare_with_base(adapter, Checkpoint(self._base_path))
             adapters.refuse_mismatches(adapter, compared.mismatches)
-            gains = compared.norm_bounds
-        adapters.refuse_oversized(adapter, gains)
+            known = compared.norm_bounds
+        adapters.refuse_oversized(adapter, known)
         cores = {
             _vllm_name(manager.model, module): manager.shared_basis.to_shared_basis(module, cur)
             for module, cur in adapter.modules.items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
+from secura_serve.registry import Registry
 from secura_serve.serve.kernels.layout import Layout
 
 __all__ = ["Kernel", "choose_kernel", "kernel_names", "register_kernel"]
@@ -73,7 +74,7 @@ class Kernel(ABC, Generic[State]):
         """
 
 
-_KERNELS: dict[str, type[Kernel[Any]]] = {}
+_KERNELS: Registry[type[Kernel[Any]]] = Registry("kernel")
 
 
 def register_kernel(kernel: type[Kernel[Any]]) -> type[Kernel[Any]]:
@@ -82,11 +83,7 @@ def register_kernel(kernel: type[Kernel[Any]]) -> type[Kernel[Any]]:
     Raises:
         ConfigError: another kernel has this name.
     """
-    if _KERNELS.setdefault(kernel.name, kernel) is not kernel:
-        raise ConfigError(
-            f"there is a kernel {kernel.name!r} already ({_KERNELS[kernel.name].__qualname__}); "
-            f"taken names: {', '.join(_KERNELS)}"
-        )
+    _KERNELS.add(kernel.name, kernel)
     return kernel
 
 

@@ -118,13 +118,14 @@ class _Folded(torch.autograd.Function):
         bias: Tensor | None,
         norm: MagNorm,
     ) -> Tensor:
-        ctx.norm, ctx.peak = norm, None
+        ctx.norm, ctx.rho_max = norm, None
         L, R = _factors(W, core, basis)
         if norm.needs_rho_max:
-            ctx.peak = norm.rho_max_of(W, product(L, R))
-        write(made := torch.empty_like(W, dtype=x.dtype), W, (L, R), norm, peak=ctx.peak)
+            ctx.rho_max = norm.rho_max_of(W, product(L, R))
+        new_W = torch.empty_like(W, dtype=x.dtype)
+        write(new_W, W, (L, R), norm, peak=ctx.rho_max)
         ctx.save_for_backward(x, core, W, *basis)
-        return F.linear(x, made, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, new_W, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -135,16 +136,16 @@ class _Folded(torch.autograd.Function):
         L, R = _factors(W, core, Basis(rows, cols))
         dx = dcore = None
         if ctx.needs_input_grad[0]:
-            made = torch.empty_like(W, dtype=x.dtype)
-            write(made, W, (L, R), ctx.norm, peak=ctx.peak)
-            dx = (g @ made).view_as(x)
+            new_W = torch.empty_like(W, dtype=x.dtype)
+            write(new_W, W, (L, R), ctx.norm, peak=ctx.rho_max)
+            dx = (g @ new_W).view_as(x)
         if ctx.needs_input_grad[1]:
             # dU = Cᵀ·(derivative ∘ gᵀx)·Rᵀ, a block of rows at a time: no (out, in) in float32.
             dcore = torch.zeros_like(core, dtype=R.dtype)
-            tokens, turned = x.flatten(0, -2), g.T.contiguous()
+            inputs, g_T = x.flatten(0, -2), g.T.contiguous()
             for at, delta in blocks(L, R):
-                slopes = derivative(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.peak)
-                slopes.mul_(turned[at] @ tokens)
+                slopes = derivative(W[at].to(delta.dtype), delta, ctx.norm, peak=ctx.rho_max)
+                slopes.mul_(g_T[at] @ inputs)
                 dcore.addmm_(C[at].T.to(R.dtype), slopes @ R.T)
             dcore = dcore.to(core.dtype)
         return dx, dcore, None, None, None, None

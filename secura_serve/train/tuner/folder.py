@@ -12,7 +12,7 @@ from secura_serve.adapter import (
     AdapterConfig,
     CURModule,
     compare_modules,
-    fingerprint,
+    gather_verified,
     mismatch_message,
     parse_modules,
 )
@@ -79,7 +79,9 @@ def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
             "load_adapter(is_trainable=True) takes only U, not what training goes on from; use "
             "PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
-    if fingerprint(layer.pristine, layer.basis(name)) != config.base_fingerprint.get(layer.module):
+    expected = config.base_fingerprint.get(layer.module)
+    _, problem = gather_verified(layer.pristine, layer.basis(name), expected)
+    if problem is not None:
         raise BaseMismatchError(
             f"{layer.module}: the adapter was trained on another base "
             f"({config.base_model_name_or_path}), or with indices that its selection does not "

@@ -106,16 +106,16 @@ class SecuraLayer(AdapterState):
     @torch.no_grad()
     def export(self, name: str) -> CURModule:
         """Return the adapter's tensors as they are written to disk."""
-        peak = None
+        rho_max = None
         norm = self.secura_norm[name]
         if norm.needs_rho_max:
-            peak = norm.rho_max_of(self.pristine, self.total_delta([name]))
+            rho_max = norm.rho_max_of(self.pristine, self.total_delta([name]))
         basis = self.basis(name)
         return CURModule(
             U=self.core(name).detach().to("cpu", torch.float32).clone(),
             rows=basis.rows.to("cpu", torch.int32),
             cols=basis.cols.to("cpu", torch.int32),
-            rho_max=None if peak is None else float(peak),
+            rho_max=None if rho_max is None else float(rho_max),
         )
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from secura_serve.errors import ConfigError, SecuraError, StorageError, Unservab
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
-from secura_serve.serve.basis import Gains
+from secura_serve.serve.basis import NormBounds
 
 __all__ = ["Catalog", "adapter_folders", "check_folder_name", "refuse_quantised", "scan"]
 
@@ -25,7 +25,7 @@ class Catalog:
     """Everything found in one adapters folder, by name."""
 
     entries: tuple[Entry, ...]
-    gains: Mapping[str, Gains] = field(default_factory=dict)
+    norm_bounds: Mapping[str, NormBounds] = field(default_factory=dict)
     """:func:`base_id` -> module -> :func:`~secura_serve.adapter.limits.update_norm_bound`."""
 
     @property

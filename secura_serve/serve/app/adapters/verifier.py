@@ -14,7 +14,7 @@ from secura_serve.errors import AdapterFormatError, SecuraError, UnservableError
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.adapters.verified import Verified
-from secura_serve.serve.basis import Gains, base_id
+from secura_serve.serve.basis import NormBounds, base_id
 
 __all__ = ["Comparison", "Entry", "Verifier"]
 
@@ -55,7 +55,7 @@ class Comparison:
     example: Adapter
     """The first of them, without its weights."""
     mismatches: list[str]
-    norm_bounds: Gains
+    norm_bounds: NormBounds
 
 
 class Verifier:
@@ -79,7 +79,7 @@ class Verifier:
         self._seen: dict[str, Comparison] = {}
 
     @property
-    def norm_bounds(self) -> Mapping[str, Gains]:
+    def norm_bounds(self) -> Mapping[str, NormBounds]:
         """:func:`base_id` -> module -> bound of the update's norm, of all that was checked."""
         return {identity: like.norm_bounds for identity, like in self._seen.items()}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.library import Version
-from secura_serve.serve.basis import Gains
+from secura_serve.serve.basis import NormBounds
 
 __all__ = ["Workers"]
 
@@ -27,7 +27,7 @@ class Workers:
         norm_bounds: what the server has compared with the base, see ``AdapterCalls``.
     """
 
-    def __init__(self, engine: Any, norm_bounds: Callable[[], Mapping[str, Gains]]) -> None:
+    def __init__(self, engine: Any, norm_bounds: Callable[[], Mapping[str, NormBounds]]) -> None:
         self._engine, self._norm_bounds = engine, norm_bounds
         self._prepared: dict[int, asyncio.Future[str | None]] = {}
         self._resident: tuple[float, frozenset[int]] = (0.0, frozenset())

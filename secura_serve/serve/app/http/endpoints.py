@@ -26,6 +26,7 @@ from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
 from secura_serve.serve.app.http import adapters
 from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
 from secura_serve.serve.app.http.context import ServerContext, context_of
+from secura_serve.serve.app.http.errors import answer_http_errors
 from secura_serve.serve.app.http.unsupported import answer_unsupported_requests
 from secura_serve.serve.compat import background_tasks
 
@@ -141,6 +142,7 @@ class AdminPlugin:
             admission=context.folding.admission,
             background=lambda: background_tasks(app.state)(),
         )
+        answer_http_errors(app)
         answer_unsupported_requests(app)
         adapters.attach(app)
         context.attached = True
