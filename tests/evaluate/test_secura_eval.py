@@ -120,14 +120,14 @@ def test_a_report_is_whole(
 
 
 def test_what_the_endpoint_refuses(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(*flags: str, url: str = served.url) -> str:
+    def said(*flags: str, url: str = served.url, status: int = 1) -> str:
         argv = ["--endpoint", url, "--tasks", "iso-date", "--no-retention", "--limit", "2"]
-        assert main([*argv, "--out", "never", *flags]) == 1
+        assert main([*argv, "--out", "never", *flags]) == status
         assert not Path("never").exists()
         return capsys.readouterr().err
 
     assert "cannot be reached" in said("--retries", "0", url=f"http://127.0.0.1:{free_port()}")
-    assert "did you mean iso-date" in said("--model", "iso-dat")
+    assert "did you mean 'iso-date'" in said("--model", "iso-dat", status=2)
     folded = said("--model", "iso-date-bounded")
     assert "iso-date-bounded" in folded and "409" in folded and "fold" in folded
     assert "within 0.001 s" in said("--timeout", "0.001", "--retries", "0")

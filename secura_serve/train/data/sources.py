@@ -103,7 +103,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     name, *rest = source.split(":")
     if len(rest) > 2:
-        raise DataError(f"{source}: must be id[:config][:split]")
+        raise DataError(f"{source}: must be id[:config][:split]", wrong_use=True)
     split = rest[-1] if rest else "train"
     import datasets
 
@@ -125,7 +125,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise DataError(f"{file}: cannot be read: no such file")
+        raise DataError(f"{file}: cannot be read: no such file", wrong_use=True)
     return file
 
 
@@ -134,7 +134,9 @@ def _text(file: Path) -> str:
         content = file.read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{file}: cannot be read: {error.strerror}", wrong_use=not file.is_file()
+        ) from error
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error
