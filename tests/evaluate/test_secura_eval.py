@@ -146,13 +146,25 @@ def test_settings_are_checked_together(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_adapters_of_another_base(
-    tiny_base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["--base", str(tiny_base("llama")), "--tasks", "iso-date", "--no-retention"]
+    argv = ["--base", str(tiny_base("llama")), "--tasks", "iso-date"]
     argv += ["--out", str(tmp_path / "o"), "--adapter", str(ROOT / "adapters" / "extract")]
-    assert main([*argv, "--adapter", str(tmp_path / "none")]) == 1
+    assert main([*argv, "--no-retention"]) == 1
+    assert "another base" in capsys.readouterr().err
+    argv += ["--adapter", str(tmp_path / "none")]
+    assert main([*argv, "--no-retention"]) == 2
     told = capsys.readouterr().err
     assert "another base" in told and "no such folder" in told
+    # Together with a package that is not installed.
+    monkeypatch.setattr("secura_serve.evaluate.neutral_text.FORTUNES", tmp_path)
+    monkeypatch.setattr("secura_serve.evaluate.neutral_text.WORDNET", tmp_path)
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("fortunes", "another base", "no such folder"))
 
 
 @pytest.mark.long
