@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,10 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
-            "JSONL, CSV or parquet file, or a hub id[:config][:split]"
+            "JSONL, CSV or parquet file, or a hub id[:config][:split]",
+            # Without the hub, only a name with an owner can be one that is there.
+            wrong_use=isinstance(error, datasets.exceptions.DatasetNotFoundError)
+            or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
         ) from error
     finally:
         if not bars:
