@@ -39,6 +39,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     (f"secura-train {TRAIN} --set leraning_rate", 2, ("KEY=VALUE",)),
     ("secura-train --config nowhere.yaml --out never", 2, ("nowhere.yaml",)),
     ("secura-train --base smollm2-135m --data nowhere.jsonl --out never", 2, ("nowhere.jsonl",)),
+    ("secura-train --base smollm2-135m --data /no/where --out never", 2, ("/no/where",)),
     (f"secura-train {TRAIN} --base x --method secra", 2, ("did you mean 'secura'?", "curlora")),
     (f"secura-train {TRAIN} --base x --magnorm bouded", 2, ("did you mean 'bounded'?",)),
     ("secura-merge --base x --adpater y --out never", 2, ("did you mean --adapter?",)),
