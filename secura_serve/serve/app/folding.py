@@ -21,9 +21,9 @@ from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
-from secura_serve.serve.app.http.model_name import near_names
 from secura_serve.serve.app.snapshots import Snapshot
 from secura_serve.serve.compat import ServedModels
+from secura_serve.suggest import did_you_mean, near_names
 
 __all__ = ["DEFAULT_TIMEOUT", "Folding"]
 
@@ -244,7 +244,8 @@ class Folding:
             return f"{name!r} is the base: POST to /admin/unfold puts it back"
         if name in self._per_request:
             return f"{name!r} is a plain LoRA: it is chosen per request, and not folded"
-        return f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}"
+        hint = did_you_mean(name, self.paths)
+        return f"no adapter {name!r} to fold; there are {', '.join(self.paths) or 'none'}{hint}"
 
     def _look(self, name: str) -> str:
         try:

@@ -37,6 +37,7 @@ from secura_serve.serve.app.vllm_flags import (
 )
 from secura_serve.serve.basis import SharedBasis, refuse_full_rank
 from secura_serve.serve.names import LOAD_FORMAT
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["start", "verified_copy"]
 
@@ -139,10 +140,12 @@ def _catalog(config: ServeConfig, base: ResolvedBase, names: list[str]) -> Catal
             f"--fold {config.fold}: a plain LoRA is chosen per request, and not folded; leave it "
             "out"
         )
-    if config.fold is not None and config.fold not in {a.name for a in catalog.foldable}:
+    foldable = [a.name for a in catalog.foldable]
+    if config.fold is not None and config.fold not in foldable:
         raise ConfigError(
             f"--fold {config.fold}: no such adapter; there are "
-            f"{', '.join(a.name for a in catalog.foldable) or 'none (give --adapters DIR)'}"
+            f"{', '.join(foldable) or 'none (give --adapters DIR)'}"
+            f"{did_you_mean(config.fold, foldable)}"
         )
     if config.strict and catalog.refused:
         raise AdapterError(
