@@ -8,11 +8,8 @@ from pathlib import Path
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.evaluate.tasks.task import Task
-<<<<<<< HEAD
 from secura_serve.registry import Registry
-=======
 from secura_serve.suggest import did_you_mean
->>>>>>> w/cli
 
 __all__ = ["TASKS", "load_task", "register_task", "suggestion", "write_data"]
 
