@@ -6,7 +6,6 @@ file is turned once into a dense bfloat16 checkpoint, so that everything runs wi
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import BaseModelError
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["ALIASES", "ResolvedBase", "resolve_base"]
 
@@ -61,11 +61,10 @@ def resolve_base(name: str) -> ResolvedBase:
     if model_id == name and folder.exists():
         return ResolvedBase(name, str(folder.resolve()), _checked(folder.resolve(), name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
-        close = difflib.get_close_matches(name.lower(), ALIASES, n=1)
         raise BaseModelError(
-            f"no base model {name!r}: neither an alias, nor a folder, nor a hub id (owner/name). "
-            + (f"Did you mean {close[0]!r}? " if close else "")
-            + f"Aliases: {', '.join(ALIASES)}."
+            f"no base model {name!r}: neither an alias, nor a folder, nor a hub id (owner/name); "
+            f"aliases: {', '.join(ALIASES)}{did_you_mean(name, ALIASES)}",
+            wrong_use=True,
         )
     return ResolvedBase(name, model_id, _checked(_snapshot(model_id), name))
 
@@ -79,14 +78,20 @@ def _checked(folder: Path, name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BaseModelError(
             f"{name!r} has no config.json, so it is not a transformers checkpoint ({folder}). "
-            "Give the folder that holds config.json and *.safetensors."
+            "Give the folder that holds config.json and *.safetensors.",
+            wrong_use=folder.is_file(),
         )
     return folder
 
 
 def _snapshot(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         folder = snapshot_download(
@@ -108,7 +113,8 @@ def _snapshot(model_id: str) -> Path:
     except (OSError, HFValidationError) as error:
         raise BaseModelError(
             f"{model_id} could not be fetched from the hub: {error}. Check the spelling, your "
-            "access (`hf auth login`) and the free disk space."
+            "access (`hf auth login`) and the free disk space.",
+            wrong_use=isinstance(error, (RepositoryNotFoundError, HFValidationError)),
         ) from error
     return Path(folder)
 

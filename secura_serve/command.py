@@ -1,14 +1,14 @@
 """What the four commands share: how a command line is read, how a failure is told, what it exits
 with.
 
-Exit status: 0 done, 1 the run failed, 2 the command was used wrongly, 130 Ctrl-C. An error is one
-message on stderr, ``secura-train: error: ...``; a traceback is left to faults of this package.
+Exit status: 0 done, 1 the run failed, 2 the command was used wrongly (a wrong flag, or a name or
+path that does not exist: ``SecuraError.wrong_use``), 130 Ctrl-C. An error is one message on stderr,
+``secura-train: error: ...``; a traceback is left to faults of this package.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from secura_serve import __version__
 from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.suggest import near_names
 
 __all__ = ["CommandParser", "run_command", "suggest_flags"]
 
@@ -55,9 +56,10 @@ def suggest_flags(message: str, known: Iterable[str]) -> str:
     """
     if "unrecognized" not in message:
         return ""
-    flags = sorted(known)
-    unknown = [flag.replace("_", "-") for flag in _FLAG.findall(message)]
-    close = [m for flag in unknown for m in difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)]
+    # Without the dashes, which all flags have in common.
+    names = sorted(flag.removeprefix("--") for flag in known)
+    unknown = [flag.removeprefix("--").replace("_", "-") for flag in _FLAG.findall(message)]
+    close = [f"--{near}" for name in unknown for near in near_names(name, names, most=1)]
     return f"; did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
 
 
@@ -81,12 +83,9 @@ def run_command(
     tell = report or _to_stderr
     try:
         status = call(list(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
-        tell(f"{prog}: error: {error}")
-        return 2
     except SecuraError as error:
         tell(f"{prog}: error: {error}")
-        return 1
+        return 2 if error.wrong_use else 1
     except BrokenPipeError:
         # Who reads the output has seen enough, as with `| head`.
         _drop_output()

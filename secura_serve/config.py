@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 import types
 import typing
@@ -19,6 +18,7 @@ from dataclasses import MISSING, field
 from typing import Any, TypeVar
 
 from secura_serve.errors import ConfigError
+from secura_serve.suggest import did_you_mean, near_names
 
 __all__ = ["add_flags", "build", "current_names", "option"]
 
@@ -110,7 +110,10 @@ def add_flags(
         if not required and item.default is not None and item.default != ():
             text += f" (default: {item.default})"
         action: type[argparse.Action] = argparse._StoreAction
-        extra: dict[str, Any] = {"choices": item.metadata["choices"], "type": type_}
+        extra: dict[str, Any] = {"type": type_}
+        if choices := item.metadata["choices"]:
+            # Only shown: build() refuses another value, together with all other problems.
+            extra["metavar"] = f"{{{','.join(choices)}}}"
         if type_ is bool:
             action, extra = argparse.BooleanOptionalAction, {}
         elif type_ is tuple:
@@ -130,7 +133,7 @@ def add_flags(
 
 
 def _unknown(keys: list[str], fields: Mapping[str, Any]) -> list[str]:
-    close = {k: difflib.get_close_matches(k.replace("-", "_"), fields, n=1) for k in keys}
+    close = {k: near_names(k.replace("-", "_"), fields, most=1) for k in keys}
     told = [f"{k}: unknown" + (f"; did you mean {c[0]!r}?" if c else "") for k, c in close.items()]
     # Once, however many there are: the list is long.
     return told + ([] if all(close.values()) else [f"allowed: {', '.join(sorted(fields))}"])
@@ -207,7 +210,8 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if not right:
             problems.append(f"{name}: got {value!r}, expected {type_.__name__}")
         elif allowed and value is not None and value not in allowed:
-            problems.append(f"{name}: got {value!r}, allowed: {', '.join(allowed)}")
+            hint = did_you_mean(value, allowed)
+            problems.append(f"{name}: got {value!r}, allowed: {', '.join(allowed)}{hint}")
         good[name] = value
     if problems:
         raise ConfigError("the settings are not valid:", problems)

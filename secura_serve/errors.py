@@ -18,7 +18,8 @@
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
 A message says what was wrong, what was allowed and what to do. Errors that can find several
-problems at once carry them all in ``problems``, so that one run shows everything to mend.
+problems at once carry them all in ``problems``, so that one run shows everything to mend. A
+ConfigError, and any other with ``wrong_use``, is the caller's: a command then ends with status 2.
 """
 
 from __future__ import annotations
@@ -51,8 +52,15 @@ _SHOWN = 6
 class SecuraError(Exception):
     """Root of the tree; ``problems`` lists each fault, the message the first few of them."""
 
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+    wrong_use = False
+    """Whether it was asked for wrongly, as by naming a file that does not exist. What is there but
+    damaged is none."""
+
+    def __init__(
+        self, message: str, problems: Sequence[str] = (), *, wrong_use: bool = False
+    ) -> None:
         self.problems: tuple[str, ...] = tuple(problems) or (message,)
+        self.wrong_use = wrong_use or self.wrong_use
         if problems:
             message += "".join(f"\n  - {p}" for p in problems[:_SHOWN])
             if len(problems) > _SHOWN:
@@ -62,6 +70,8 @@ class SecuraError(Exception):
 
 class ConfigError(SecuraError, ValueError):
     """A flag, a configuration key or a value that is not allowed."""
+
+    wrong_use = True
 
 
 class BaseModelError(SecuraError):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from secura_serve.errors import ConfigError
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["Registry"]
 
@@ -40,12 +41,12 @@ class Registry(Mapping[str, Entry]):
         """Return the entry of that name.
 
         Raises:
-            ConfigError: there is none; the message lists the names that are allowed.
+            ConfigError: there is none; the message lists the allowed names and the nearest.
         """
         # A name comes from a file: it may be a list, which no dictionary can look up.
         if not isinstance(name, str) or name not in self._entries:
-            allowed = ", ".join(self._entries)
-            raise ConfigError(f"unknown {self._what} {name!r}; allowed: {allowed}")
+            allowed, hint = ", ".join(self._entries), did_you_mean(name, self._entries)
+            raise ConfigError(f"unknown {self._what} {name!r}; allowed: {allowed}{hint}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

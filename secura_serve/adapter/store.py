@@ -161,7 +161,10 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     """
     folder = Path(path).absolute()
     if not folder.is_dir():
-        raise AdapterFormatError(f"{os.fspath(path)}: no such folder; give that of an adapter")
+        fault = "a file, not a folder" if folder.is_file() else "no such folder"
+        raise AdapterFormatError(
+            f"{os.fspath(path)}: {fault}; give the folder of an adapter", wrong_use=True
+        )
     config = load_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():

@@ -169,7 +169,8 @@ def _local(name: str, path: Path) -> dict[str, Any]:
     if len(kinds) != 1 or None in kinds:
         raise DataError(
             f"{name}: --task-data {path} must be a file, or a folder of <split> files of one kind, "
-            f"in {', '.join(_SUFFIXES)}"
+            f"in {', '.join(_SUFFIXES)}",
+            wrong_use=not path.exists(),
         )
     return {
         "dataset_path": kinds.pop(),

@@ -49,11 +49,22 @@ def open_models(config: EvalConfig) -> Models:
     return Local(config)
 
 
+def _check_models(config: EvalConfig) -> None:
+    """Raise what :func:`open_models` would raise, without loading the weights of a base."""
+    if config.base is None:
+        open_models(config)
+        return
+    from secura_serve.evaluate.models.local import check_adapters
+
+    check_adapters(config.base, config.adapter)
+
+
 def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     """Return the offline tasks, and those of the harness with their data.
 
     Raises:
-        ConfigError, DataError: every task that cannot be run, and why.
+        ConfigError, DataError: every task that cannot be run, and why; if there is one, also every
+            model that cannot be asked.
     """
     stray = [
         f"--task-data {name}: no such harness task is asked for"
@@ -74,7 +85,7 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
             work()
         except SecuraError as error:
             problems.extend(error.problems)
-            wrong_use |= isinstance(error, ConfigError)
+            wrong_use |= error.wrong_use
 
     for name in dict.fromkeys(config.tasks):
 
@@ -95,6 +106,8 @@ def _plan(config: EvalConfig) -> tuple[list[Task], dict[str, Any]]:
     if config.retention:
         attempt(_retention_data)
     if problems:
+        # One run shows everything to mend, also what opening the models would find.
+        attempt(lambda: _check_models(config))
         kind = ConfigError if wrong_use else DataError
         raise kind("nothing was evaluated:", problems)
     return ours, theirs

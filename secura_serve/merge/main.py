@@ -52,7 +52,8 @@ def _merge(config: MergeConfig) -> str:
         from secura_serve.merge.lora import export_lora
 
         out = Path(os.path.abspath(config.out))
-        source = open_source(config.base, config.adapter, space_problems(out, 0))
+        known, taken = space_problems(out, 0), os.path.lexists(out)
+        source = open_source(config.base, config.adapter, known, wrong_use=taken)
         facts = export_lora(source, out, rank=config.rank, dtype=DTYPES.get(config.dtype))
         said = f"{config.out}: {facts['lora']} LoRA of rank {facts['r']}"
         if facts["lora"] == "exact":

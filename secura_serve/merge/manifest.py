@@ -95,7 +95,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MergeError(
             f"{folder} has no {MANIFEST} that can be used ({error}): give a merged "
-            "checkpoint that secura-merge wrote"
+            "checkpoint that secura-merge wrote",
+            wrong_use=not folder.is_dir(),
         ) from error
     return dict(values)
 

@@ -111,7 +111,9 @@ def plan_merge(
         MergeError: with every problem found.
     """
     target = Path(os.path.abspath(out))
-    source = open_source(base, specs, () if exists else space_problems(target, 0))
+    known = () if exists else space_problems(target, 0)
+    taken = not exists and os.path.lexists(target)
+    source = open_source(base, specs, known, wrong_use=taken)
     output_dtype = DTYPES.get(dtype)
     folder, old = source.checkpoint.path, shards_of(source)
     plan = MergePlan(
@@ -128,5 +130,5 @@ def plan_merge(
         copied = sum((folder / name).stat().st_size for name in plan.extras)
         problems = space_problems(target, plan.nbytes + copied) + base_mismatches(source, plan.fold)
     if problems:
-        raise MergeError(NOTHING_DONE, problems)
+        raise MergeError(NOTHING_DONE, problems, wrong_use=exists and not target.is_dir())
     return plan if exists else replace(plan, fold=replace(plan.fold, checked=True))

@@ -67,7 +67,9 @@ def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, li
     return norm, problems
 
 
-def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -> Source:
+def open_source(
+    base: str, specs: Sequence[str], problems: Sequence[str] = (), *, wrong_use: bool = False
+) -> Source:
     """Open a base and its adapters and check them against each other.
 
     Of the fingerprints only those of the first and the last module are checked here, which is
@@ -76,21 +78,19 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
 
     Args:
         problems: known already; reported together with those found here.
+        wrong_use: whether one of them is how it was asked.
 
     Raises:
-        MergeError: with every problem found; a ConfigError if one of them is how it was asked:
-            a weight that is none, or no adapter.
+        MergeError: with every problem found; with ``wrong_use`` if one of them is how it was asked:
+            a weight that is none, no adapter, or an adapter or base that does not exist.
     """
     problems = list(problems)
     adapters: list[tuple[Adapter, float]] = []
-    wrong_use = False
     for spec in specs:
         try:
             adapters.append(_adapter(spec))
-        except ConfigError as error:
-            wrong_use = True
-            problems += [str(error)]
-        except AdapterError as error:
+        except (ConfigError, AdapterError) as error:
+            wrong_use |= error.wrong_use
             problems += [str(error)]
     if not specs:
         wrong_use = True
@@ -101,11 +101,12 @@ def open_source(base: str, specs: Sequence[str], problems: Sequence[str] = ()) -
         resolved = resolve_base(base)
         checkpoint = Checkpoint(resolved.path)
     except BaseModelError as error:
+        wrong_use |= error.wrong_use
         problems += [f"base {base}: {p}" for p in error.problems]
     else:
         problems += [p for adapter, _ in adapters for p in _mismatches(adapter, checkpoint)]
     if problems:
-        raise (ConfigError if wrong_use else MergeError)(NOTHING_DONE, problems)
+        raise MergeError(NOTHING_DONE, problems, wrong_use=wrong_use)
     # The folder names of this machine say nothing to others.
     local = Path(resolved.model_id).is_absolute()
     return Source(

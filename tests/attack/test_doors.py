@@ -25,7 +25,7 @@ from secura_serve.serve.app.http.context import ServerContext
 from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET
 from secura_serve.serve.app.main import read_flags
-from secura_serve.serve.app.startup_messages import who_can_reach
+from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
 from secura_serve.serve.app.vllm_flags import server_keys
 
 pytest.importorskip("vllm")
@@ -373,7 +373,14 @@ def test_the_demo_keeps_strangers_out_in_the_same_way(monkeypatch):
 
 def test_the_start_says_who_can_reach_what():
     def told(host="127.0.0.1", keys=NO_KEYS, page=None):
-        return who_can_reach(SimpleNamespace(host=host, port=8000, uds=None), keys, page, 7860)
+        args = SimpleNamespace(host=host, port=8000, uds=None)
+        text = who_can_reach(args, keys, page, 7860)
+        # What is said again when the server is ready has the same doors and warnings.
+        short = ready_notice(args, keys, page, endpoint="http://there:8000", page_port=7860)
+        assert text.partition("warning")[2] == short.partition("warning")[2]
+        for fact in ("also other machines", "a key of --api-key", "--admin-api-key", "--ui-auth"):
+            assert (fact in text) == (fact in short)
+        return text
 
     alone = told(page=PageAccess())
     assert "127.0.0.1:8000 (this machine only), without a key" in alone

@@ -70,6 +70,8 @@ def test_strangers_and_users_stay_outside(post, served):
         with urllib.request.urlopen(served.url.removesuffix("/v1") + path, timeout=30) as answer:
             assert answer.status == 200
     log = served.log.read_text()
+    # Again below vLLM's log, which is long.
+    assert "secura-serve is ready" in log.partition("who can reach what:")[2]
     assert "who can reach what:" in log and "(this machine only), with a key of --api-key" in log
     assert "user-key" not in log and "admin-key" not in log
 

@@ -95,7 +95,7 @@ def test_written_data_can_be_trained_on(tmp_path: Path) -> None:
 
 
 def test_unknown_and_missing_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="did you mean capitals"):
+    with pytest.raises(ConfigError, match="did you mean 'capitals'"):
         load_task("capitol")
     monkeypatch.setattr(translation, "FILE", tmp_path / "none")
     with pytest.raises(DataError, match="apt-get install trans-de-en"):

@@ -120,14 +120,14 @@ def test_a_report_is_whole(
 
 
 def test_what_the_endpoint_refuses(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(*flags: str, url: str = served.url) -> str:
+    def said(*flags: str, url: str = served.url, status: int = 1) -> str:
         argv = ["--endpoint", url, "--tasks", "iso-date", "--no-retention", "--limit", "2"]
-        assert main([*argv, "--out", "never", *flags]) == 1
+        assert main([*argv, "--out", "never", *flags]) == status
         assert not Path("never").exists()
         return capsys.readouterr().err
 
     assert "cannot be reached" in said("--retries", "0", url=f"http://127.0.0.1:{free_port()}")
-    assert "did you mean iso-date" in said("--model", "iso-dat")
+    assert "did you mean 'iso-date'" in said("--model", "iso-dat", status=2)
     folded = said("--model", "iso-date-bounded")
     assert "iso-date-bounded" in folded and "409" in folded and "fold" in folded
     assert "within 0.001 s" in said("--timeout", "0.001", "--retries", "0")
@@ -146,13 +146,25 @@ def test_settings_are_checked_together(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_adapters_of_another_base(
-    tiny_base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["--base", str(tiny_base("llama")), "--tasks", "iso-date", "--no-retention"]
+    argv = ["--base", str(tiny_base("llama")), "--tasks", "iso-date"]
     argv += ["--out", str(tmp_path / "o"), "--adapter", str(ROOT / "adapters" / "extract")]
-    assert main([*argv, "--adapter", str(tmp_path / "none")]) == 1
+    assert main([*argv, "--no-retention"]) == 1
+    assert "another base" in capsys.readouterr().err
+    argv += ["--adapter", str(tmp_path / "none")]
+    assert main([*argv, "--no-retention"]) == 2
     told = capsys.readouterr().err
     assert "another base" in told and "no such folder" in told
+    # Together with a package that is not installed.
+    monkeypatch.setattr("secura_serve.evaluate.neutral_text.FORTUNES", tmp_path)
+    monkeypatch.setattr("secura_serve.evaluate.neutral_text.WORDNET", tmp_path)
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("fortunes", "another base", "no such folder"))
 
 
 @pytest.mark.long

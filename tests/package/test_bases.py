@@ -56,7 +56,7 @@ def test_local_folder_and_alias_and_close_match(tmp_path: Path, smollm2: Path) -
     assert (found.path, found.model_id) == (smollm2.resolve(), str(smollm2.resolve()))
     with pytest.raises(BaseModelError, match=r"no config\.json"):
         bases.resolve_base(str(tmp_path))
-    with pytest.raises(BaseModelError, match="Did you mean 'qwen2-7b'"):
+    with pytest.raises(BaseModelError, match="did you mean 'qwen2-7b'"):
         bases.resolve_base("qwen2-7")
     with pytest.raises(BaseModelError, match="neither an alias"):
         bases.resolve_base("./nowhere/at/all")

@@ -38,7 +38,10 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     (f"secura-train {TRAIN} --set learning=1", 2, ("learning: unknown",)),
     (f"secura-train {TRAIN} --set leraning_rate", 2, ("KEY=VALUE",)),
     ("secura-train --config nowhere.yaml --out never", 2, ("nowhere.yaml",)),
-    ("secura-train --base smollm2-135m --data nowhere.jsonl --out never", 1, ("nowhere.jsonl",)),
+    ("secura-train --base smollm2-135m --data nowhere.jsonl --out never", 2, ("nowhere.jsonl",)),
+    ("secura-train --base smollm2-135m --data /no/where --out never", 2, ("/no/where",)),
+    (f"secura-train {TRAIN} --base x --method secra", 2, ("did you mean 'secura'?", "curlora")),
+    (f"secura-train {TRAIN} --base x --magnorm bouded", 2, ("did you mean 'bounded'?",)),
     ("secura-merge --base x --adpater y --out never", 2, ("did you mean --adapter?",)),
     ("secura-merge --base x", 2, ("--out",)),
     ("secura-merge --out never", 2, ("--base is missing",)),
@@ -47,7 +50,9 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-merge --base x --adapter y --out never --check --to-lora", 2, ("only one of them",)),
     ("secura-merge --base nowhere/x --adapter y*1e30 --out never", 2, ("1e30", "1000")),
     ("secura-merge --base nowhere/x --adapter y*nan --out never", 2, ("nan", "1000")),
-    ("secura-merge --base ./nowhere --adapter y --out never", 1, ("nowhere",)),
+    ("secura-merge --base ./nowhere --adapter y --out never", 2, ("nowhere", "y: no such folder")),
+    ("secura-merge --to-base smollm2-135 --out x", 2, ("did you mean 'smollm2-135m'?",)),
+    ("secura-merge --to-base smollm2-135m --out nowhere", 2, ("nowhere",)),
     (f"secura-eval {EVAL} --taks x", 2, ("did you mean --tasks?",)),
     (f"secura-eval {EVAL} --limit -1", 2, ("limit", ">= 0")),
     (f"secura-eval {EVAL} --limit many", 2, ("--limit", "many")),
@@ -56,7 +61,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     (
         "secura-eval --tasks iso-dat --base x --no-retention --out never",
         2,
-        ("did you mean iso-date",),
+        ("did you mean 'iso-date'", "no base model 'x'"),
     ),
     (
         "secura-eval --tasks iso-date --endpoint http://127.0.0.1:9 --no-retention --out never",
@@ -66,7 +71,12 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-serve --adapter DIR --check", 2, ("--adapter", "did you mean --adapters?")),
     ("secura-serve --max-modle-len 9 --check", 2, ("did you mean --max-model-len?",)),
     ("secura-serve --ui-port many", 2, ("--ui-port", "many")),
-    ("secura-serve --base ./nowhere --check", 1, ("nowhere",)),
+    ("secura-serve --base ./nowhere --check", 2, ("nowhere",)),
+    (
+        "secura-serve --adapters ./nowhere --check",
+        2,
+        ("--adapters ./nowhere: does not exist", "leave the flag out"),
+    ),
     ("secura-serve --adapters= --check", 2, ("--adapters is empty",)),
 ]
 
@@ -115,6 +125,7 @@ def _raiser(error: BaseException) -> Callable[[list[str]], int]:
     [
         (ConfigError("--x is wrong"), 2, "error: --x is wrong"),
         (MergeError("it failed"), 1, "error: it failed"),
+        (MergeError("no such folder", wrong_use=True), 2, "error: no such folder"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/full/file"),
             1,

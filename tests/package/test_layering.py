@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-FOUNDATION = {"errors", "config", "command", "lazy"}
+FOUNDATION = {"errors", "suggest", "config", "command", "lazy"}
 # A room is a file or folder of the package, a sub-room one within another ("merge.io"). A line
 # lists what a room may import: a name allows that room with its sub-rooms. Of a room that one
 # stands in oneself it allows only the files that are in no sub-room, so that sub-rooms of one
@@ -22,9 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"lazy"},
     "errors": set(),
     "lazy": set(),
-    "registry": {"errors"},
-    "config": {"errors"},
-    "command": {"errors"},
+    "suggest": set(),
+    "registry": {"errors", "suggest"},
+    "config": {"errors", "suggest"},
+    "command": {"errors", "suggest"},
     "atomic": {"errors"},
     "compiled": set(),
     "bases": FOUNDATION | {"atomic"},

@@ -123,8 +123,9 @@ def test_an_s_magnorm_adapter_is_to_be_folded(folder, base, capsys):
     assert main([*flags, "--check"]) == 0
     printed = capsys.readouterr().out
     assert "fold (bounded)" in printed and "1 servable" in printed and "1 by folding" in printed
-    assert main([*flags, "--fold", "nobody"]) == 2
-    assert "no such adapter; there are bounded, good" in capsys.readouterr().err
+    assert main([*flags, "--fold", "bouded"]) == 2
+    told = capsys.readouterr().err
+    assert "no such adapter; there are bounded, good; did you mean 'bounded'?" in told
 
 
 def test_one_adapter_instead_of_a_folder_of_them(folder, base):

@@ -25,7 +25,7 @@ from secura_serve.train import (
     register_strategy,
 )
 from secura_serve.train.continual.strategies import STRATEGIES, get_strategy
-from secura_serve.train.main import main, parser, settings
+from secura_serve.train.main import main, settings
 from secura_serve.train.methods import METHODS
 from tests.support.training import PAIRS, flags, same, tensors, write
 
@@ -80,8 +80,8 @@ def _sequence_argv(base: Path, folder: Path, out: Path, *more: str) -> list[str]
 def test_a_strategy_from_outside_is_trained_like_our_own(
     clean_registries: None, tiny_base: TinyBase, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="invalid choice: 'toy'"):
-        parser().parse_args(["--strategy", "toy"])
+    with pytest.raises(ConfigError, match="strategy: got 'toy', allowed: seq, "):
+        settings(["--strategy", "toy"])
     register_strategy(
         "toy",
         _Replaying,

@@ -54,7 +54,9 @@ class Endpoint:
         if strangers := [name for name in wanted if name not in {m.id for m in listed}]:
             known = [m.id for m in listed]
             raise EvaluationError(
-                f"{self.where} does not serve:", [f"{n}: {suggestion(n, known)}" for n in strangers]
+                f"{self.where} does not serve:",
+                [f"{n}: {suggestion(n, known)}" for n in strangers],
+                wrong_use=True,
             )
         reason = self._refusal(self.base) if self.base else None
         if reason is not None and self.base not in config.model:

@@ -22,7 +22,7 @@ from secura_serve.evaluate.plain_lora import LoRAs
 from secura_serve.train import SecuraConfig, SecuraLayer, SecuraModel, adapter_layers
 from secura_serve.train.methods.base import load_base
 
-__all__ = ["Local"]
+__all__ = ["Local", "check_adapters"]
 
 
 class _CUR:
@@ -77,7 +77,7 @@ class Local:
         hf_logging.disable_progress_bar()
         self.where = "this process"
         self.base: str | None = config.base
-        adapters, loras = _checked(config.base, config.adapter)
+        adapters, loras = check_adapters(config.base, config.adapter)
         self.names: tuple[str, ...] = (config.base, *(a.name for a in adapters), *loras)
         self._model, self._tokenizer, _ = load_base(config.base, config.dtype, config.device)
         self._adapters = LoRAs(self._model, loras) if loras else _CUR(self._model, adapters)
@@ -121,8 +121,15 @@ class Local:
         return HFLM(pretrained=self._model, tokenizer=self._tokenizer)
 
 
-def _checked(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str, Path]]:
-    """Return the CUR adapters, each compared with the whole base, and the folders of LoRAs."""
+def check_adapters(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str, Path]]:
+    """Return the CUR adapters, each compared with the whole base, and the folders of LoRAs.
+
+    Raises:
+        EvaluationError: adapters that do not exist, are damaged or do not belong to the base, all
+            of them.
+        BaseModelError: no such base.
+    """
+    wrong_use = False
     checkpoint = Checkpoint(resolve_base(base).path)
     adapters, loras, problems = [], dict[str, Path](), []
     for folder in folders:
@@ -138,6 +145,7 @@ def _checked(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str
             verify(adapter, checkpoint)
             adapters.append(adapter)
         except AdapterError as error:
+            wrong_use |= error.wrong_use
             problems.append(str(error))
     names = [*(a.name for a in adapters), *loras]
     if len({*names, base}) <= len(names) or len(names) + len(problems) < len(folders):
@@ -148,5 +156,5 @@ def _checked(base: str, folders: Sequence[str]) -> tuple[list[Adapter], dict[str
             "run for each, with one --base"
         )
     if problems:
-        raise EvaluationError("adapters that cannot be used:", problems)
+        raise EvaluationError("adapters that cannot be used:", problems, wrong_use=wrong_use)
     return adapters, loras

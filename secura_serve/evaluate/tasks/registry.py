@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.evaluate.tasks.task import Task
 from secura_serve.registry import Registry
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["TASKS", "load_task", "register_task", "suggestion", "write_data"]
 
@@ -32,10 +32,7 @@ def register_task(task: Task, *other_names: str) -> Task:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """Return ``unknown; did you mean ...?``, or all that is known."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"unknown; did you mean {' or '.join(close)}?"
-    return f"unknown; known are {', '.join(known)}"
+    return "unknown" + (did_you_mean(name, known) or f"; known are {', '.join(known)}")
 
 
 def load_task(name: str) -> Task:

@@ -43,7 +43,7 @@ class ChatPage:
         port: of the page.
         api_key: passed on by environment like the login, so that it shows in no process list.
         examples: JSON file of example prompts per adapter.
-        enabled: False only announces the server.
+        enabled: False does nothing.
     """
 
     def __init__(
@@ -96,10 +96,7 @@ class ChatPage:
                 self._process.kill()
 
     def _announce(self) -> None:
-        if not self._wait(f"{self.endpoint}/health"):
-            return
-        print(f"\nsecura-serve is ready: OpenAI endpoint {self.endpoint}/v1", flush=True)
-        if not self.enabled:
+        if not self.enabled or not self._wait(f"{self.endpoint}/health"):
             return
         command = _command()
         if command is None:

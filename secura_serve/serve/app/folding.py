@@ -20,8 +20,8 @@ from secura_serve.merge import verify_base
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
-from secura_serve.serve.app.http.model_name import near_names
 from secura_serve.serve.compat import ServedModels
+from secura_serve.suggest import did_you_mean, near_names
 
 __all__ = ["DEFAULT_TIMEOUT", "Folding"]
 
@@ -222,11 +222,9 @@ class Folding:
         if version is not None:
             raise ConfigError(f"{name!r} is a plain LoRA: it is chosen per request, and not folded")
         foldable = self.foldable()
-        near = near_names(name, foldable)
         raise ConfigError(
-            f"no adapter {name[:100]!r} to fold; "
-            + (f"did you mean {' or '.join(near)}? " if near else "")
-            + f"There are {', '.join(foldable) or 'none'}"
+            f"no adapter {name[:100]!r} to fold; there are {', '.join(foldable) or 'none'}"
+            f"{did_you_mean(name, foldable)}"
         )
 
     def _look(self, version: Version) -> str:

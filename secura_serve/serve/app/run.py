@@ -21,7 +21,7 @@ from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
 from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_start
 from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 from secura_serve.serve.app.memory import Memory, kv_cache_gib
-from secura_serve.serve.app.startup_messages import who_can_reach
+from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
 
 __all__ = ["run"]
 
@@ -68,6 +68,9 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
     with page, EngineHealth() as health:
         admission = context.folding.admission
         context.shutdown = Shutdown(args.shutdown_timeout, health, lambda: admission.running)
+        context.ready_notice = ready_notice(
+            args, context.keys, access, endpoint=endpoint, page_port=config.ui_port
+        )
         context.hand_over(args)
         # The engine process needs a moment to remove what it shares with its workers.
         args.shutdown_timeout = max(args.shutdown_timeout, _ENGINE_STOP_S)

@@ -45,6 +45,7 @@ from secura_serve.serve.app.vllm_flags import (
 )
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.names import LOAD_FORMAT
+from secura_serve.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from secura_serve.serve.app.http.context import ServerContext
@@ -198,10 +199,12 @@ def _catalog(
             f"--fold {config.fold}: a plain LoRA is chosen per request, and not folded; leave it "
             "out"
         )
-    if config.fold is not None and config.fold not in {a.name for a in catalog.foldable}:
+    foldable = [a.name for a in catalog.foldable]
+    if config.fold is not None and config.fold not in foldable:
         raise ConfigError(
             f"--fold {config.fold}: no such adapter; there are "
-            f"{', '.join(a.name for a in catalog.foldable) or 'none (give --adapters DIR)'}"
+            f"{', '.join(foldable) or 'none (give --adapters DIR)'}"
+            f"{did_you_mean(config.fold, foldable)}"
         )
     if config.strict and catalog.refused:
         raise AdapterError(

@@ -15,6 +15,7 @@ from secura_serve.serve.basis import SharedBasis
 __all__ = [
     "announce_fold",
     "no_adapters",
+    "ready_notice",
     "warn_of_fewer_slots",
     "warn_of_width",
     "who_can_reach",
@@ -31,7 +32,7 @@ def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
             f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
             f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
             f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
-            "--selection-seed of the others they would cost no_adapters"
+            "--selection-seed of the others they would cost nothing extra"
         )
 
 
@@ -86,23 +87,41 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
     """
     from secura_serve.serve.app.http.routes import ROUTES
 
-    place = f"unix:{args.uds}" if args.uds else _place(args.host, args.port)
-    with_key = "with a key of --api-key" if keys.user else "without a key"
-    operator = (
-        "with the key of --admin-api-key"
-        if keys.admin
-        else "direct requests on this machine only, without a key"
-    )
     unguarded = [route.path.partition("{")[0] for route in ROUTES if route.access == "anyone"]
     lines = [
         "who can reach what:",
-        f"  generating (/v1/...)   {place}, {with_key}",
-        f"  changing (/admin/...)  {operator}",
+        f"  generating (/v1/...)   {_endpoint(args)}, {_user_key(keys)}",
+        f"  changing (/admin/...)  {_admin_key(keys)}",
         f"  always without a key   {', '.join(unguarded)} (those that this vLLM has)",
     ]
     if page is not None:
-        login = "with the login of --ui-auth" if page.login else "without a login"
-        lines.append(f"  chat page              {_place(page.host, page_port)}, {login}")
+        lines.append(f"  chat page              {_place(page.host, page_port)}, {_login(page)}")
+    return "\n".join([*lines, *_warnings(args, keys, page)])
+
+
+def ready_notice(
+    args: Any, keys: Keys, page: PageAccess | None, *, endpoint: str, page_port: int
+) -> str:
+    """Return what stands below vLLM's log once the server answers: :func:`who_can_reach` in short,
+    with the same warnings.
+
+    Args:
+        endpoint: ``http://host:port`` of the server.
+    """
+    reach = _endpoint(args) if args.uds else f"{endpoint}/v1 {_reach(args.host)}"
+    lines = [
+        "secura-serve is ready",
+        f"  OpenAI endpoint  {reach}, {_user_key(keys)}",
+        f"  admin routes     {_admin_key(keys)}",
+    ]
+    if page is not None:
+        lines.append(f"  chat page        {_place(page.host, page_port)}, {_login(page)}")
+    return "\n".join([*lines, *_warnings(args, keys, page)])
+
+
+def _warnings(args: Any, keys: Keys, page: PageAccess | None) -> list[str]:
+    """Return a warning for each door that is open to strangers."""
+    lines = []
     if not (args.uds or _here(args.host) or keys.user):
         lines.append(
             f"\nwarning: whoever reaches {args.host or 'this machine'} can ask this server; give "
@@ -113,7 +132,25 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
             f"\nwarning: whoever reaches {page.host or 'this machine'} can use the chat page; give "
             "--ui-auth USER:PASSWORD, or leave --ui-host out"
         )
-    return "\n".join(lines)
+    return lines
+
+
+def _user_key(keys: Keys) -> str:
+    return "with a key of --api-key" if keys.user else "without a key"
+
+
+def _admin_key(keys: Keys) -> str:
+    if keys.admin:
+        return "with the key of --admin-api-key"
+    return "direct requests on this machine only, without a key"
+
+
+def _login(page: PageAccess) -> str:
+    return "with the login of --ui-auth" if page.login else "without a login"
+
+
+def _endpoint(args: Any) -> str:
+    return f"unix:{args.uds}" if args.uds else _place(args.host, args.port)
 
 
 def _here(host: str | None) -> bool:
@@ -122,4 +159,8 @@ def _here(host: str | None) -> bool:
 
 def _place(host: str | None, port: int) -> str:
     shown = f"[{host}]" if host and ":" in host else host or "every address"
-    return f"{shown}:{port} ({'this machine only' if _here(host) else 'also other machines'})"
+    return f"{shown}:{port} {_reach(host)}"
+
+
+def _reach(host: str | None) -> str:
+    return "(this machine only)" if _here(host) else "(also other machines)"

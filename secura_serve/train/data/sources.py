@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     name, *rest = source.split(":")
     if len(rest) > 2:
-        raise DataError(f"{source}: must be id[:config][:split]")
+        raise DataError(f"{source}: must be id[:config][:split]", wrong_use=True)
     split = rest[-1] if rest else "train"
     import datasets
 
@@ -114,7 +115,10 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
-            "JSONL, CSV or parquet file, or a hub id[:config][:split]"
+            "JSONL, CSV or parquet file, or a hub id[:config][:split]",
+            # Without the hub, only a name with an owner can be one that is there.
+            wrong_use=isinstance(error, datasets.exceptions.DatasetNotFoundError)
+            or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
         ) from error
     finally:
         if not bars:
@@ -125,7 +129,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _existing(file: Path) -> Path:
     if not file.is_file():
-        raise DataError(f"{file}: cannot be read: no such file")
+        raise DataError(f"{file}: cannot be read: no such file", wrong_use=True)
     return file
 
 
@@ -134,7 +138,9 @@ def _text(file: Path) -> str:
         content = file.read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        raise DataError(
+            f"{file}: cannot be read: {error.strerror}", wrong_use=not file.is_file()
+        ) from error
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error

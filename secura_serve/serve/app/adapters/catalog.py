@@ -101,7 +101,11 @@ def scan(
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"--adapters {folder}: not a folder. Give the folder that holds them")
+        fault = "is a file, not a folder" if root.exists() else "does not exist"
+        raise ConfigError(
+            f"--adapters {folder}: {fault}. Give a folder that holds one folder for each adapter, "
+            "or leave the flag out to serve the base alone"
+        )
     folders = adapter_folders(root)
     if not folders and (root / "adapter_config.json").is_file():
         raise ConfigError(

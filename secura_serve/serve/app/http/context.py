@@ -41,6 +41,8 @@ class ServerContext:
     """Whether an adapter that a worker refuses ends the start."""
     fold_at_start: str | None = None
     """The adapter to fold before the first request."""
+    ready_notice: str = ""
+    """What is printed once the server answers."""
     shutdown: Any = None
     """How the server ends: :class:`~secura_serve.serve.app.lifecycle.draining.Shutdown`."""
     attached: bool = False

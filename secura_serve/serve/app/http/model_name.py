@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -14,7 +12,7 @@ from starlette.types import Message, Receive, Scope
 
 from secura_serve.serve.app.http.routes import Route
 
-__all__ = ["InvalidModelName", "near_names", "read_body", "replayed", "requested_model"]
+__all__ = ["InvalidModelName", "read_body", "replayed", "requested_model"]
 
 
 class InvalidModelName(ValueError):
@@ -93,10 +91,3 @@ async def _form_field(scope: Scope, body: bytes) -> str | None:
     if name is not None and not isinstance(name, str):
         raise InvalidModelName("model must be a text field of the form, not a file")
     return name or None
-
-
-def near_names(name: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """Return those of ``names`` that ``name`` may have meant, best first; case does not count."""
-    lower = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name[:200].lower(), lower, n=most, cutoff=0.6)
-    return [lower[match] for match in close]

@@ -142,9 +142,11 @@ class DrainingMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        shutdown: Shutdown = context_of(scope["app"]).shutdown
+        context = context_of(scope["app"])
+        shutdown: Shutdown = context.shutdown
         if scope["type"] == "lifespan":
-            await self.app(scope, receive, self._beginning(shutdown, scope, send))
+            notice = context.ready_notice
+            await self.app(scope, receive, self._beginning(shutdown, scope, send, notice))
         elif shutdown.refusal is None and not shutdown.check_engine():
             if scope["type"] == "http":
                 await _Answer(self.app, shutdown, scope, receive, send).give()
@@ -155,11 +157,13 @@ class DrainingMiddleware:
         else:
             await send({"type": "websocket.close", "code": 1012})
 
-    def _beginning(self, shutdown: Shutdown, scope: Scope, send: Send) -> Send:
+    def _beginning(self, shutdown: Shutdown, scope: Scope, send: Send, notice: str) -> Send:
         async def noting(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 state = scope["app"].state
                 shutdown.begin(state.server, state.engine_client)
+                # Here, since vLLM's log has buried what was printed before the engine's start.
+                print(f"\n{notice}\n", flush=True)
             elif message["type"].startswith("lifespan.shutdown"):
                 # vLLM itself may have noticed first that the engine is dead.
                 shutdown.end()
