@@ -65,6 +65,7 @@ class Workers:
     async def forget(self, versions: Sequence[Version]) -> None:
         """Free the slots of versions, and what the workers keep of them."""
         numbers = [version.number for version in versions]
+        self._resident = (0.0, self._resident[1])
         await self._call("secura_forget", numbers, [str(v.snapshot.path) for v in versions])
         for number in numbers:
             self._prepared.pop(number, None)
@@ -76,6 +77,7 @@ class Workers:
             LifecycleError: (409) no slot is free for it.
         """
         args = (version.name, version.number, str(version.snapshot.path), pinned)
+        self._resident = (0.0, self._resident[1])
         for refused in await self._call("secura_pin", *args):
             if refused is not None:
                 raise LifecycleError(409, f"{version.name} cannot be pinned: {refused}")
