@@ -71,6 +71,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "lora_modules",
     ),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": (),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name": ("lora_request",),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": None,
     "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     "vllm.utils.cache:LRUCache._unpin": ("key",),

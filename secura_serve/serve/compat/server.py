@@ -32,7 +32,7 @@ class ListedModel:
 class ServedModels:
     """The table of model names behind ``/v1/models`` and the routing of requests.
 
-    Takes over ``lora_requests`` and ``show_available_models`` of the one ``OpenAIServingModels``
+    Takes over ``lora_requests``, ``show_available_models`` and ``model_name`` of the one ``OpenAIServingModels``
     of a server; its ``base_model_paths`` says which names run on the engine's weights as they are.
 
     Args:
@@ -50,6 +50,7 @@ class ServedModels:
         listed: Callable[[], Iterable[ListedModel]],
     ) -> None:
         self._models, self._original = models, models.show_available_models
+        self._model_name = models.model_name
         self._bases = list(models.base_model_paths)
         self._adapters, self._base_status, self._listed = adapters, base_status, listed
         self._base_cards: list[Any] = []
@@ -59,6 +60,7 @@ class ServedModels:
         self._base_cards = (await self._original()).data
         self._models.lora_requests = self._adapters
         self._models.show_available_models = self._show
+        self._models.model_name = self._plain_name
 
     def answer_as(self, folded: tuple[str, str] | None) -> None:
         """Serve the engine's weights under this (name, folder) alone; None: as it was."""
@@ -69,6 +71,11 @@ class ServedModels:
         one = type(self._bases[0])(name=folded[0], model_path=folded[1])
         self._models.base_model_paths[:] = [one]
         self._models.lora_requests = {}
+
+    def _plain_name(self, lora_request: Any = None) -> str:
+        """Return what an answer calls its model: the adapter's name, without the version."""
+        name = str(self._model_name(lora_request))
+        return name if lora_request is None else name.partition("@")[0]
 
     async def _show(self) -> Any:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission

@@ -63,6 +63,12 @@ class Version:
     def foldable(self) -> bool:
         return self.entry.adapter is not None
 
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls it. vLLM takes two adapters of one name in a batch for one, so each
+        version has a name of its own there."""
+        return f"{self.name}@{self.digest}"
+
     def __str__(self) -> str:
         return f"{self.name}@{self.digest[:12]}"
 

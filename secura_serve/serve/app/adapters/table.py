@@ -55,5 +55,7 @@ class AdapterTable(dict[str, Any]):
     def _request(self, version: Version) -> Any:
         if version.number not in self._requests:
             path: Path = version.snapshot.path
-            self._requests[version.number] = lora_request(version.name, version.number, str(path))
+            self._requests[version.number] = lora_request(
+                version.engine_name, version.number, str(path)
+            )
         return self._requests[version.number]

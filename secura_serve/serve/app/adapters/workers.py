@@ -76,7 +76,7 @@ class Workers:
         Raises:
             LifecycleError: (409) no slot is free for it.
         """
-        args = (version.name, version.number, str(version.snapshot.path), pinned)
+        args = (version.engine_name, version.number, str(version.snapshot.path), pinned)
         self._resident = (0.0, self._resident[1])
         for refused in await self._call("secura_pin", *args):
             if refused is not None:
