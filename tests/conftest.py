@@ -75,11 +75,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Callab
 @pytest.fixture(scope="session")
 def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The shipped adapters on their base: one float32 server for the whole session."""
+    import shutil
+
     from tests.support import ROOT
     from tests.support.engines import serving
 
-    log = tmp_path_factory.mktemp("served") / "log"
+    root = tmp_path_factory.mktemp("served")
+    # Tests may add adapters while it runs.
+    shutil.copytree(ROOT / "adapters", root / "adapters")
+    log = root / "log"
     flags = "--enforce-eager --dtype float32 --max-model-len 1024"
     flags += " --enable-auto-tool-choice --tool-call-parser hermes"
-    with serving("smollm2-135m", ROOT / "adapters", log, *flags.split()) as server:
+    with serving("smollm2-135m", root / "adapters", log, *flags.split()) as server:
         yield server

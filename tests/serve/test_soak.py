@@ -1,0 +1,232 @@
+"""Proves that a server whose adapters change all the time gives no answer but the right one.
+
+Twenty minutes (``SECURA_SOAK_MINUTES`` sets another time): clients ask at random while adapters are
+added, replaced, removed, uploaded, pushed, rolled back and folded every few seconds. Each answer's
+logprobs must be those of a content that its name stood for while the request ran, to 1e-3 in
+float32, and each refusal must be the documented one of that moment. Memory must be flat after the
+first minutes. Needs vLLM on a CPU and a tiny base.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from safetensors.torch import load_file, save
+
+from secura_serve.atomic import atomic_folder
+from secura_serve.method import MagNorm
+from tests.support.engines import random_adapter, serving
+
+MINUTES = float(os.environ.get("SECURA_SOAK_MINUTES", "20"))
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-loras", "3")
+CONTENTS = ("c1", "c2", "c3", "c4")
+CHANGING = ("x", "y", "z")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+TOLERANCE = 1e-3
+# Longest that a change may take to be seen by the next request.
+SEEN_S = 5.0
+
+
+@dataclass
+class History:
+    """What each name stood for, and what was folded, at any time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    spans: dict[str, list[tuple[float, float, str | None]]] = field(default_factory=dict)
+
+    def change(self, name: str, content: str | None, begin: float) -> None:
+        """Note that since ``begin`` (the attempt) or later ``name`` stands for ``content``; the old
+        one may still have been seen until now."""
+        with self.lock:
+            spans = self.spans.setdefault(name, [(0.0, float("inf"), None)])
+            start, _, old = spans[-1]
+            spans[-1] = (start, time.monotonic(), old)
+            spans.append((begin, float("inf"), content))
+
+    def during(self, name: str, begin: float, end: float) -> set[str | None]:
+        """Return all that ``name`` may have stood for between two times."""
+        with self.lock:
+            spans = self.spans.get(name, [(0.0, float("inf"), None)])
+            return {what for start, stop, what in spans if start <= end and stop >= begin}
+
+
+class Operator(threading.Thread):
+    """Changes something every few seconds."""
+
+    def __init__(self, url: str, folder: Path, contents: Path, history: History, end: float):
+        super().__init__(daemon=True)
+        self.http = httpx.Client(base_url=url, timeout=120)
+        self.folder, self.contents, self.history, self.end = folder, contents, history, end
+        self.now: dict[str, str | None] = dict.fromkeys(CHANGING)
+        self.done: Counter[str] = Counter()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        chance = random.Random(1)
+        try:
+            while time.monotonic() < self.end:
+                self.step(chance)
+                time.sleep(chance.uniform(0.5, 2.5))
+        except BaseException as error:
+            self.error = error
+
+    def step(self, chance: random.Random) -> None:
+        name = chance.choice(CHANGING)
+        content = chance.choice([c for c in CONTENTS if c != self.now[name]])
+        actions = ["replace", "replace", "upload", "remove", "push", "rollback", "fold"]
+        action = chance.choice(actions)
+        if self.now[name] is None and action in ("remove", "push", "rollback"):
+            action = "replace"
+        begin = time.monotonic()
+        self.done[action] += 1
+        if action == "fold":
+            self.fold(chance.choice(["c1", "bounded"]))
+        elif action == "remove":
+            shutil.rmtree(self.folder / name)
+            self.until(name, None)
+            self.note(name, None, begin)
+        elif action == "replace":
+            with atomic_folder(self.folder / name) as new:
+                for file in FILES:
+                    shutil.copy(self.contents / content / file, new / file)
+            self.until(name, content)
+            self.note(name, content, begin)
+        elif action == "upload":
+            parts = [("f", (f, (self.contents / content / f).read_bytes())) for f in FILES]
+            self.http.put(f"/v1/adapters/{name}", files=parts).raise_for_status()
+            self.note(name, content, begin)
+        elif action == "push":
+            tensors = load_file(self.contents / content / FILES[1])
+            body = save({k: v for k, v in tensors.items() if k.endswith("secura_U")})
+            self.http.put(f"/v1/adapters/{name}/weights", content=body).raise_for_status()
+            self.note(name, content, begin)
+        else:
+            # There and back again, so that the folder's content stays what it stands for.
+            other = self.http.post(f"/v1/adapters/{name}/rollback")
+            if other.status_code == 200:
+                newest = other.json()["versions"][0]["digest"]
+                body = {"version": newest}
+                self.history.change(name, "any", begin)
+                self.http.post(f"/v1/adapters/{name}/rollback", json=body).raise_for_status()
+                self.history.change(name, self.now[name], time.monotonic())
+
+    def note(self, name: str, content: str | None, begin: float) -> None:
+        self.now[name] = content
+        self.history.change(name, content, begin)
+
+    def until(self, name: str, content: str | None) -> None:
+        wanted = None
+        deadline = time.monotonic() + SEEN_S
+        if content is not None:
+            from secura_serve.serve.app.adapters.snapshots import digest_of
+
+            wanted = digest_of(self.contents / content)
+        while True:
+            reply = self.http.get(f"/v1/adapters/{name}")
+            seen = reply.json()["digest"] if reply.status_code == 200 else None
+            if seen == wanted:
+                return
+            assert time.monotonic() < deadline, (name, content, reply.text)
+            time.sleep(0.02)
+
+    def fold(self, name: str) -> None:
+        begin = time.monotonic()
+        self.history.change("weights", name, begin)
+        self.http.post("/admin/fold", json={"name": name}).raise_for_status()
+        time.sleep(1)
+        self.http.post("/admin/unfold").raise_for_status()
+        self.history.change("weights", None, begin)
+
+
+def ask(client: openai.OpenAI, model: str) -> list[float]:
+    answer = client.completions.create(
+        model=model, prompt="One two three", max_tokens=4, temperature=0, logprobs=1
+    )
+    return answer.choices[0].logprobs.token_logprobs
+
+
+def near(left: list[float], right: list[float]) -> bool:
+    return len(left) == len(right) and all(
+        abs(a - b) <= TOLERANCE for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.timeout(MINUTES * 60 + 600)
+def test_every_answer_is_that_of_its_version_while_everything_changes(tiny_base, tmp_path):
+    base, contents, folder = tiny_base("llama"), tmp_path / "contents", tmp_path / "adapters"
+    for seed, name in enumerate(CONTENTS, start=1):
+        random_adapter(base, contents / name, r=4, seed=seed)
+        shutil.copytree(contents / name, folder / name)
+    random_adapter(base, folder / "bounded", r=4, seed=9, magnorm=MagNorm("bounded"))
+    with serving(base, folder, tmp_path / "log", *FLAGS) as server:
+        url = server.url.removesuffix("/v1")
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=120)
+        right = {name: ask(client, name) for name in CONTENTS}
+        httpx.post(f"{url}/admin/fold", json={"name": "bounded"}, timeout=120).raise_for_status()
+        right["bounded"] = ask(client, "bounded")
+        httpx.post(f"{url}/admin/unfold", timeout=120).raise_for_status()
+        history = History()
+        for name in (*CONTENTS, "bounded"):
+            history.change(name, name, 0.0)
+        history.change("weights", None, 0.0)
+        end = time.monotonic() + MINUTES * 60
+        operator = Operator(url, folder, contents, history, end)
+        faults: list[str] = []
+        outcomes: Counter[str] = Counter()
+
+        def asking(seed: int) -> None:
+            chance = random.Random(seed)
+            while time.monotonic() < end and len(faults) < 20:
+                model = chance.choice([*CONTENTS, *CHANGING, *CHANGING, "bounded"])
+                begin, given, status = time.monotonic(), None, 200
+                try:
+                    given = ask(client, model)
+                except openai.APIStatusError as error:
+                    status = error.status_code
+                stopped = time.monotonic()
+                stood_for = history.during(model, begin, stopped)
+                weights = history.during("weights", begin, stopped)
+                outcomes[f"{status}"] += 1
+                if status == 200:
+                    allowed = set(CONTENTS) if "any" in stood_for else stood_for - {None}
+                    fine = any(near(given, right[content]) for content in allowed)
+                elif status == 404:
+                    fine = None in stood_for
+                else:
+                    fine = status == 409 and (model == "bounded" or weights != {None})
+                if not fine:
+                    faults.append(f"{model}: {status} {given}, stood for {stood_for}, {weights}")
+
+        process = psutil.Process(server.pid)
+
+        def memory() -> float:
+            family = [process, *process.children(recursive=True)]
+            return sum(p.memory_full_info().uss for p in family) / 2**20
+
+        threads = [operator, *(threading.Thread(target=asking, args=(i,)) for i in range(4))]
+        for thread in threads:
+            thread.start()
+        sizes = []
+        while time.monotonic() < end:
+            time.sleep(min(30.0, max(0.1, end - time.monotonic())))
+            sizes.append(memory())
+        for thread in threads:
+            thread.join(180)
+        print(f"{dict(operator.done)} {dict(outcomes)} MiB {[round(s) for s in sizes]}")
+        assert operator.error is None, repr(operator.error)
+        assert faults == []
+        settled = sizes[len(sizes) // 4 :]
+        assert max(settled) <= 1.05 * settled[0] + 20, sizes
