@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
+.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -70,6 +70,10 @@ bench-step: setup ## the adapter step of one linear against LoRA's and the base 
 
 bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
 	$(PY) -m benchmarks.cycle $(ARGS)
+
+bench-lifecycle: setup ## updates, pushes, cold adapters and a restart with a thousand adapters
+	$(PY) -m benchmarks.lifecycle $(ARGS)
+
 bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
 	$(PY) -m benchmarks.train_step $(ARGS)
 

@@ -156,7 +156,9 @@ async def wait_until_known(http: httpx.AsyncClient, count: int) -> float:
     return time.perf_counter() - start
 
 
-async def measure(url: str, folder: Path, names: list[str], contents: list[Path], slots: int) -> Any:
+async def measure(
+    url: str, folder: Path, names: list[str], contents: list[Path], slots: int
+) -> dict[str, Any]:
     client = connect(url)
     async with httpx.AsyncClient(base_url=url, timeout=120) as http:
         await wait_until_known(http, len(names))

@@ -32,8 +32,9 @@ class ListedModel:
 class ServedModels:
     """The table of model names behind ``/v1/models`` and the routing of requests.
 
-    Takes over ``lora_requests``, ``show_available_models`` and ``model_name`` of the one ``OpenAIServingModels``
-    of a server; its ``base_model_paths`` says which names run on the engine's weights as they are.
+    Takes over ``lora_requests``, ``show_available_models`` and ``model_name`` of the one
+    ``OpenAIServingModels`` of a server; its ``base_model_paths`` says which names run on the
+    engine's weights as they are.
 
     Args:
         models: vLLM's.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from secura_serve.adapter import check_name
 from secura_serve.errors import ConfigError, LifecycleError
-from secura_serve.serve.app.adapters.snapshots import Snapshot
+from secura_serve.serve.app.adapters.snapshots import Snapshot, placed_files
 from secura_serve.serve.app.adapters.verifier import Entry
 
 __all__ = ["KEPT_VERSIONS", "Library", "Origin", "Record", "Version", "split_version"]
@@ -85,6 +85,8 @@ class Record:
     """Why the newest content of its folder is not served."""
     on_disk: str | None = None
     """The digest that its folder had when it was last looked at; None: it has no folder."""
+    placed: tuple[tuple[int, int], ...] = ()
+    """Which files these were, see :func:`~.snapshots.placed_files`."""
 
     @property
     def serving(self) -> Version | None:
@@ -165,6 +167,7 @@ class Library:
         record = self.records.setdefault(version.name, Record())
         if version.origin != "push":
             record.on_disk = version.digest
+            record.placed = placed_files(version.snapshot.source)
         same = [v for v in record.versions if v.digest == version.digest]
         others = [v for v in record.versions if v.digest != version.digest]
         record.versions = [*(same or [version]), *others]

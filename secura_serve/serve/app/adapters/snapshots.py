@@ -27,7 +27,7 @@ from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, StorageError
 from secura_serve.serve.app.adapters.verified import Stamps, Verified
 
-__all__ = ["KEPT_DAYS", "Snapshot", "SnapshotStore", "digest_of", "stamps_of"]
+__all__ = ["KEPT_DAYS", "Snapshot", "SnapshotStore", "digest_of", "placed_files", "stamps_of"]
 
 KEPT_DAYS = 30
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -175,6 +175,16 @@ def stamps_of(folder: Path) -> Stamps:
     """Return inode, size and change time of an adapter's files. Raises OSError."""
     stats = [(folder / name).stat() for name in _FILES]
     return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
+
+
+def placed_files(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return inode and time of writing of an adapter's files: what changes when they are written,
+    and not when they are read, renamed or given other rights; nothing if they cannot be seen."""
+    try:
+        stats = [(folder / name).stat() for name in _FILES]
+    except OSError:
+        return ()
+    return tuple((stat.st_ino, stat.st_mtime_ns) for stat in stats)
 
 
 def digest_of(folder: Path, copy_to: Path | None = None) -> str:

@@ -20,7 +20,7 @@ from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import LifecycleError, SecuraError
 from secura_serve.serve.app.adapters.catalog import adapter_folders
 from secura_serve.serve.app.adapters.library import Library
-from secura_serve.serve.app.adapters.snapshots import digest_of, stamps_of
+from secura_serve.serve.app.adapters.snapshots import digest_of, placed_files, stamps_of
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
 
 __all__ = ["FolderWatch", "SETTLE_S"]
@@ -129,7 +129,10 @@ class FolderWatch:
         with suppress(OSError):
             digest = await asyncio.to_thread(digest_of, folder)
         if record is not None and digest is not None and record.on_disk == digest:
-            return None
+            placed = await asyncio.to_thread(placed_files, folder)
+            # Equal files that were placed anew, over a version that was pushed, are the newest.
+            if placed == record.placed or (record.serving and record.serving.digest == digest):
+                return None
         await self._updates.from_folder(name)
         return "added" if record is None else "updated"
 
