@@ -16,6 +16,7 @@ from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.logs import is_json
 from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 
 __all__ = [
@@ -163,6 +164,7 @@ def parse_vllm_flags(
             lora_target_modules=targets,
         )
     args = _parse(parser, arguments)
+    _check_logging(args)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
             f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
@@ -197,6 +199,23 @@ def parse_vllm_flags(
     args.middleware = [*args.middleware, _GUARD]
     validate(args)
     return args
+
+
+def _check_logging(args: Any) -> None:
+    """Raise ConfigError for flags that vLLM would not follow under ``--log-format json``."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("log_config_file", "logging_config", "log_level")
+        if getattr(args, name, None) not in (None, os.environ.get("VLLM_LOGGING_CONFIG_PATH"))
+    ]
+    if args.disable_access_log_for_endpoints:
+        given.append("--disable-access-log-for-endpoints")
+    if given and is_json():
+        raise ConfigError(
+            f"{', '.join(given)}: --log-format json configures vLLM's logging itself; leave one of "
+            "them out (the level is $VLLM_LOGGING_LEVEL; --disable-uvicorn-access-log drops the "
+            "lines about requests)"
+        )
 
 
 def server_keys(args: Any, *, admin: str | None) -> Keys:

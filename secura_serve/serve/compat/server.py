@@ -15,8 +15,10 @@ __all__ = [
     "ListedModel",
     "ServedModels",
     "background_tasks",
+    "first_token_seconds",
     "make_arg_parser",
     "supports_adapters",
+    "yields_deltas",
 ]
 
 
@@ -100,6 +102,19 @@ def background_tasks(state: Any) -> Callable[[], Iterable[Any]]:
             f">={SUPPORTED[0]},<{SUPPORTED[1]}"
         )
     return lambda: responses.background_tasks.values()
+
+
+def yields_deltas(sampling_params: Any) -> bool:
+    """Return whether a request's answers each hold what is new, instead of all until then."""
+    from vllm.sampling_params import RequestOutputKind
+
+    return bool(sampling_params.output_kind == RequestOutputKind.DELTA)
+
+
+def first_token_seconds(answer: Any) -> float | None:
+    """Return the time from a request's arrival to its first token, as vLLM has measured it; None
+    where it does not (``--disable-log-stats``) or there is no token yet."""
+    return getattr(answer.metrics, "first_token_latency", None) or None
 
 
 def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:
