@@ -1,8 +1,8 @@
 """Proves that deploy/grafana.json is JSON whose queries parse and name only metrics that exist.
 
 Ours are those of the server's table; vLLM's are looked up in the sources of the installed vLLM,
-which is not imported. Needs promql-parser (dev extra) for the syntax, vLLM for its names. Whether a Grafana
-shows it well is not proven.
+which is not imported. Needs promql-parser (dev extra) for the syntax, vLLM for its names.
+Whether a Grafana shows it well is not proven.
 """
 
 from __future__ import annotations
