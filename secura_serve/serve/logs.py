@@ -8,16 +8,15 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["LogFormat", "follow", "is_json", "say", "vllm_logging", "write_json"]
-
-LogFormat = Literal["text", "json"]
+__all__ = ["LOGGING_FILE", "follow", "is_json", "say", "vllm_logging", "write_json"]
 
 _LOGGER = "secura_serve"
-_VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
+LOGGING_FILE = "VLLM_LOGGING_CONFIG_PATH"
+"""Environment variable of vLLM's: the file that says how its processes log."""
 
 
 class _Output:
@@ -59,9 +58,9 @@ def write_json(folder: Path) -> None:
     Raises:
         ConfigError: vLLM's logging is configured otherwise already.
     """
-    if os.environ.get(_VARIABLE) or os.environ.get("VLLM_CONFIGURE_LOGGING", "1") == "0":
+    if os.environ.get(LOGGING_FILE) or os.environ.get("VLLM_CONFIGURE_LOGGING", "1") == "0":
         raise ConfigError(
-            f"--log-format json configures vLLM's logging itself; unset {_VARIABLE} and "
+            f"--log-format json configures vLLM's logging itself; unset {LOGGING_FILE} and "
             "VLLM_CONFIGURE_LOGGING, or leave the flag out"
         )
     try:
@@ -82,7 +81,7 @@ def write_json(folder: Path) -> None:
         new = file.with_suffix(f".{os.getpid()}")
         new.write_text(text, "utf-8")
         new.replace(file)
-    os.environ[_VARIABLE] = str(file)
+    os.environ[LOGGING_FILE] = str(file)
     logging.captureWarnings(True)
     _Output.json = JsonLines()
 

@@ -17,6 +17,7 @@ __all__ = [
     "background_tasks",
     "first_token_seconds",
     "make_arg_parser",
+    "log_by_file",
     "supports_adapters",
     "yields_deltas",
 ]
@@ -132,6 +133,22 @@ def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:
         f"vLLM {vllm_version()}: make_arg_parser is neither in launchers.cli_args nor in "
         f"common.cli_args; supported: >={SUPPORTED[0]},<{SUPPORTED[1]}"
     )
+
+
+def log_by_file(args: Any, file: str) -> None:
+    """Have vLLM's processes and uvicorn log as a file says.
+
+    Args:
+        args: vLLM's ``serve`` namespace.
+        file: holds a ``dictConfig`` as JSON.
+    """
+    try:
+        from vllm.config.logging import LoggingConfig
+    except ImportError:
+        # Before LoggingConfig there was the flag --log-config-file.
+        args.log_config_file = file
+        return
+    args.logging_config = LoggingConfig(pylogging_config_file=file)
 
 
 def supports_adapters(architectures: list[str]) -> bool:
