@@ -40,7 +40,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "request_id",
         "lora_request",
     ),
-    "vllm.sampling_params:RequestOutputKind.DELTA": None,
+    "vllm.sampling_params:RequestOutputKind": None,
     "vllm.lora.utils:_all_lora_classes": None,
     "vllm.lora.utils:from_layer": None,
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),

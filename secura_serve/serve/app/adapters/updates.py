@@ -47,7 +47,7 @@ def _counting_refusals(change: _Change[P, R]) -> _Change[P, R]:
     """Have the observer told of what a change refuses."""
 
     @wraps(change)
-    async def counted(self: AdapterUpdates, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def counted(self: AdapterUpdates, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await change(self, *args, **kwargs)
         except SecuraError as error:
