@@ -1,8 +1,8 @@
 """Proves that deploy/grafana.json is JSON whose queries parse and name only metrics that exist.
 
-Ours are listed here; vLLM's are looked up in the sources of the installed vLLM, which is not
-imported. Needs promql-parser (dev extra) for the syntax, vLLM for its names. Whether a Grafana
-shows it well is not proven.
+Ours are those of the server's table; vLLM's are looked up in the sources of the installed vLLM,
+which is not imported. Needs promql-parser (dev extra) for the syntax, vLLM for its names.
+Whether a Grafana shows it well is not proven.
 """
 
 from __future__ import annotations
@@ -15,25 +15,13 @@ from typing import Any
 
 import pytest
 
+from secura_serve.serve.app.metrics import METRICS, STATES
 from tests.support import ROOT
 
 BOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text("utf-8"))
 PANELS: list[dict[str, Any]] = BOARD["panels"]
 # Metric -> its labels, beside those that Prometheus adds.
-OURS = {
-    "secura_adapters": {"state"},
-    "secura_adapter_loads_total": set(),
-    "secura_adapter_evictions_total": set(),
-    "secura_adapter_load_seconds_bucket": {"le"},
-    "secura_fold_seconds_bucket": {"le"},
-    "secura_adapter_requests_total": {"adapter"},
-    "secura_adapter_prompt_tokens_total": {"adapter"},
-    "secura_adapter_generation_tokens_total": {"adapter"},
-    "secura_adapter_time_to_first_token_seconds_bucket": {"adapter", "le"},
-    "secura_watch_events_total": {"kind"},
-    "secura_adapter_versions": set(),
-    "secura_adapter_refusals_total": {"reason"},
-}
+OURS = dict(metric.sample() for metric in METRICS)
 _METRIC = re.compile(r"\b(?:secura_|vllm:)\w+")
 
 
@@ -66,7 +54,7 @@ def test_every_query_is_promql_and_uses_the_labels_of_its_metric() -> None:
 def test_all_of_our_metrics_are_shown_and_no_others() -> None:
     assert {name for name in named() if name.startswith("secura_")} == set(OURS)
     states = set(re.findall(r'state="(\w+)"', " ".join(queries())))
-    assert states == {"known", "resident", "pinned", "refused"}
+    assert states == set(STATES) == {"known", "resident", "pinned", "refused"}
 
 
 def test_vllm_has_the_metrics_of_its_own_that_are_shown() -> None:

@@ -16,6 +16,7 @@ from types import TracebackType
 import secura_serve
 from secura_serve.errors import ServeError
 from secura_serve.serve.app.http.access import PageAccess
+from secura_serve.serve.logs import follow, is_json, say
 
 __all__ = ["ChatPage"]
 
@@ -100,7 +101,7 @@ class ChatPage:
             return
         command = _command()
         if command is None:
-            print("no chat page: pip install 'secura-serve[demo]' (or start with --no-ui)")
+            say("no chat page: pip install 'secura-serve[demo]' (or start with --no-ui)", prefix="")
             return
         command += ["--endpoint", f"{self.endpoint}/v1", "--host", self.host]
         command += ["--port", str(self.port)]
@@ -118,12 +119,21 @@ class ChatPage:
         # The pipe closes with this process, however that ends, and the page ends with the pipe. A
         # session of its own: a Ctrl-C in the terminal is for the server, which then ends the page.
         command += ["--until-stdin-closes"]
+        if is_json():
+            environment["PYTHONUNBUFFERED"] = "1"
         self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if is_json() else None,
+            stderr=subprocess.STDOUT if is_json() else None,
+            start_new_session=True,
         )
+        if self._process.stdout is not None:
+            follow(self._process.stdout, "secura_serve.chat_page")
         shown = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         if self._wait(f"http://{shown}:{self.port}/"):
-            print(f"chat page: http://{shown}:{self.port}", flush=True)
+            say(f"chat page: http://{shown}:{self.port}", prefix="")
 
     def _wait(self, url: str) -> bool:
         """Wait for ``url``: True once it answers, False when told to stop or the page has ended."""

@@ -83,6 +83,13 @@ class ServeConfig:
         "drop a client that has not read its answer for so many seconds", 60.0, metavar="SECONDS"
     )
 
+    log_format: str = option(
+        "how our lines and vLLM's are printed; json: each line is an object with time, level, "
+        "logger and message",
+        "text",
+        choices=("text", "json"),
+    )
+
     def __post_init__(self) -> None:
         problems = []
         if self.adapters == "":

@@ -20,7 +20,9 @@ from secura_serve.merge import verify_base
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.admission import Admission, Refusal
+from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.compat import ServedModels
+from secura_serve.serve.logs import say
 from secura_serve.suggest import did_you_mean, near_names
 
 __all__ = ["DEFAULT_TIMEOUT", "Folding"]
@@ -39,14 +41,22 @@ class Folding:
         names: what the base is called in requests.
         library: the adapters.
         per_request: whether this engine takes adapters per request at all.
+        observer: is told how long each change took.
     """
 
     def __init__(
-        self, base: Path, names: Sequence[str], library: Library, *, per_request: bool = True
+        self,
+        base: Path,
+        names: Sequence[str],
+        library: Library,
+        *,
+        per_request: bool = True,
+        observer: Observer | None = None,
     ) -> None:
         self.base, self.names, self.library = base, tuple(names), library
         self._base_files = BaseFiles(base)
         self.per_request = per_request
+        self._observer = observer or Observer()
         self.folded: str | None = None
         """The model name that is folded, as it was asked for."""
         self.folded_version: Version | None = None
@@ -85,6 +95,11 @@ class Folding:
     def _ready(self, version: Version) -> bool:
         """Return whether a version answers while nothing is folded."""
         return self.per_request and version.per_request
+
+    def base_label(self) -> str:
+        """Return whose answers the weights give where no adapter is chosen: the base's or those of
+        the adapter that is folded."""
+        return self.folded_version.name if self.folded_version else self.names[0]
 
     @property
     def busy(self) -> bool:
@@ -199,16 +214,16 @@ class Folding:
             self._one_at_a_time.release()
         total = time.perf_counter() - begin
         what = f"folded {name}: it alone is answered" if name else "unfolded: all answer again"
-        print(f"secura-serve: {what} (after {total:.2f} s)", flush=True)
+        self._observer.weights_folded(total)
+        say(f"{what} (after {total:.2f} s)")
         return {"folded": name, "changed": True, **done, "total_seconds": total, **drift}
 
     async def _drift(self, version: Version | None) -> dict[str, Any]:
         if version is None or not await asyncio.to_thread(version.snapshot.has_changed):
             return {}
-        print(
-            f"secura-serve: {version.snapshot.source} does not hold what is served as "
-            f"{version.name}; that is {version} (POST /v1/adapters/reload serves the new files)",
-            flush=True,
+        say(
+            f"{version.snapshot.source} does not hold what is served as "
+            f"{version.name}; that is {version} (POST /v1/adapters/reload serves the new files)"
         )
         return {"changed_on_disk": True}
 

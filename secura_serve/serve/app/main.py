@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
-from secura_serve.bases import ALIASES
+from secura_serve.bases import ALIASES, cache_root
 from secura_serve.command import CommandParser, run_command
 from secura_serve.config import add_flags, build
+from secura_serve.serve import logs
 from secura_serve.serve.app.config import FROM_ENVIRONMENT, ServeConfig
 from secura_serve.serve.app.lifecycle.start_signals import hide_leak_warnings
 
@@ -60,6 +62,8 @@ def _run(argv: list[str]) -> int:
         print_help(argv)
     hide_leak_warnings()
     config, rest = read_flags(argv)
+    if config.log_format == "json":
+        logs.write_json(cache_root() / "serve")
     from secura_serve.serve.app.start import start
 
     return start(config, rest)
@@ -67,4 +71,8 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-serve", _run, argv)
+    return run_command("secura-serve", _run, argv, report=_report)
+
+
+def _report(text: str) -> None:
+    logs.say(text, prefix="", level=logging.ERROR, to_stderr=True)

@@ -22,6 +22,7 @@ from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_s
 from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 from secura_serve.serve.app.memory import Memory, kv_cache_gib
 from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
+from secura_serve.serve.logs import say
 
 __all__ = ["run"]
 
@@ -61,8 +62,8 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
         raise ServeError(
             f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
         ) from error
-    print(f"\n{who_can_reach(args, context.keys, access, config.ui_port)}")
-    print(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", flush=True)
+    say(f"\n{who_can_reach(args, context.keys, access, config.ui_port)}", prefix="")
+    say(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", prefix="")
     stop_cleanly_during_start()
     args.middleware = [*args.middleware, MIDDLEWARE]
     with page, EngineHealth() as health:

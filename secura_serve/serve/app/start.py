@@ -44,6 +44,7 @@ from secura_serve.serve.app.vllm_flags import (
     server_keys,
 )
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.logs import say
 from secura_serve.serve.names import LOAD_FORMAT
 from secura_serve.suggest import did_you_mean
 
@@ -73,7 +74,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     catalog = _catalog(config, base, names, verifier)
     if config.check:
         if not catalog.entries:
-            print(no_adapters(config.adapters))
+            say(no_adapters(config.adapters), prefix="")
         return 1 if catalog.refused else 0
     checkpoint = Checkpoint(base.path)
     served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
@@ -102,7 +103,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     if args.load_format == LOAD_FORMAT:
         announce_fold(str(base.path), args)
     elif not catalog.entries:
-        print(no_adapters(config.adapters))
+        say(no_adapters(config.adapters), prefix="")
     memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
     if per_request:
         warn_of_fewer_slots(memory, served, loras)
@@ -126,12 +127,16 @@ def _context(
     """Put the parts of the server together."""
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http.context import ServerContext
+    from secura_serve.serve.app.metrics import Metrics
 
+    metrics = Metrics()
     root = Path(config.adapters).expanduser() if config.adapters else None
     library = Library(names, keep=config.adapter_versions)
-    folding = Folding(base.path, names, library, per_request=per_request)
+    folding = Folding(base.path, names, library, per_request=per_request, observer=metrics)
     state = StateFile(_state_path(config, args, root)) if root is not None else None
-    updates = AdapterUpdates(root, library, verifier, state, folding.admission.ended)
+    updates = AdapterUpdates(
+        root, library, verifier, state, folding.admission.ended, observer=metrics
+    )
     updates.fill(catalog.entries)
     return ServerContext(
         folding,
@@ -141,6 +146,7 @@ def _context(
         follow=config.watch,
         strict=config.strict,
         fold_at_start=config.fold,
+        metrics=metrics,
     )
 
 
@@ -193,7 +199,7 @@ def _catalog(
         if verifier.store is not None:
             verifier.store.remove_unused()
     if catalog.entries:
-        print(f"{catalog.table()}\n\n{summary(catalog, config.base)}", flush=True)
+        say(f"{catalog.table()}\n\n{summary(catalog, config.base)}", prefix="")
     if config.fold in {lora.name for lora in catalog.plain_loras}:
         raise ConfigError(
             f"--fold {config.fold}: a plain LoRA is chosen per request, and not folded; leave it "
@@ -228,10 +234,11 @@ def _prepare_vllm(
     architectures = checkpoint.config.get("architectures") or []
     if not compat.supports_adapters(architectures):
         if served:
-            print(
+            say(
                 f"\nvLLM {compat.vllm_version()} offers no per-request adapters for "
                 f"{', '.join(architectures)}: each of these answers only while it is folded "
-                "(--fold NAME, or POST /admin/fold), plain LoRAs not at all"
+                "(--fold NAME, or POST /admin/fold), plain LoRAs not at all",
+                prefix="",
             )
         return False
     plugin.activate()

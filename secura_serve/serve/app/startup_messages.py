@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from secura_serve.adapter import Adapter
@@ -11,6 +12,7 @@ from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.app.memory import Memory
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.logs import say
 
 __all__ = [
     "announce_fold",
@@ -28,11 +30,13 @@ def warn_of_width(basis: SharedBasis, adapters: list[Adapter]) -> None:
     if outside := basis.off_basis(adapters):
         more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
         verb = "does" if len(outside) == 1 else "do"
-        print(
+        say(
             f"\nwarning: {', '.join(outside[:5])}{more} {verb} not share the basis of the others, "
             f"so that every token of every adapter pays for up to {basis.width} rows and columns a "
             f"linear instead of {max(a.r for a in adapters)}. Trained with the --selection and "
-            "--selection-seed of the others they would cost nothing extra"
+            "--selection-seed of the others they would cost nothing extra",
+            prefix="",
+            level=logging.WARNING,
         )
 
 
@@ -44,10 +48,11 @@ def warn_of_fewer_slots(
     if slots >= len(served):
         return
     widest = max(loras, key=lambda lora: lora.r, default=None)
-    print(
+    say(
         f"\n{len(served)} adapters take turns in {slots} slots of {memory.slot / 2**20:.2f} MiB "
         "(--max-loras): a request for one that is in none waits until it is"
-        + (f". The LoRA {widest.name}, of rank {widest.r}, makes all as large" if widest else "")
+        + (f". The LoRA {widest.name}, of rank {widest.r}, makes all as large" if widest else ""),
+        prefix="",
     )
 
 
@@ -57,9 +62,10 @@ def announce_fold(base: str, args: Any) -> None:
 
     specs = named_adapters(args.model_loader_extra_config or {})
     open_source(base, specs)
-    print(
+    say(
         f"folding {' + '.join(specs)} into the weights while loading; the result answers as "
-        f"{args.served_model_name[0]} (--served-model-name gives it another name)"
+        f"{args.served_model_name[0]} (--served-model-name gives it another name)",
+        prefix="",
     )
 
 

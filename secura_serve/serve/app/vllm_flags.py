@@ -16,6 +16,7 @@ from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.logs import LOGGING_FILE, is_json
 from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 
 __all__ = [
@@ -163,6 +164,8 @@ def parse_vllm_flags(
             lora_target_modules=targets,
         )
     args = _parse(parser, arguments)
+    if is_json():
+        _log_as_json(args)
     if args.model_tag is not None or args.model != str(path):
         raise ConfigError(
             f"{args.model_tag or args.model!r}: the base model is named by --base, not otherwise"
@@ -197,6 +200,30 @@ def parse_vllm_flags(
     args.middleware = [*args.middleware, _GUARD]
     validate(args)
     return args
+
+
+def _log_as_json(args: Any) -> None:
+    """Have vLLM log as :func:`~secura_serve.serve.logs.write_json` has decided.
+
+    Raises:
+        ConfigError: a flag that vLLM would then not follow.
+    """
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("log_config_file", "logging_config", "log_level")
+        if getattr(args, name, None) not in (None, os.environ[LOGGING_FILE])
+    ]
+    if args.disable_access_log_for_endpoints:
+        given.append("--disable-access-log-for-endpoints")
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: --log-format json configures vLLM's logging itself; leave one of "
+            "them out (the level is $VLLM_LOGGING_LEVEL; --disable-uvicorn-access-log drops the "
+            "lines about requests)"
+        )
+    from secura_serve.serve.compat import log_by_file
+
+    log_by_file(args, os.environ[LOGGING_FILE])
 
 
 def server_keys(args: Any, *, admin: str | None) -> Keys:

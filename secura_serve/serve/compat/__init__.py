@@ -21,6 +21,8 @@ What is used, and why there is no public way:
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
 * ``OpenAIServingModels``: which names a server answers to, changed when adapters come and go and
   while one is folded.
+* ``EngineClient.generate`` and ``encode`` (public): wrapped on the one engine client, to count
+  requests and tokens by adapter; ``RequestOutput.metrics.first_token_latency`` is read there.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
 * ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
@@ -34,8 +36,11 @@ from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
     background_tasks,
+    first_token_seconds,
+    log_by_file,
     make_arg_parser,
     supports_adapters,
+    yields_deltas,
 )
 from secura_serve.serve.compat.workers import (
     apply_stock_lora,
@@ -73,8 +78,10 @@ __all__ = [
     "check_manager",
     "check_worker",
     "install",
+    "first_token_seconds",
     "kv_head_copies",
     "load_stock_lora",
+    "log_by_file",
     "make_arg_parser",
     "lora_request",
     "model_manager",
@@ -90,4 +97,5 @@ __all__ = [
     "unpinned_slots",
     "vllm_version",
     "worker_adapters",
+    "yields_deltas",
 ]

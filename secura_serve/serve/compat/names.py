@@ -28,6 +28,19 @@ SUPPORTED = ("0.31", "0.34")
 
 # name -> parameters that we rely on (None: not a function)
 NAMES: Mapping[str, tuple[str, ...] | None] = {
+    "vllm.engine.protocol:EngineClient.generate": (
+        "prompt",
+        "sampling_params",
+        "request_id",
+        "lora_request",
+    ),
+    "vllm.engine.protocol:EngineClient.encode": (
+        "prompt",
+        "pooling_params",
+        "request_id",
+        "lora_request",
+    ),
+    "vllm.sampling_params:RequestOutputKind": None,
     "vllm.lora.utils:_all_lora_classes": None,
     "vllm.lora.utils:from_layer": None,
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),

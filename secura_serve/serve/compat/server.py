@@ -15,8 +15,11 @@ __all__ = [
     "ListedModel",
     "ServedModels",
     "background_tasks",
+    "first_token_seconds",
     "make_arg_parser",
+    "log_by_file",
     "supports_adapters",
+    "yields_deltas",
 ]
 
 
@@ -110,6 +113,19 @@ def background_tasks(state: Any) -> Callable[[], Iterable[Any]]:
     return lambda: responses.background_tasks.values()
 
 
+def yields_deltas(sampling_params: Any) -> bool:
+    """Return whether a request's answers each hold what is new, instead of all until then."""
+    from vllm.sampling_params import RequestOutputKind
+
+    return bool(sampling_params.output_kind == RequestOutputKind.DELTA)
+
+
+def first_token_seconds(answer: Any) -> float | None:
+    """Return the time from a request's arrival to its first token, as vLLM has measured it; None
+    where it does not (``--disable-log-stats``) or there is no token yet."""
+    return getattr(answer.metrics, "first_token_latency", None) or None
+
+
 def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:
     """Return the parser of ``vllm serve`` and its check; their module moved in 0.33."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -125,6 +141,22 @@ def make_arg_parser() -> tuple[Any, Callable[[Any], None]]:
         f"vLLM {vllm_version()}: make_arg_parser is neither in launchers.cli_args nor in "
         f"common.cli_args; supported: >={SUPPORTED[0]},<{SUPPORTED[1]}"
     )
+
+
+def log_by_file(args: Any, file: str) -> None:
+    """Have vLLM's processes and uvicorn log as a file says.
+
+    Args:
+        args: vLLM's ``serve`` namespace.
+        file: holds a ``dictConfig`` as JSON.
+    """
+    try:
+        from vllm.config.logging import LoggingConfig
+    except ImportError:
+        # Before LoggingConfig there was the flag --log-config-file.
+        args.log_config_file = file
+        return
+    args.logging_config = LoggingConfig(pylogging_config_file=file)
 
 
 def supports_adapters(architectures: list[str]) -> bool:

@@ -56,9 +56,12 @@ class AdapterCalls:
         for path in paths:
             manager.drop(path)
 
-    def secura_resident(self) -> list[int]:
-        """Return the ``lora_int_id`` of every adapter that is in a slot."""
-        return compat.resident(compat.worker_adapters(self.model_runner))
+    def secura_slots(self) -> tuple[list[int], int, int]:
+        """Return the ``lora_int_id`` of every adapter that is in a slot, and how many adapters were
+        put into one, or had to leave one for another, since the start."""
+        worker_manager = compat.worker_adapters(self.model_runner)
+        manager = compat.model_manager(worker_manager)
+        return compat.resident(worker_manager), manager.loads, manager.evictions
 
     def secura_pin(self, name: str, number: int, path: str, pinned: bool) -> str | None:
         """Keep an adapter in a slot, or no longer; return why that cannot be done, or None."""

@@ -52,6 +52,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         ours, slots = vllm_config.additional_config[CONFIG_KEY], vllm_config.lora_config.max_loras
+        self.loads = self.evictions = 0
         self.lora: torch.Tensor | None = None
         if ours["plain_lora"]:
             self.lora = torch.zeros(slots + 1, dtype=torch.bool)
@@ -93,6 +94,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Fill the slot that vLLM has chosen, by one copy."""
+        full = None not in self.lora_index_to_id
         if not super().activate_adapter(lora_id):
             return False
         slot = compat.slot_of(self, lora_id)
@@ -103,6 +105,10 @@ class CURModelManager(LRUCacheLoRAModelManager):
             self.bank.clear(slot)
         if self.lora is not None:
             self.lora[slot] = core is None
+        # Adapters of rank 0 are those of vLLM's warm-up.
+        if core is None or core.rank:
+            self.loads += 1
+            self.evictions += full
         return True
 
 

@@ -43,7 +43,7 @@ async def serve_adapters(context: ServerContext, engine: Any, models: Any) -> No
     folding.bind(engine, served)
     if isinstance(table, AdapterTable):
         library.changed = table.update_name
-        updates.workers = Workers(engine, lambda: updates.verifier.norm_bounds)
+        updates.workers = Workers(engine, lambda: updates.verifier.norm_bounds, updates.observer)
         folding.admission.prepare = updates.preparation
         if context.strict:
             await updates.prepare_all(strict=True)

@@ -14,8 +14,10 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.atomic import atomic_folder
@@ -27,11 +29,32 @@ from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.workers import Workers
+from secura_serve.serve.app.observer import Observer
+from secura_serve.serve.logs import say as say_line
 
 __all__ = ["AdapterUpdates", "UPLOADED"]
 
 UPLOADED = (CONFIG_NAME, WEIGHTS_NAME, "README.md", "train.json")
 """The files that an upload may hold; the first two it must."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_Change = Callable[Concatenate["AdapterUpdates", P], Coroutine[Any, Any, R]]
+
+
+def _counting_refusals(change: _Change[P, R]) -> _Change[P, R]:
+    """Have the observer told of what a change refuses."""
+
+    @wraps(change)
+    async def counted(self: AdapterUpdates, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await change(self, *args, **kwargs)
+        except SecuraError as error:
+            self.observer.adapter_refused(error)
+            raise
+
+    return counted
 
 
 class AdapterUpdates:
@@ -44,6 +67,7 @@ class AdapterUpdates:
         state: where decisions outlive a restart; None forgets them.
         ended: returns once every request that runs now has ended.
         say: tells the operator one line.
+        observer: is told of every refusal.
     """
 
     def __init__(
@@ -53,10 +77,12 @@ class AdapterUpdates:
         verifier: Verifier,
         state: StateFile | None = None,
         ended: Callable[[], Awaitable[None]] | None = None,
-        say: Callable[[str], None] = lambda line: print(f"secura-serve: {line}", flush=True),
+        say: Callable[[str], None] = say_line,
+        observer: Observer | None = None,
     ) -> None:
         self.root, self.library, self.verifier, self.state = root, library, verifier, state
         self.say = say
+        self.observer = observer or Observer()
         self.workers: Workers | None = None
         self._ended = ended
         self._numbers = itertools.count(1)
@@ -76,6 +102,8 @@ class AdapterUpdates:
         for entry in entries:
             if entry.error is not None or entry.snapshot is None:
                 self.library.refuse(entry.name, str(entry.error))
+                if entry.error is not None:
+                    self.observer.adapter_refused(entry.error)
                 continue
             created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
             self.library.add(
@@ -87,6 +115,7 @@ class AdapterUpdates:
 
     # What the routes and the watch call.
 
+    @_counting_refusals
     async def from_folder(self, name: str) -> Version:
         """Serve what the folder ``name`` below the root holds now.
 
@@ -105,6 +134,7 @@ class AdapterUpdates:
                 self.library.refuse(name, str(error))
                 raise
 
+    @_counting_refusals
     async def upload(self, name: str, files: Mapping[str, bytes]) -> Version:
         """Write an adapter into the folder, in one step, and serve it.
 
@@ -139,6 +169,7 @@ class AdapterUpdates:
             entry = await asyncio.to_thread(self.verifier.examine, root / name)
             return await self._publish(entry, "upload")
 
+    @_counting_refusals
     async def push(self, name: str, body: bytes, basis: str | None = None) -> Version:
         """Serve new U on the basis of the version that ``name`` stands for.
 
@@ -314,6 +345,7 @@ class AdapterUpdates:
         if record is not None and version in record.versions:
             record.versions.remove(version)
             self.library.refuse(version.name, reason)
+            self.observer.adapter_refused(UnservableError(reason))
             self.say(f"{version} is not served: {reason}")
 
     def _retire(self, versions: list[Version]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from secura_serve.serve.app.adapters.catalog import adapter_folders
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.snapshots import digest_of, placed_files, stamps_of
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.observer import WatchEvent
 
 __all__ = ["FolderWatch", "SETTLE_S"]
 
@@ -81,7 +82,7 @@ class FolderWatch:
         while name in self._changed:
             self._changed.discard(name)
             try:
-                await self.sync(name)
+                await self._count(self.sync(name))
             except SecuraError as error:
                 self._say(f"{name} is not served as its folder is now: {error}")
             except Exception as error:
@@ -96,16 +97,27 @@ class FolderWatch:
         """
         names = {path.name for path in await asyncio.to_thread(adapter_folders, self.root)}
         names |= {n for n, r in self._library.records.items() if r.on_disk or r.refused}
-        outcome = {}
+        outcome: dict[str, str] = {}
         for name in sorted(names):
             try:
-                if (change := await self.sync(name)) is not None:
+                if (change := await self._count(self.sync(name))) is not None:
                     outcome[name] = change
             except SecuraError as error:
                 outcome[name] = str(error)
         return outcome
 
-    async def sync(self, name: str) -> str | None:
+    async def _count(self, work: Awaitable[WatchEvent | None]) -> WatchEvent | None:
+        """Await :meth:`sync`, and tell the observer what became of the change."""
+        try:
+            change = await work
+        except SecuraError:
+            self._updates.observer.folder_changed("refused")
+            raise
+        if change is not None:
+            self._updates.observer.folder_changed(change)
+        return change
+
+    async def sync(self, name: str) -> WatchEvent | None:
         """Serve what the folder of one adapter holds now.
 
         Returns:

@@ -10,6 +10,7 @@ from typing import Any
 
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.library import Version
+from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.basis import NormBounds
 
 __all__ = ["Workers"]
@@ -25,10 +26,21 @@ class Workers:
     Args:
         engine: vLLM's ``EngineClient``.
         norm_bounds: what the server has compared with the base, see ``AdapterCalls``.
+        observer: is told how long the workers took to read an adapter.
     """
 
-    def __init__(self, engine: Any, norm_bounds: Callable[[], Mapping[str, NormBounds]]) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        norm_bounds: Callable[[], Mapping[str, NormBounds]],
+        observer: Observer | None = None,
+    ) -> None:
         self._engine, self._norm_bounds = engine, norm_bounds
+        self._observer = observer or Observer()
+        self._read: set[Path] = set()
+        self.loads = self.evictions = 0
+        """How many adapters the engine has put into a slot, or taken out of one for another, until
+        :meth:`resident` was asked last."""
         self._prepared: dict[int, asyncio.Future[str | None]] = {}
         self._resident: tuple[float, frozenset[int]] = (0.0, frozenset())
 
@@ -39,8 +51,14 @@ class Workers:
     async def prepare(self, name: str, path: Path) -> str | None:
         """Have every worker read an adapter; return why one refuses it, or None."""
         bounds = {key: dict(value) for key, value in self._norm_bounds().items()}
+        begin = time.perf_counter()
         ranks = await self._call("secura_prepare", [(name, str(path))], bounds)
-        return next((refused for rank in ranks for refused in rank if refused is not None), None)
+        refused = next((why for rank in ranks for why in rank if why is not None), None)
+        # What the workers have read they do not read again.
+        if refused is None and path not in self._read:
+            self._read.add(path)
+            self._observer.adapter_read(time.perf_counter() - begin)
+        return refused
 
     def preparation(self, version: Version) -> Awaitable[str | None] | None:
         """Return what has to be awaited before a version may run; None if nothing."""
@@ -67,6 +85,7 @@ class Workers:
         numbers = [version.number for version in versions]
         self._resident = (0.0, self._resident[1])
         await self._call("secura_forget", numbers, [str(v.snapshot.path) for v in versions])
+        self._read -= {v.snapshot.path for v in versions}
         for number in numbers:
             self._prepared.pop(number, None)
 
@@ -91,9 +110,10 @@ class Workers:
         if time.monotonic() - asked < _FRESH_S:
             return known
         try:
-            ranks = await asyncio.wait_for(self._call("secura_resident"), _ANSWER_S)
+            ranks = await asyncio.wait_for(self._call("secura_slots"), _ANSWER_S)
         except TimeoutError:
             return known
-        known = frozenset(ranks[0])
+        numbers, self.loads, self.evictions = ranks[0]
+        known = frozenset(numbers)
         self._resident = (time.monotonic(), known)
         return known

@@ -17,6 +17,8 @@ from secura_serve.serve.app.adapters.updates import AdapterUpdates
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import Keys
+from secura_serve.serve.app.metrics import Metrics
+from secura_serve.serve.logs import say
 
 __all__ = ["ServerContext", "context_of"]
 
@@ -43,6 +45,8 @@ class ServerContext:
     """The adapter to fold before the first request."""
     ready_notice: str = ""
     """What is printed once the server answers."""
+    metrics: Metrics | None = None
+    """What ``/metrics`` shows of ours."""
     shutdown: Any = None
     """How the server ends: :class:`~secura_serve.serve.app.lifecycle.draining.Shutdown`."""
     attached: bool = False
@@ -59,7 +63,7 @@ class ServerContext:
         def done(task: asyncio.Task[None]) -> None:
             self.tasks.discard(task)
             if not task.cancelled() and (error := task.exception()) is not None:
-                print(f"secura-serve: {error!r}", flush=True)
+                say(repr(error))
 
         task.add_done_callback(done)
 

@@ -28,6 +28,8 @@ from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
 from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.errors import answer_http_errors
 from secura_serve.serve.app.http.unsupported import answer_unsupported_requests
+from secura_serve.serve.app.request_counts import count_requests
+from secura_serve.serve.app.scrape import AdapterStates, ScrapeMiddleware
 from secura_serve.serve.compat import background_tasks
 
 __all__ = ["AdminPlugin"]
@@ -142,6 +144,9 @@ class AdminPlugin:
             admission=context.folding.admission,
             background=lambda: background_tasks(app.state)(),
         )
+        if context.metrics is not None:
+            states = AdapterStates(context.metrics, context.updates, context.folding)
+            app.add_middleware(ScrapeMiddleware, states=states)
         answer_http_errors(app)
         answer_unsupported_requests(app)
         adapters.attach(app)
@@ -157,6 +162,8 @@ class AdminPlugin:
         """
         context, models = context_of(SimpleNamespace(state=state)), state.openai_serving_models
         background_tasks(state)
+        if context.metrics is not None:
+            count_requests(engine_client, context.metrics, context.folding.base_label)
         await serve_adapters(context, engine_client, models)
         if context.fold_at_start is not None:
             await context.folding.change(context.fold_at_start)

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from secura_serve.serve.app.http.context import context_of
 from secura_serve.serve.app.http.errors import error_body, error_response
 from secura_serve.serve.app.lifecycle.engine_health import EngineHealth
+from secura_serve.serve.logs import say
 
 __all__ = ["MIDDLEWARE", "DrainingMiddleware", "Shutdown"]
 
@@ -85,10 +86,9 @@ class Shutdown:
         self.refusal = "the server is stopping"
         waiting = len(self.running)
         if waiting:
-            print(
-                f"secura-serve: stopping; {waiting} running requests have {self.limit:g} s to "
-                "finish (a second signal cuts them)",
-                flush=True,
+            say(
+                f"stopping; {waiting} running requests have {self.limit:g} s to "
+                "finish (a second signal cuts them)"
             )
         self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))
 
@@ -163,7 +163,7 @@ class DrainingMiddleware:
                 state = scope["app"].state
                 shutdown.begin(state.server, state.engine_client)
                 # Here, since vLLM's log has buried what was printed before the engine's start.
-                print(f"\n{notice}\n", flush=True)
+                say(f"\n{notice}\n", prefix="")
             elif message["type"].startswith("lifespan.shutdown"):
                 # vLLM itself may have noticed first that the engine is dead.
                 shutdown.end()

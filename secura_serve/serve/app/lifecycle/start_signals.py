@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from types import FrameType
+
+from secura_serve.serve.logs import say
 
 __all__ = ["end_at_once", "hide_leak_warnings", "stop_cleanly_during_start"]
 
@@ -20,7 +21,7 @@ def end_at_once(number: int, frame: FrameType | None = None) -> None:
     """End all child processes and this one, with status 128 + signal: a signal handler."""
     import psutil
 
-    print("\nsecura-serve: stopped while starting", file=sys.stderr, flush=True)
+    say("stopped while starting", prefix="\nsecura-serve: ", to_stderr=True)
     for child in psutil.Process().children(recursive=True):
         try:
             # Python's trackers of shared memory end by themselves, once they have removed it.
