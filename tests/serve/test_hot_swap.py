@@ -211,6 +211,12 @@ def test_uploads_pushes_pins_and_aliases(started):
     assert started.http.post("/v1/adapters/up/pin").json()["state"] == "resident"
     for name in ("first", "second", "third"):
         started.answer(name)
+    assert started.adapter("up")["state"] == "resident"
+    # Two others at once take both slots, the pinned one's too, and nobody is refused.
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda name: started.answer(name, 60), ("first", "third")))
+    assert both == [started.answer("first", 60), started.answer("third", 60)]
+    assert started.answer("up") == started.answer("second")
     assert started.adapter("up")["pinned"] and started.adapter("up")["state"] == "resident"
     other = started.http.post("/v1/adapters/first/pin")
     assert other.status_code == 409 and "unpin one" in other.json()["error"]["message"]

@@ -16,7 +16,6 @@ What is used, and why there is no public way:
 * ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters``, ``._active_adapters``
   and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
   they are made.
-* ``LRUCache._unpin``: vLLM pins adapters and has no call that unpins them.
 * ``QKVParallelLinear.num_kv_head_replicas``: ranks that hold copies of one KV head.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
 * ``OpenAIServingModels``: which names a server answers to, changed when adapters come and go and
@@ -54,14 +53,11 @@ from secura_serve.serve.compat.workers import (
     lora_request,
     model_manager,
     packed_modules,
-    pin,
     quiet_reload,
     registered_adapter,
     resident,
     slot_of,
     token_slots,
-    unpin,
-    unpinned_slots,
     worker_adapters,
 )
 
@@ -86,15 +82,12 @@ __all__ = [
     "lora_request",
     "model_manager",
     "packed_modules",
-    "pin",
     "quiet_reload",
     "registered_adapter",
     "resident",
     "slot_of",
     "supports_adapters",
     "token_slots",
-    "unpin",
-    "unpinned_slots",
     "vllm_version",
     "worker_adapters",
     "yields_deltas",

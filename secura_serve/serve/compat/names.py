@@ -87,7 +87,11 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name": ("lora_request",),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": None,
     "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
-    "vllm.utils.cache:LRUCache._unpin": ("key",),
+    "vllm.utils.cache:LRUCache.order": None,
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.set_active_adapters": (
+        "requests",
+        "mapping",
+    ),
     "vllm.v1.worker.gpu_worker:Worker.reload_weights": (),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights": (
         "weights_iterator",

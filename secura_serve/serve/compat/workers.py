@@ -14,9 +14,6 @@ from torch import Tensor
 from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, find, require
 
 __all__ = [
-    "unpin",
-    "pin",
-    "unpinned_slots",
     "resident",
     "lora_request",
     "worker_adapters",
@@ -130,26 +127,6 @@ def resident(worker_manager: Any) -> list[int]:
     """Return the numbers of the adapters that are in a slot."""
     slots = model_manager(worker_manager).lora_index_to_id
     return [int(number) for number in slots if number is not None]
-
-
-def unpinned_slots(worker_manager: Any, number: int) -> int:
-    """Return how many slots are not taken by pinned adapters other than ``number``."""
-    manager = model_manager(worker_manager)
-    return int(manager.lora_slots) - len(set(manager._active_adapters.pinned_items) - {number})
-
-
-def pin(worker_manager: Any, name: str, number: int, path: str) -> None:
-    """Put an adapter into a slot and keep it there."""
-    worker_manager.add_adapter(lora_request(name, number, path))
-    worker_manager.pin_adapter(number)
-
-
-def unpin(worker_manager: Any, number: int) -> None:
-    """Let vLLM take an adapter out of its slot again."""
-    manager = model_manager(worker_manager)
-    for held in (manager._registered_adapters, manager._active_adapters):
-        if number in held.pinned_items:
-            held._unpin(number)
 
 
 def load_stock_lora(worker_manager: Any, lora_request: Any) -> Any:

@@ -51,6 +51,7 @@ class AdapterCalls:
             paths: their folders.
         """
         manager = compat.worker_adapters(self.model_runner)
+        compat.model_manager(manager).pinned -= set(numbers)
         for number in numbers:
             manager.remove_adapter(number)
         for path in paths:
@@ -65,15 +66,16 @@ class AdapterCalls:
 
     def secura_pin(self, name: str, number: int, path: str, pinned: bool) -> str | None:
         """Keep an adapter in a slot, or no longer; return why that cannot be done, or None."""
-        manager = compat.worker_adapters(self.model_runner)
+        worker_manager = compat.worker_adapters(self.model_runner)
+        manager = compat.model_manager(worker_manager)
         if not pinned:
-            compat.unpin(manager, number)
+            manager.pinned.discard(number)
             return None
-        free = compat.unpinned_slots(manager, number)
-        if free < 2:
+        if len(manager.pinned - {number}) + 1 >= manager.lora_slots:
             return (
-                f"one slot must stay free for the other adapters, and all but {free} are pinned; "
+                f"one of the {manager.lora_slots} slots must stay free for the other adapters; "
                 "unpin one, or restart with more --max-loras"
             )
-        compat.pin(manager, name, number, path)
+        manager.pinned.add(number)
+        worker_manager.add_adapter(compat.lora_request(name, number, path))
         return None

@@ -53,6 +53,10 @@ class CURModelManager(LRUCacheLoRAModelManager):
     def __init__(self, model: Any, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         ours, slots = vllm_config.additional_config[CONFIG_KEY], vllm_config.lora_config.max_loras
         self.loads = self.evictions = 0
+        self.pinned: set[int] = set()
+        """The adapters that leave a slot only if a batch needs every other one."""
+        self.in_batch: frozenset[int] = frozenset()
+        """The adapters of the step that is being prepared, which must not leave theirs."""
         self.lora: torch.Tensor | None = None
         if ours["plain_lora"]:
             self.lora = torch.zeros(slots + 1, dtype=torch.bool)
@@ -95,6 +99,8 @@ class CURModelManager(LRUCacheLoRAModelManager):
     def activate_adapter(self, lora_id: int) -> bool:
         """Fill the slot that vLLM has chosen, by one copy."""
         full = None not in self.lora_index_to_id
+        if full and lora_id not in self._active_adapters:
+            self._remove_one(self._active_adapters)
         if not super().activate_adapter(lora_id):
             return False
         slot = compat.slot_of(self, lora_id)
@@ -109,6 +115,23 @@ class CURModelManager(LRUCacheLoRAModelManager):
         if core is None or core.rank:
             self.loads += 1
             self.evictions += full
+        return True
+
+    def remove_oldest_adapter(self) -> bool:
+        """Forget one adapter, so that another can be registered."""
+        return self._remove_one(self._registered_adapters)
+
+    def _remove_one(self, held: Any) -> bool:
+        """Take the least recently used adapter out of one of vLLM's caches.
+
+        vLLM's own pins are not used: its scheduler does not know that they take slots away, and a
+        batch with as many adapters as there are slots would end the engine.
+        """
+        oldest_first = list(held.order)
+        if not oldest_first:
+            return False
+        free = [n for n in oldest_first if n not in self.in_batch]
+        held.pop(next((n for n in free if n not in self.pinned), (free or oldest_first)[0]))
         return True
 
 
@@ -133,6 +156,12 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
         # By path, which names the content: see SnapshotStore.
         self._kept: dict[str, Callable[[int], LoRAModel]] = {}
+
+    def set_active_adapters(self, requests: Any, mapping: Any) -> None:
+        """Put the adapters of a batch into slots."""
+        manager = compat.model_manager(self)
+        manager.in_batch = frozenset(request.lora_int_id for request in requests if request)
+        super().set_active_adapters(requests, mapping)
 
     def load_adapter(self, lora_request: Any) -> LoRAModel:
         """Return the adapter of a registered path, or register it. Raises AdapterError."""
