@@ -36,6 +36,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOLERANCE = 1e-3
 # Longest that a change may take to be seen by the next request.
 SEEN_S = 5.0
+FOREVER = float("inf")
 
 
 @dataclass
@@ -45,19 +46,22 @@ class History:
     lock: threading.Lock = field(default_factory=threading.Lock)
     spans: dict[str, list[tuple[float, float, str | None]]] = field(default_factory=dict)
 
-    def change(self, name: str, content: str | None, begin: float) -> None:
-        """Note that since ``begin`` (the attempt) or later ``name`` stands for ``content``; the old
-        one may still have been seen until now."""
+    def begin(self, name: str, content: str | None) -> None:
+        """Note that from now on ``name`` may stand for ``content``, and for what it stood for."""
         with self.lock:
-            spans = self.spans.setdefault(name, [(0.0, float("inf"), None)])
-            start, _, old = spans[-1]
-            spans[-1] = (start, time.monotonic(), old)
-            spans.append((begin, float("inf"), content))
+            spans = self.spans.setdefault(name, [(0.0, FOREVER, None)])
+            spans.append((time.monotonic(), FOREVER, content))
+
+    def finish(self, name: str) -> None:
+        """Note that ``name`` stands for the newest alone: the change was seen from outside."""
+        with self.lock:
+            spans, now = self.spans[name], time.monotonic()
+            spans[:-1] = [(start, min(stop, now), what) for start, stop, what in spans[:-1]]
 
     def during(self, name: str, begin: float, end: float) -> set[str | None]:
         """Return all that ``name`` may have stood for between two times."""
         with self.lock:
-            spans = self.spans.get(name, [(0.0, float("inf"), None)])
+            spans = self.spans.get(name, [(0.0, FOREVER, None)])
             return {what for start, stop, what in spans if start <= end and stop >= begin}
 
 
@@ -71,6 +75,8 @@ class Operator(threading.Thread):
         self.now: dict[str, str | None] = dict.fromkeys(CHANGING)
         self.done: Counter[str] = Counter()
         self.error: BaseException | None = None
+        self.steps: list[str] = []
+        self.seen: list[float] = []
 
     def run(self) -> None:
         chance = random.Random(1)
@@ -90,40 +96,46 @@ class Operator(threading.Thread):
             action = "replace"
         begin = time.monotonic()
         self.done[action] += 1
+        self.steps.append(f"{begin:.2f} {action} {name} {content}, was {self.now[name]}")
         if action == "fold":
             self.fold(chance.choice(["c1", "bounded"]))
+        elif action == "rollback":
+            self.rollback(name)
         elif action == "remove":
+            self.history.begin(name, None)
             shutil.rmtree(self.folder / name)
             self.until(name, None)
-            self.note(name, None, begin)
-        elif action == "replace":
+            self.now[name] = None
+            self.history.finish(name)
+        else:
+            self.history.begin(name, content)
+            self.give(action, name, content)
+            self.now[name] = content
+            self.history.finish(name)
+
+    def give(self, action: str, name: str, content: str) -> None:
+        if action == "replace":
             with atomic_folder(self.folder / name) as new:
                 for file in FILES:
                     shutil.copy(self.contents / content / file, new / file)
             self.until(name, content)
-            self.note(name, content, begin)
         elif action == "upload":
             parts = [("f", (f, (self.contents / content / f).read_bytes())) for f in FILES]
             self.http.put(f"/v1/adapters/{name}", files=parts).raise_for_status()
-            self.note(name, content, begin)
-        elif action == "push":
+        else:
             tensors = load_file(self.contents / content / FILES[1])
             body = save({k: v for k, v in tensors.items() if k.endswith("secura_U")})
             self.http.put(f"/v1/adapters/{name}/weights", content=body).raise_for_status()
-            self.note(name, content, begin)
-        else:
-            # There and back again, so that the folder's content stays what it stands for.
-            other = self.http.post(f"/v1/adapters/{name}/rollback")
-            if other.status_code == 200:
-                newest = other.json()["versions"][0]["digest"]
-                body = {"version": newest}
-                self.history.change(name, "any", begin)
-                self.http.post(f"/v1/adapters/{name}/rollback", json=body).raise_for_status()
-                self.history.change(name, self.now[name], time.monotonic())
 
-    def note(self, name: str, content: str | None, begin: float) -> None:
-        self.now[name] = content
-        self.history.change(name, content, begin)
+    def rollback(self, name: str) -> None:
+        """There and back again, so that the newest content is what the name stands for."""
+        self.history.begin(name, "any")
+        rolled = self.http.post(f"/v1/adapters/{name}/rollback")
+        if rolled.status_code == 200:
+            body = {"version": rolled.json()["versions"][0]["digest"]}
+            self.http.post(f"/v1/adapters/{name}/rollback", json=body).raise_for_status()
+        self.history.begin(name, self.now[name])
+        self.history.finish(name)
 
     def until(self, name: str, content: str | None) -> None:
         wanted = None
@@ -136,17 +148,18 @@ class Operator(threading.Thread):
             reply = self.http.get(f"/v1/adapters/{name}")
             seen = reply.json()["digest"] if reply.status_code == 200 else None
             if seen == wanted:
+                self.seen.append(time.monotonic() - deadline + SEEN_S)
                 return
             assert time.monotonic() < deadline, (name, content, reply.text)
             time.sleep(0.02)
 
     def fold(self, name: str) -> None:
-        begin = time.monotonic()
-        self.history.change("weights", name, begin)
+        self.history.begin("weights", name)
         self.http.post("/admin/fold", json={"name": name}).raise_for_status()
         time.sleep(1)
         self.http.post("/admin/unfold").raise_for_status()
-        self.history.change("weights", None, begin)
+        self.history.begin("weights", None)
+        self.history.finish("weights")
 
 
 def ask(client: openai.OpenAI, model: str) -> list[float]:
@@ -180,8 +193,8 @@ def test_every_answer_is_that_of_its_version_while_everything_changes(tiny_base,
         httpx.post(f"{url}/admin/unfold", timeout=120).raise_for_status()
         history = History()
         for name in (*CONTENTS, "bounded"):
-            history.change(name, name, 0.0)
-        history.change("weights", None, 0.0)
+            history.begin(name, name)
+            history.finish(name)
         end = time.monotonic() + MINUTES * 60
         operator = Operator(url, folder, contents, history, end)
         faults: list[str] = []
@@ -208,7 +221,11 @@ def test_every_answer_is_that_of_its_version_while_everything_changes(tiny_base,
                 else:
                     fine = status == 409 and (model == "bounded" or weights != {None})
                 if not fine:
-                    faults.append(f"{model}: {status} {given}, stood for {stood_for}, {weights}")
+                    was = [c for c in right if given and near(given, right[c])] or given
+                    faults.append(
+                        f"{begin:.2f}-{stopped:.2f} {model}: {status} {was}, stood for "
+                        f"{stood_for}, weights {weights}"
+                    )
 
         process = psutil.Process(server.pid)
 
@@ -226,7 +243,8 @@ def test_every_answer_is_that_of_its_version_while_everything_changes(tiny_base,
         for thread in threads:
             thread.join(180)
         print(f"{dict(operator.done)} {dict(outcomes)} MiB {[round(s) for s in sizes]}")
+        print(f"seconds until seen: {sorted(round(s, 2) for s in operator.seen)}")
         assert operator.error is None, repr(operator.error)
-        assert faults == []
+        assert not faults, "\n".join([*faults, *operator.steps])
         settled = sizes[len(sizes) // 4 :]
         assert max(settled) <= 1.05 * settled[0] + 20, sizes
