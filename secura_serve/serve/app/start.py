@@ -132,6 +132,9 @@ def _context(
     state = StateFile(_state_path(config, args, root)) if root is not None else None
     updates = AdapterUpdates(root, library, verifier, state, folding.admission.ended)
     updates.fill(catalog.entries)
+    if verifier.store is not None:
+        # Now that what an earlier run pushed or keeps for a rollback counts as used.
+        verifier.store.remove_unused()
     return ServerContext(
         folding,
         updates,
@@ -189,8 +192,6 @@ def _catalog(
     if config.adapters:
         catalog = scan(config.adapters, Checkpoint(base.path), taken=names, verifier=verifier)
         verifier.save()
-        if verifier.store is not None:
-            verifier.store.remove_unused()
     if catalog.entries:
         print(f"{catalog.table()}\n\n{summary(catalog, config.base)}", flush=True)
     if config.fold in {lora.name for lora in catalog.plain_loras}:

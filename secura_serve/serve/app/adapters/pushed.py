@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -42,6 +43,9 @@ def with_new_cores(version: Version, body: bytes, basis: str | None) -> tuple[by
         given = load(body)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise LifecycleError(400, f"the body is no safetensors file: {error}") from error
+    broken = [key for key, tensor in given.items() if not _finite(tensor)]
+    if broken:
+        raise LifecycleError(400, f"{broken[0]!r:.200} holds NaN or Inf")
     tensors = _completed(known, given)
     modules, problems = adapters.parse_modules(tensors.items(), known.config)
     if problems or not modules:
@@ -61,3 +65,7 @@ def _completed(known: Adapter, given: Mapping[str, Tensor]) -> dict[str, Tensor]
             for field, index in (("rows", cur.rows), ("cols", cur.cols)):
                 tensors.setdefault(f"{_PREFIX}{name}.secura_{field}", index)
     return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

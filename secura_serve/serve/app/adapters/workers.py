@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,15 @@ class Workers:
         done.set_result(None)
         self._prepared[version.number] = done
 
-    async def forget(self, versions: Sequence[Version]) -> None:
-        """Free the slots of versions, and what the workers keep of them."""
-        numbers = [version.number for version in versions]
-        await self._call("secura_forget", numbers, [str(v.snapshot.path) for v in versions])
-        for number in numbers:
-            self._prepared.pop(number, None)
+    async def forget(self, version: Version, *, keep_content: bool = False) -> None:
+        """Free the slot of a version, and what the workers keep of it.
+
+        Args:
+            keep_content: another version has the same content, so that only the slot is freed.
+        """
+        paths = [] if keep_content else [str(version.snapshot.path)]
+        await self._call("secura_forget", [version.number], paths)
+        self._prepared.pop(version.number, None)
 
     async def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version in a slot on every worker, or no longer.
