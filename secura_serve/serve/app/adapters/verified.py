@@ -106,7 +106,7 @@ class Verified:
                 for identity, modules in raw["norm_bounds"].items()
             }
             return {"digests": digests, "identities": identities, "norm_bounds": bounds}
-        except (OSError, ArithmeticError, LookupError, RecursionError):
+        except (OSError, ArithmeticError, LookupError, RuntimeError):
             return {}
         except (ValueError, TypeError, AttributeError):
             return {}
