@@ -17,7 +17,7 @@ from watchfiles import awatch
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
-from secura_serve.errors import LifecycleError, SecuraError
+from secura_serve.errors import LifecycleError, SecuraError, StorageError
 from secura_serve.serve.app.adapters.catalog import adapter_folders
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.snapshots import digest_of, stamps_of
@@ -63,6 +63,9 @@ class FolderWatch:
                 # The folder may come back, for instance when a share is mounted again.
                 self._say(f"{self.root} cannot be watched ({error}); trying again")
             await asyncio.sleep(_RETRY_S)
+            # What changed meanwhile was not reported.
+            with suppress(StorageError):
+                self._note(await self._all_names())
 
     def _name(self, path: str) -> str:
         with suppress(ValueError):
@@ -78,15 +81,18 @@ class FolderWatch:
 
     async def _follow(self, name: str) -> None:
         """Bring one adapter up to date, again if its folder changes meanwhile."""
-        while name in self._changed:
-            self._changed.discard(name)
-            try:
-                await self.sync(name)
-            except SecuraError as error:
-                self._say(f"{name} is not served as its folder is now: {error}")
-            except Exception as error:
-                self._say(f"{name}: its folder cannot be followed: {error!r}")
-        del self._tasks[name]
+        shown = name if name.isprintable() else ascii(name)
+        try:
+            while name in self._changed:
+                self._changed.discard(name)
+                try:
+                    await self.sync(name)
+                except SecuraError as error:
+                    self._say(f"{shown} is not served as its folder is now: {error}")
+                except Exception as error:
+                    self._say(f"{shown}: its folder cannot be followed: {error!r}")
+        finally:
+            del self._tasks[name]
 
     async def reload(self) -> dict[str, str]:
         """Compare the whole folder with what is served, and bring every adapter up to date.
@@ -94,16 +100,23 @@ class FolderWatch:
         Returns:
             Name -> ``added``, ``updated``, ``removed`` or why it is refused; nothing of the others.
         """
-        names = {path.name for path in await asyncio.to_thread(adapter_folders, self.root)}
-        names |= {n for n, r in self._library.records.items() if r.on_disk or r.refused}
         outcome = {}
-        for name in sorted(names):
+        for name in sorted(await self._all_names()):
             try:
                 if (change := await self.sync(name)) is not None:
                     outcome[name] = change
             except SecuraError as error:
                 outcome[name] = str(error)
         return outcome
+
+    async def _all_names(self) -> set[str]:
+        """Return what the folder holds, and what was served from it."""
+        try:
+            folders = await asyncio.to_thread(adapter_folders, self.root)
+        except OSError as error:
+            raise StorageError(f"{self.root} cannot be read ({error})") from error
+        served = {n for n, r in self._library.records.items() if r.on_disk or r.refused}
+        return served | {path.name for path in folders}
 
     async def sync(self, name: str) -> str | None:
         """Serve what the folder of one adapter holds now.
@@ -129,6 +142,7 @@ class FolderWatch:
         with suppress(OSError):
             digest = await asyncio.to_thread(digest_of, folder)
         if record is not None and digest is not None and record.on_disk == digest:
+            self._library.accept(name, digest)
             return None
         await self._updates.from_folder(name)
         return "added" if record is None else "updated"
