@@ -239,7 +239,8 @@ def tensors(draw, sound):
         value = draw(st.sampled_from([0.0, 1.0, -1.0, 1e30, 1e300, float("inf"), float("nan")]))
         if not (dtype.is_floating_point or dtype.is_complex):
             value = 1
-        made[key] = torch.full(draw(st.sampled_from([(4, 4), shape])), value).to(dtype)
+        wide = torch.full(draw(st.sampled_from([(4, 4), shape])), value, dtype=torch.float64)
+        made[key] = wide.to(dtype)
     if draw(st.booleans()):
         made.pop(draw(st.sampled_from(sorted(made))))
     return save(made)

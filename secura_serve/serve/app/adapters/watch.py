@@ -22,6 +22,7 @@ from secura_serve.serve.app.adapters.catalog import adapter_folders
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.snapshots import digest_of, stamps_of
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.verifier import printable
 
 __all__ = ["FolderWatch", "SETTLE_S"]
 
@@ -59,8 +60,9 @@ class FolderWatch:
                     recursive=True,
                 ):
                     self._note({self._name(path) for _, path in changes} - {""})
-            except (OSError, RuntimeError) as error:
-                # The folder may come back, for instance when a share is mounted again.
+            except Exception as error:
+                # The folder may come back, for instance when a share is mounted again. What
+                # watchfiles raises, for a name that is no text for instance, is an ExceptionGroup.
                 self._say(f"{self.root} cannot be watched ({error}); trying again")
             await asyncio.sleep(_RETRY_S)
             # What changed meanwhile was not reported.
@@ -81,7 +83,7 @@ class FolderWatch:
 
     async def _follow(self, name: str) -> None:
         """Bring one adapter up to date, again if its folder changes meanwhile."""
-        shown = name if name.isprintable() else ascii(name)
+        shown = printable(name)
         try:
             while name in self._changed:
                 self._changed.discard(name)
@@ -104,9 +106,9 @@ class FolderWatch:
         for name in sorted(await self._all_names()):
             try:
                 if (change := await self.sync(name)) is not None:
-                    outcome[name] = change
+                    outcome[printable(name)] = change
             except SecuraError as error:
-                outcome[name] = str(error)
+                outcome[printable(name)] = str(error)
         return outcome
 
     async def _all_names(self) -> set[str]:
