@@ -159,6 +159,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "inf": (lambda t: t[KEY + "U"].view(-1)[0].fill_(float("inf")), "NaN or Inf"),
     "shape": (lambda t: t.update({KEY + "U": torch.zeros(R, R + 1)}), "expected float"),
     "integer": (lambda t: t.update({KEY + "U": torch.zeros(R, R, dtype=torch.int32)}), "expected"),
+    "float8": (lambda t: t.update({KEY + "U": torch.zeros(R, R).to(torch.float8_e5m2)}), "float"),
+    "rho": (lambda t: t.update({KEY + "rho_max": torch.zeros(1).cfloat()}), "must be one float"),
     "int64": (lambda t: t.update({KEY + "rows": t[KEY + "rows"].long()}), "expected int32"),
     "short": (lambda t: t.update({KEY + "cols": t[KEY + "cols"][:1].clone()}), "expected int32"),
     "twice": (lambda t: t[KEY + "rows"].fill_(1), "distinct"),

@@ -202,6 +202,11 @@ DTYPES += ["F4", "F6_E2M3", "F8_E8M0", "C64", "U64", "x", ""]
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj.secura_"
 KEYS = st.sampled_from([MODULE + k for k in ("U", "rows", "cols", "rho_max", "A")] + ["x", ""])
 
+LORA = {
+    f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": torch.zeros(4, 4)
+    for side in "AB"
+}
+
 
 @st.composite
 def safetensors(draw, whole):
@@ -229,7 +234,7 @@ def safetensors(draw, whole):
 def tensors(draw, sound):
     """U of the right names with any dtype, shape or value, packed as safetensors packs them."""
     made = dict(sound)
-    for key in draw(st.lists(st.sampled_from(sorted(made)), max_size=3)):
+    for key in draw(st.lists(st.sampled_from([*sorted(made), MODULE + "rho_max"]), max_size=3)):
         dtype = draw(
             st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64,
                              torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, torch.int64,
@@ -299,6 +304,11 @@ def fuzz(server, made, data):
         raw = json.loads(made.one[CONFIG])
         raw.pop("weights_digest")
         weights = data.draw(tensors(load(made.one[WEIGHTS])))
+        if data.draw(st.booleans()):
+            raw = {"peft_type": "LORA", "r": data.draw(VALUES), "lora_alpha": 4} | data.draw(
+                st.dictionaries(st.sampled_from(["r", "rank_pattern", "alpha_pattern"]), VALUES)
+            )
+            weights = data.draw(tensors(LORA))
         files = {CONFIG: json.dumps(raw).encode(), WEIGHTS: weights}
         allowed(client.put(url, files=multipart(files)))
     elif kind == 3:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
+from secura_serve.adapter.tensors import FLOATS
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.library import Version
 from secura_serve.serve.basis import base_id
@@ -68,4 +69,5 @@ def _completed(known: Adapter, given: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    # A number that is too large for float32 counts as infinite.
+    return tensor.dtype not in FLOATS or bool(torch.isfinite(tensor.float()).all())
