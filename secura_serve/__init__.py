@@ -22,6 +22,7 @@ _EXPORTS: dict[str, str] = {
     "EvaluationError": "errors",
     "FoldError": "errors",
     "IncompatibleVLLMError": "errors",
+    "LifecycleError": "errors",
     "MergeError": "errors",
     "SecuraError": "errors",
     "ServeError": "errors",

@@ -17,11 +17,15 @@ from torch import Tensor
 from secura_serve.adapter.format import AdapterConfig
 from secura_serve.method import Basis
 
-__all__ = ["CURModule", "module_problems", "parse_modules"]
+__all__ = ["FLOATS", "CURModule", "module_problems", "parse_modules"]
 
 _KEY = re.compile(
     r"(?P<prefix>base_model\.model\.)?(?P<module>.+)\.secura_(?P<field>U|rows|cols|rho_max)"
 )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What U may be stored as; of narrower floats torch cannot even tell whether they are finite."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class CURModule:
 def module_problems(module: str, cur: CURModule, config: AdapterConfig) -> list[str]:
     """Return everything wrong with one module that can be seen without the base."""
     r, problems = config.r, []
-    if cur.U.shape != (r, r) or not cur.U.is_floating_point():
+    if cur.U.shape != (r, r) or cur.U.dtype not in FLOATS:
         problems.append(
             f"{module}: secura_U is {cur.U.dtype} {tuple(cur.U.shape)}; expected float ({r}, {r})"
         )
@@ -105,8 +109,8 @@ def parse_modules(
             problems.append(f"{module}: secura_{', secura_'.join(missing)} missing")
             continue
         rho_max = named.get("rho_max")
-        if rho_max is not None and rho_max.numel() != 1:
-            problems.append(f"{module}: secura_rho_max must be a scalar")
+        if rho_max is not None and (rho_max.numel() != 1 or rho_max.dtype not in FLOATS):
+            problems.append(f"{module}: secura_rho_max must be one float")
             continue
         modules[module] = CURModule(
             named["U"], named["rows"], named["cols"], None if rho_max is None else float(rho_max)

@@ -32,6 +32,7 @@ from secura_serve.adapter import (
     save,
     store,
     verify,
+    weights_digest,
 )
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, ConfigError
@@ -108,7 +109,8 @@ def test_round_trip(base: Base, tmp_path: Path, norm: MagNorm) -> None:
     config, modules = make(base, norm)
     save(tmp_path / "task", config, modules, extra={"README.md": "a card"})
     found = load(tmp_path / "task")
-    assert found.config == config and found.name == "task"
+    digest = weights_digest((tmp_path / "task" / WEIGHTS_NAME).read_bytes())
+    assert found.config == replace(config, weights_digest=digest) and found.name == "task"
     for name, cur in modules.items():
         other = found.modules[name]
         assert torch.equal(other.U, cur.U) and other.U.dtype == torch.float32
@@ -157,6 +159,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "inf": (lambda t: t[KEY + "U"].view(-1)[0].fill_(float("inf")), "NaN or Inf"),
     "shape": (lambda t: t.update({KEY + "U": torch.zeros(R, R + 1)}), "expected float"),
     "integer": (lambda t: t.update({KEY + "U": torch.zeros(R, R, dtype=torch.int32)}), "expected"),
+    "float8": (lambda t: t.update({KEY + "U": torch.zeros(R, R).to(torch.float8_e5m2)}), "float"),
+    "rho": (lambda t: t.update({KEY + "rho_max": torch.zeros(1).cfloat()}), "must be one float"),
     "int64": (lambda t: t.update({KEY + "rows": t[KEY + "rows"].long()}), "expected int32"),
     "short": (lambda t: t.update({KEY + "cols": t[KEY + "cols"][:1].clone()}), "expected int32"),
     "twice": (lambda t: t[KEY + "rows"].fill_(1), "distinct"),
@@ -181,6 +185,10 @@ def test_damaged_tensors_are_refused(folder: Path, name: str) -> None:
 
 def test_an_index_beyond_the_base_is_refused(folder: Path, base: Base) -> None:
     rewrite(folder, lambda t: t[KEY + "rows"][0].fill_(10**6))
+    with pytest.raises(AdapterFormatError, match="not the file that adapter_config.json"):
+        load(folder)
+    # Of a folder that names no digest.
+    reconfigure(folder, weights_digest=None)
     with pytest.raises(BaseMismatchError, match="beyond the base's shape"):
         verify(load(folder), base)
 

@@ -18,11 +18,13 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app import main as server
+from secura_serve.serve.app.adapters.library import Library
+from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http import guard
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access
 from secura_serve.serve.app.http.context import ServerContext
-from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET
 from secura_serve.serve.app.main import read_flags
 from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
@@ -61,9 +63,10 @@ async def _answer(scope, receive, send):
 
 
 def _context(keys, attached=False):
-    folding = Folding(Path("base"), ["base"], [], [])
-    loading = AdapterLoading(None, ["base"], Path, folding)
-    return ServerContext(folding, loading, keys, attached=attached)
+    library = Library(["base"])
+    updates = AdapterUpdates(None, library, Verifier(lambda: None))
+    folding = Folding(Path("base"), ["base"], library)
+    return ServerContext(folding, updates, keys, attached=attached)
 
 
 def guarded(keys, attached=True):
@@ -224,14 +227,28 @@ def test_without_our_own_routes_nothing_is_answered():
     assert client.post("/v1/completions", json={}).status_code == 503
 
 
-def test_the_app_as_secura_serve_has_it_built(monkeypatch):
-    """Guard, plugin and vLLM's own check together: one key opens /v1, whichever it is."""
+CHANGING = (
+    ("PUT", "/v1/adapters/x"),
+    ("DELETE", "/v1/adapters/x"),
+    ("PUT", "/v1/adapters/x/weights"),
+    ("POST", "/v1/adapters/x/rollback"),
+    ("POST", "/v1/adapters/x/pin"),
+    ("POST", "/v1/adapters/reload"),
+    ("PUT", "/v1/aliases/x"),
+    ("DELETE", "/v1/aliases/x"),
+)
+
+
+@pytest.mark.parametrize("runtime_updating", ["", "1"])
+def test_the_app_as_secura_serve_has_it_built(runtime_updating, monkeypatch):
+    """Guard, plugin and vLLM's own check together: one key opens /v1, whichever it is. The routes
+    that load adapters are ours, also where vLLM is told to mount its own."""
     from vllm.entrypoints.launchers.app import build_app
 
     from secura_serve.serve import compat, plugin
 
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", runtime_updating or "0")
     plugin.choose_plugins()
     monkeypatch.setattr("vllm.envs.VLLM_PLUGINS", ["secura_admin"], raising=False)
     parser, _ = compat.make_arg_parser()
@@ -248,9 +265,19 @@ def test_the_app_as_secura_serve_has_it_built(monkeypatch):
             assert status in (400, 500, 501), (path, status)
     load = {"lora_name": "x", "lora_path": "/etc"}
     for headers in ({}, bearer("user-key")):
-        answer = client.post("/v1/load_lora_adapter", json=load, headers=headers)
-        assert answer.status_code == 401
-    assert client.post("/adapters", json={}, headers=bearer("admin-key")).status_code == 501
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            assert client.post(path, json=load, headers=headers).status_code == 401
+        for method, path in CHANGING:
+            assert client.request(method, path, headers=headers).status_code == 401, path
+    answer = client.post("/v1/load_lora_adapter", json=load, headers=bearer("admin-key"))
+    assert answer.status_code == 400 and "without --adapters" in answer.json()["error"]["message"]
+    for path in ("/v1/adapters", "/v1/adapters/x"):
+        assert client.get(path).status_code == 401
+        for key in ("user-key", "admin-key"):
+            status = client.get(path, headers=bearer(key)).status_code
+            assert status == (404 if path.endswith("x") else 200)
+    status = client.post("/adapters", json={}, headers=bearer("admin-key")).status_code
+    assert status == (501 if runtime_updating else 404)
     assert client.get("/version").status_code == 200
     assert client.post("/nothing").status_code == 404
     assert client.put("/version").status_code == 405

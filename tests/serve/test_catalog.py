@@ -57,6 +57,11 @@ def _damage(kind, folder, base, tiny_base):
         save_file(
             {k: t * 1e30 if t.is_floating_point() else t for k, t in tensors.items()}, weights
         )
+        _edit(bad, weights_digest=adapters.weights_digest(weights.read_bytes()))
+    elif kind == "mixture":
+        random_adapter(base, folder / "other", r=4, seed=2)
+        shutil.copy(folder / "other" / weights.name, weights)
+        shutil.rmtree(folder / "other")
     elif kind == "unknown format":
         _edit(bad, format_version=99)
     elif kind == "plain LoRA":
@@ -78,6 +83,7 @@ KINDS = {
     "truncated": "truncated or damaged",
     "nan": "NaN or Inf",
     "overflows": "no useful adapter",
+    "mixture": "is not the file that adapter_config.json was written with",
     "unknown format": "format_version is 99",
     "plain LoRA": "is not part of a LoRA of linears",
     "pickle": "pickles are refused",

@@ -28,10 +28,14 @@ from secura_serve import adapter as A
 from secura_serve.bases import cache_root
 from secura_serve.errors import ConfigError, FoldError
 from secura_serve.method import MagNorm
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.app.folding import Folding
 from tests.support import agreement
 from tests.support.engines import random_adapter, serving
+from tests.support.lifecycle import house
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
 BOUNDED = MagNorm("bounded", tau=0.2)
@@ -235,7 +239,12 @@ def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, 
     [("base", "/admin/unfold puts it back"), ("lora", "a plain LoRA"), ("x", "no adapter 'x'")],
 )
 def test_what_cannot_be_folded_is_told_from_what_is_not_there(name, said, tmp_path):
-    folding = Folding(tmp_path, ["base"], [], per_request=["lora"])
+    path = tmp_path / "copies" / "0" / "lora"
+    lora = PlainLoRA(path, 4, {"model.layers.0.self_attn.q_proj": 4})
+    snapshot = Snapshot(path, tmp_path / "lora", "0" * 32, ())
+    library = Library(["base"])
+    library.add(Version(Entry("lora", None, lora=lora, snapshot=snapshot), 1, "folder", 0.0))
+    folding = Folding(tmp_path, ["base"], library)
     with pytest.raises(ConfigError, match=said):
         asyncio.run(folding.change(name))
 
@@ -377,8 +386,10 @@ class FailingEngine:
 
 
 def test_the_server_stops_when_nothing_can_be_put_back(tiny_base, tmp_path, monkeypatch):
-    adapter = A.load(random_adapter(tiny_base("qwen2"), tmp_path / "one", r=4, seed=1))
-    folding, ended = Folding(tiny_base("qwen2"), ["base"], [adapter], ["one"]), []
+    parts = house(tmp_path, tiny_base("qwen2"))
+    random_adapter(parts.base, parts.folder / "one", r=4, seed=1)
+    parts.fill()
+    folding, ended = Folding(parts.base, ["base"], parts.library), []
     folding._engine, folding._models = FailingEngine(), SimpleNamespace()
     monkeypatch.setattr("os.kill", lambda pid, number: ended.append((pid, number)))
     with pytest.raises(FoldError, match="server is stopping.*could not be put back"):

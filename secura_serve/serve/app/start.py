@@ -138,6 +138,9 @@ def _context(
         root, library, verifier, state, folding.admission.ended, observer=metrics
     )
     updates.fill(catalog.entries)
+    if verifier.store is not None:
+        # Now that what an earlier run pushed or keeps for a rollback counts as used.
+        verifier.store.remove_unused()
     return ServerContext(
         folding,
         updates,
@@ -196,8 +199,6 @@ def _catalog(
     if config.adapters:
         catalog = scan(config.adapters, Checkpoint(base.path), taken=names, verifier=verifier)
         verifier.save()
-        if verifier.store is not None:
-            verifier.store.remove_unused()
     if catalog.entries:
         say(f"{catalog.table()}\n\n{summary(catalog, config.base)}", prefix="")
     if config.fold in {lora.name for lora in catalog.plain_loras}:

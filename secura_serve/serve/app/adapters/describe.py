@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.adapters.verifier import printable
 from secura_serve.serve.basis import base_id
 
 __all__ = ["describe"]
@@ -27,7 +28,7 @@ def describe(
     record = library.record(name)
     serving = record.serving
     described: dict[str, Any] = {
-        "id": name,
+        "id": printable(name),
         "object": "adapter",
         "state": _state(serving, resident, folded),
         "reason": record.refused,

@@ -192,6 +192,13 @@ class Library:
         self.records.setdefault(name, Record()).refused = reason
         self.changed(name)
 
+    def accept(self, name: str, digest: str) -> None:
+        """Take note that an adapter's folder holds again what is kept of it: nothing is refused."""
+        record = self.record(name)
+        if record.refused is not None and digest in {v.digest for v in record.versions}:
+            record.refused = None
+            self.changed(name)
+
     def remove(self, name: str) -> list[Version]:
         """Forget an adapter with its aliases; return the versions that it had."""
         record = self.records.pop(name, Record())

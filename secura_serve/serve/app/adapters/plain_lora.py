@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from secura_serve.adapter import LARGEST_RMS
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
+from secura_serve.adapter.tensors import FLOATS
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, BaseModelError, UnservableError
 
@@ -80,6 +81,9 @@ class PlainLoRA:
                     match, tensor = _KEY.fullmatch(key), file.get_tensor(key)
                     if match is None or tensor.ndim != 2:
                         problems.append(f"tensor {key!r} is not part of a LoRA of linears")
+                        continue
+                    if tensor.dtype not in FLOATS:
+                        problems.append(f"{key} is {tensor.dtype}; expected float")
                         continue
                     if not torch.isfinite(tensor).all():
                         problems.append(f"{key}: NaN or Inf")

@@ -6,12 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
+from secura_serve.adapter.tensors import FLOATS
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.library import Version
 from secura_serve.serve.basis import base_id
@@ -42,6 +44,9 @@ def with_new_cores(version: Version, body: bytes, basis: str | None) -> tuple[by
         given = load(body)
     except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
         raise LifecycleError(400, f"the body is no safetensors file: {error}") from error
+    broken = [key for key, tensor in given.items() if not _finite(tensor)]
+    if broken:
+        raise LifecycleError(400, f"{broken[0]!r:.200} holds NaN or Inf")
     tensors = _completed(known, given)
     modules, problems = adapters.parse_modules(tensors.items(), known.config)
     if problems or not modules:
@@ -61,3 +66,8 @@ def _completed(known: Adapter, given: Mapping[str, Tensor]) -> dict[str, Tensor]
             for field, index in (("rows", cur.rows), ("cols", cur.cols)):
                 tensors.setdefault(f"{_PREFIX}{name}.secura_{field}", index)
     return tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    # A number that is too large for float32 counts as infinite.
+    return tensor.dtype not in FLOATS or bool(torch.isfinite(tensor.float()).all())

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from secura_serve.errors import SecuraError, StorageError
-from secura_serve.serve.app.adapters.library import Library, Record, Version
+from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 
 __all__ = ["StateFile"]
@@ -93,13 +93,13 @@ class StateFile:
                 raise ValueError(f"format {raw['format']}")
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             return [f"{self.path} cannot be read and is not used: {error}"]
         lost = []
         for name, saved in adapters.items():
             try:
                 lost += _restore(library, store, make, str(name), saved)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
                 lost.append(f"{name}: what {self.path} says cannot be read: {error!r}")
         for alias, target in aliases.items():
             try:
@@ -119,9 +119,12 @@ def _restore(
     record = library.records.get(name, Record())
     now = {version.digest: version for version in record.versions}
     on_disk = record.on_disk
-    # An adapter that came from a folder which is gone goes with it; one that was pushed stays.
+    # An adapter that came from a folder which is gone goes with it; one that was pushed stays, and
+    # so do the good versions of a folder whose content is refused by now.
     if on_disk is None and saved["on_disk"] is not None:
-        return []
+        if record.refused is None:
+            return []
+        on_disk = str(saved["on_disk"])
     lost, versions = [], list[Version]()
     for entry in saved["versions"][: library.keep]:
         digest = str(entry["digest"])
@@ -130,7 +133,7 @@ def _restore(
                 if (snapshot := store.find(name, digest)) is None:
                     raise SecuraError("its copy is gone")
                 library.check_free(name)
-                version = make(snapshot, origin=entry["origin"], created=float(entry["created"]))
+                version = make(snapshot, origin=_origin(entry), created=_created(entry))
             except SecuraError as error:
                 lost.append(f"{name}@{digest[:12]} is not served any more: {error}")
                 continue
@@ -146,6 +149,22 @@ def _restore(
     record.pinned = bool(saved["pinned"])
     record.versions = record.versions[: library.keep]
     if record.versions:
+        record.on_disk = on_disk
         library.records[name] = record
         library.changed(name)
     return lost
+
+
+def _origin(entry: dict[str, Any]) -> Origin:
+    if entry["origin"] not in get_args(Origin):
+        raise ValueError(f"origin {entry['origin']!r:.80}")
+    origin: Origin = entry["origin"]
+    return origin
+
+
+def _created(entry: dict[str, Any]) -> float:
+    created = entry["created"]
+    # Not isfinite: an integer may be too large for a float.
+    if not isinstance(created, (int, float)) or not 0 <= created < 2**53:
+        raise ValueError(f"created {created!r:.80}")
+    return float(created)

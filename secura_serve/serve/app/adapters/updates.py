@@ -105,7 +105,10 @@ class AdapterUpdates:
                 if entry.error is not None:
                     self.observer.adapter_refused(entry.error)
                 continue
-            created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
+            try:
+                created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
+            except OSError:  # It went after it was copied.
+                created = time.time()
             self.library.add(
                 self.make_version(entry.snapshot, origin="folder", created=created, entry=entry)
             )
@@ -358,11 +361,15 @@ class AdapterUpdates:
         """Take versions from the workers that nobody can ask for any more."""
         if self._ended is not None:
             await self._ended()
-        if self.workers is not None:
-            await self.workers.forget(versions)
         for version in versions:
-            if version.origin == "push" and self.verifier.store is not None:
-                await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
+            # The same content may have come back meanwhile, and then has the same copy.
+            async with self._locks[version.name]:
+                record = self.library.records.get(version.name)
+                again = record is not None and version.digest in {v.digest for v in record.versions}
+                if self.workers is not None:
+                    await self.workers.forget(version, keep_content=again)
+                if version.origin == "push" and not again and self.verifier.store is not None:
+                    await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
     async def _save(self) -> None:
         if self.state is not None:

@@ -100,8 +100,15 @@ class Verified:
                 folder: (tuple((int(i), int(s), int(c)) for i, s, c in stamps), str(digest))
                 for folder, (stamps, digest) in raw["digests"].items()
             }
-            return raw | {"digests": digests}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            identities = {str(k): str(v) for k, v in raw["identities"].items()}
+            bounds = {
+                identity: {module: float(bound) for module, bound in modules.items()}
+                for identity, modules in raw["norm_bounds"].items()
+            }
+            return {"digests": digests, "identities": identities, "norm_bounds": bounds}
+        except (OSError, ArithmeticError, LookupError, RuntimeError):
+            return {}
+        except (ValueError, TypeError, AttributeError):
             return {}
 
 

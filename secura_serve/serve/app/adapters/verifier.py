@@ -16,7 +16,12 @@ from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.adapters.verified import Verified
 from secura_serve.serve.basis import NormBounds, base_id
 
-__all__ = ["Comparison", "Entry", "Verifier"]
+__all__ = ["Comparison", "Entry", "Verifier", "printable"]
+
+
+def printable(name: str) -> str:
+    """Return a folder's name on one line, and as text that can be encoded."""
+    return name if name.isprintable() else ascii(name)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Entry:
     @property
     def shown(self) -> str:
         """The name, on one line whatever a folder may be called."""
-        return self.name if self.name.isprintable() else ascii(self.name)
+        return printable(self.name)
 
     @property
     def per_request(self) -> bool:

@@ -17,11 +17,12 @@ from watchfiles import awatch
 
 from secura_serve import adapter as adapters
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
-from secura_serve.errors import LifecycleError, SecuraError
+from secura_serve.errors import LifecycleError, SecuraError, StorageError
 from secura_serve.serve.app.adapters.catalog import adapter_folders
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.snapshots import digest_of, placed_files, stamps_of
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.verifier import printable
 from secura_serve.serve.app.observer import WatchEvent
 
 __all__ = ["FolderWatch", "SETTLE_S"]
@@ -60,10 +61,14 @@ class FolderWatch:
                     recursive=True,
                 ):
                     self._note({self._name(path) for _, path in changes} - {""})
-            except (OSError, RuntimeError) as error:
-                # The folder may come back, for instance when a share is mounted again.
+            except Exception as error:
+                # The folder may come back, for instance when a share is mounted again. What
+                # watchfiles raises, for a name that is no text for instance, is an ExceptionGroup.
                 self._say(f"{self.root} cannot be watched ({error}); trying again")
             await asyncio.sleep(_RETRY_S)
+            # What changed meanwhile was not reported.
+            with suppress(StorageError):
+                self._note(await self._all_names())
 
     def _name(self, path: str) -> str:
         with suppress(ValueError):
@@ -79,15 +84,18 @@ class FolderWatch:
 
     async def _follow(self, name: str) -> None:
         """Bring one adapter up to date, again if its folder changes meanwhile."""
-        while name in self._changed:
-            self._changed.discard(name)
-            try:
-                await self._count(self.sync(name))
-            except SecuraError as error:
-                self._say(f"{name} is not served as its folder is now: {error}")
-            except Exception as error:
-                self._say(f"{name}: its folder cannot be followed: {error!r}")
-        del self._tasks[name]
+        shown = printable(name)
+        try:
+            while name in self._changed:
+                self._changed.discard(name)
+                try:
+                    await self._count(self.sync(name))
+                except SecuraError as error:
+                    self._say(f"{shown} is not served as its folder is now: {error}")
+                except Exception as error:
+                    self._say(f"{shown}: its folder cannot be followed: {error!r}")
+        finally:
+            del self._tasks[name]
 
     async def reload(self) -> dict[str, str]:
         """Compare the whole folder with what is served, and bring every adapter up to date.
@@ -95,15 +103,13 @@ class FolderWatch:
         Returns:
             Name -> ``added``, ``updated``, ``removed`` or why it is refused; nothing of the others.
         """
-        names = {path.name for path in await asyncio.to_thread(adapter_folders, self.root)}
-        names |= {n for n, r in self._library.records.items() if r.on_disk or r.refused}
         outcome: dict[str, str] = {}
-        for name in sorted(names):
+        for name in sorted(await self._all_names()):
             try:
                 if (change := await self._count(self.sync(name))) is not None:
-                    outcome[name] = change
+                    outcome[printable(name)] = change
             except SecuraError as error:
-                outcome[name] = str(error)
+                outcome[printable(name)] = str(error)
         return outcome
 
     async def _count(self, work: Awaitable[WatchEvent | None]) -> WatchEvent | None:
@@ -116,6 +122,15 @@ class FolderWatch:
         if change is not None:
             self._updates.observer.folder_changed(change)
         return change
+
+    async def _all_names(self) -> set[str]:
+        """Return what the folder holds, and what was served from it."""
+        try:
+            folders = await asyncio.to_thread(adapter_folders, self.root)
+        except OSError as error:
+            raise StorageError(f"{self.root} cannot be read ({error})") from error
+        served = {n for n, r in self._library.records.items() if r.on_disk or r.refused}
+        return served | {path.name for path in folders}
 
     async def sync(self, name: str) -> WatchEvent | None:
         """Serve what the folder of one adapter holds now.
@@ -144,6 +159,7 @@ class FolderWatch:
             placed = await asyncio.to_thread(placed_files, folder)
             # Equal files that were placed anew, over a version that was pushed, are the newest.
             if placed == record.placed or (record.serving and record.serving.digest == digest):
+                self._library.accept(name, digest)
                 return None
         await self._updates.from_folder(name)
         return "added" if record is None else "updated"

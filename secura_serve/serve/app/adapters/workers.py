@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,17 @@ class Workers:
         done.set_result(None)
         self._prepared[version.number] = done
 
-    async def forget(self, versions: Sequence[Version]) -> None:
-        """Free the slots of versions, and what the workers keep of them."""
-        numbers = [version.number for version in versions]
+    async def forget(self, version: Version, *, keep_content: bool = False) -> None:
+        """Free the slot of a version, and what the workers keep of it.
+
+        Args:
+            keep_content: another version has the same content, so that only the slot is freed.
+        """
         self._resident = (0.0, self._resident[1])
-        await self._call("secura_forget", numbers, [str(v.snapshot.path) for v in versions])
-        self._read -= {v.snapshot.path for v in versions}
-        for number in numbers:
-            self._prepared.pop(number, None)
+        paths = [] if keep_content else [str(version.snapshot.path)]
+        await self._call("secura_forget", [version.number], paths)
+        self._read -= {Path(path) for path in paths}
+        self._prepared.pop(version.number, None)
 
     async def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version in a slot on every worker, or no longer.
