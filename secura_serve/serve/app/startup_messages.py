@@ -87,12 +87,16 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
     from secura_serve.serve.app.http.routes import ROUTES
 
     place = f"unix:{args.uds}" if args.uds else _place(args.host, args.port)
-    with_key = "with a key of --api-key" if keys.user else "without a key"
-    operator = (
-        "with the key of --admin-api-key"
-        if keys.admin
-        else "direct requests on this machine only, without a key"
-    )
+    flags = [*(["--api-key"] if keys.user else []), *(["--keys"] if keys.file else [])]
+    with_key = f"with a key of {' or '.join(flags)}" if flags else "without a key"
+    admin = ["the key of --admin-api-key"] if keys.admin else []
+    if keys.file and any(key.role == "admin" for key in keys.file.keys):
+        admin.append("an admin key of --keys")
+    operator = "direct requests on this machine only, without a key"
+    if admin:
+        operator = f"with {' or '.join(admin)}"
+    elif keys.file:
+        operator = 'nobody: --keys has no key with role = "admin"'
     unguarded = [route.path.partition("{")[0] for route in ROUTES if route.access == "anyone"]
     lines = [
         "who can reach what:",
@@ -103,7 +107,7 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
     if page is not None:
         login = "with the login of --ui-auth" if page.login else "without a login"
         lines.append(f"  chat page              {_place(page.host, page_port)}, {login}")
-    if not (args.uds or _here(args.host) or keys.user):
+    if not (args.uds or _here(args.host) or keys.needed):
         lines.append(
             f"\nwarning: whoever reaches {args.host or 'this machine'} can ask this server; give "
             "--api-key KEY, or leave --host out"
