@@ -18,11 +18,13 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app import main as server
+from secura_serve.serve.app.adapters.library import Library
+from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http import guard
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access
 from secura_serve.serve.app.http.context import ServerContext
-from secura_serve.serve.app.http.loading import AdapterLoading
 from secura_serve.serve.app.http.routes import ROUTES, WEBSOCKET
 from secura_serve.serve.app.main import read_flags
 from secura_serve.serve.app.startup_messages import who_can_reach
@@ -61,9 +63,10 @@ async def _answer(scope, receive, send):
 
 
 def _context(keys, attached=False):
-    folding = Folding(Path("base"), ["base"], [], [])
-    loading = AdapterLoading(None, ["base"], Path, folding)
-    return ServerContext(folding, loading, keys, attached=attached)
+    library = Library(["base"])
+    folding = Folding(Path("base"), ["base"], library)
+    updates = AdapterUpdates(None, library, Verifier(lambda: None))
+    return ServerContext(folding, updates, keys, attached=attached)
 
 
 def guarded(keys, attached=True):
