@@ -63,6 +63,12 @@ class ServeConfig:
         None,
         metavar="KEY",
     )
+    keys: str | None = option(
+        "TOML file of hashed keys, each with a role and the models that it may ask; followed while "
+        "the server runs. Keys of --api-key and --admin-api-key may ask every model beside it",
+        None,
+        metavar="FILE",
+    )
     ui: bool = option("open the chat page beside the server", True)
     ui_host: str | None = option(
         "address of the chat page; beyond this machine it needs --ui-auth or --ui-no-auth "
@@ -94,6 +100,8 @@ class ServeConfig:
         problems = []
         if self.adapters == "":
             problems.append("--adapters is empty; name a folder, or leave the flag out")
+        if self.keys == "":
+            problems.append("--keys is empty; name a file, or leave the flag out")
         if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
             problems.append(f"--reserve-rank {self.reserve_rank}: must be 0 to 1024")
         if not 1 <= self.adapter_versions <= 1000:

@@ -19,6 +19,7 @@ from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
 from secura_serve.serve.app.base_files import BaseFiles
+from secura_serve.serve.app.http.access import ASKING_KEY
 from secura_serve.serve.app.http.admission import Admission, Refusal
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.compat import ServedModels
@@ -86,11 +87,26 @@ class Folding:
         known = name in self.names or self.library.find(name) is not None
         return known or name == self.folded
 
+    def may_ask(self, model: str | None) -> bool:
+        """Return whether the key of the current request may ask for a model; None is the base.
+
+        ``NAME@DIGEST`` goes by its name, and an alias by its own name or by what it stands for.
+        """
+        key = ASKING_KEY.get()
+        if key is None:
+            return True
+        if model is None or model in self.names:
+            return any(key.allows(name) for name in self.names)
+        meant = (model, self.library.aliases.get(model, model))
+        return any(key.allows(split_version(name)[0]) for name in meant)
+
     def answering(self) -> list[str]:
-        """Return the names that answer now, the base's first."""
+        """Return the names that answer now and may be asked, the base's first."""
         if self.folded is not None:
-            return [self.folded]
-        return [*self.names, *sorted(v.name for v in self.library if self._ready(v))]
+            names = [self.folded]
+        else:
+            names = [*self.names, *sorted(v.name for v in self.library if self._ready(v))]
+        return [name for name in names if self.may_ask(name)]
 
     def _ready(self, version: Version) -> bool:
         """Return whether a version answers while nothing is folded."""
@@ -118,7 +134,7 @@ class Folding:
         """Return why a request for ``model`` cannot be answered now, or None if it can."""
         if self.broken is not None:
             return Refusal(503, f"the server is stopping: {self.broken}")
-        if model is not None and not self.known(model):
+        if not self.may_ask(model) or (model is not None and not self.known(model)):
             return Refusal(404, self.unknown(model))
         if self.folded is None:
             if model is None or self.status(model) == "ready":
@@ -132,6 +148,12 @@ class Folding:
             )
         if model == self.folded:
             return None
+        if not self.may_ask(self.folded):
+            return Refusal(
+                409,
+                f"another adapter is folded into the weights, so no requests for "
+                f"{model or 'the base'} are answered; the operator can POST to /admin/unfold",
+            )
         return Refusal(
             409,
             f"{self.folded} is folded into the weights, so only requests for it are answered, not "
@@ -139,12 +161,15 @@ class Folding:
             "/admin/unfold",
         )
 
-    def unknown(self, model: str) -> str:
-        """Return what to tell somebody who asks for a name that no model has."""
-        answering = self.answering()
-        near = near_names(model, answering)
+    def unknown(self, model: str | None) -> str:
+        """Return what to tell somebody who asks for a name that no model has.
+
+        Says the same of a model that the key of the request may not ask. None is the base.
+        """
+        if model is None:
+            return f"The request names no model. {self._listed()}"
         name, digest = split_version(self.library.aliases.get(model, model))
-        record = self.library.records.get(name)
+        record = self.library.records.get(name) if self.may_ask(model) else None
         if record is not None and digest is not None and record.versions:
             kept = ", ".join(str(version) for version in record.versions)
             return (
@@ -153,13 +178,18 @@ class Folding:
             )
         if record is not None and record.refused is not None:
             return f"The adapter `{name}` is not served: {record.refused}"
-        listed = ", ".join(answering[:_LISTED])
-        more = f" and {len(answering) - _LISTED} more" if len(answering) > _LISTED else ""
+        near = near_names(model, self.answering())
         return (
             f"The model `{model[:100]}` does not exist. "
             + (f"Did you mean {' or '.join(near)}? " if near else "")
-            + f"Models that answer now: {listed}{more} (GET /v1/models lists all)"
+            + self._listed()
         )
+
+    def _listed(self) -> str:
+        answering = self.answering()
+        listed = ", ".join(answering[:_LISTED]) or "none that this key may ask"
+        more = f" and {len(answering) - _LISTED} more" if len(answering) > _LISTED else ""
+        return f"Models that answer now: {listed}{more} (GET /v1/models lists all)"
 
     async def change(
         self, name: str | None, timeout: float | None = DEFAULT_TIMEOUT

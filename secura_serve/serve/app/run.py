@@ -109,7 +109,7 @@ def _chat_page(
         endpoint,
         access=access or PageAccess(),
         port=config.ui_port,
-        api_key=context.keys.user[0] if context.keys.user else None,
+        api_key=next(iter(context.keys.user), context.keys.internal),
         examples=examples if examples and examples.is_file() else None,
         enabled=access is not None,
     )

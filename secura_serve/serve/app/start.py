@@ -29,6 +29,7 @@ from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import page_access
+from secura_serve.serve.app.http.key_file import read_keys
 from secura_serve.serve.app.memory import estimate
 from secura_serve.serve.app.startup_messages import (
     announce_fold,
@@ -68,6 +69,9 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     """
     if config.check:
         _check_settings(config, vllm_flags)
+    elif config.keys:
+        # Before the adapters are verified, which may take a while.
+        read_keys(Path(config.keys).expanduser())
     base = resolve_base(config.base)
     names = list(config.served_model_name) or [_default_name(base)]
     verifier = _verifier(config, base)
@@ -144,7 +148,7 @@ def _context(
     return ServerContext(
         folding,
         updates,
-        server_keys(args, admin=config.admin_api_key),
+        server_keys(args, admin=config.admin_api_key, file=config.keys),
         watch=FolderWatch(root, updates, updates.say) if root is not None else None,
         follow=config.watch,
         strict=config.strict,
@@ -167,7 +171,7 @@ def _check_settings(config: ServeConfig, vllm_flags: list[str]) -> None:
     args: Any = SimpleNamespace(api_key=None)
     if vllm_flags:
         args = check_vllm_flags(vllm_flags)
-    keys = server_keys(args, admin=config.admin_api_key)
+    keys = server_keys(args, admin=config.admin_api_key, file=config.keys)
     if config.ui:
         page_access(config.ui_host, login=config.ui_auth, no_login=config.ui_no_auth, keys=keys)
 

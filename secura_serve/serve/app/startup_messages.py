@@ -128,7 +128,7 @@ def ready_notice(
 def _warnings(args: Any, keys: Keys, page: PageAccess | None) -> list[str]:
     """Return a warning for each door that is open to strangers."""
     lines = []
-    if not (args.uds or _here(args.host) or keys.user):
+    if not (args.uds or _here(args.host) or keys.needed):
         lines.append(
             f"\nwarning: whoever reaches {args.host or 'this machine'} can ask this server; give "
             "--api-key KEY, or leave --host out"
@@ -142,12 +142,18 @@ def _warnings(args: Any, keys: Keys, page: PageAccess | None) -> list[str]:
 
 
 def _user_key(keys: Keys) -> str:
-    return "with a key of --api-key" if keys.user else "without a key"
+    flags = [*(["--api-key"] if keys.user else []), *(["--keys"] if keys.file else [])]
+    return f"with a key of {' or '.join(flags)}" if flags else "without a key"
 
 
 def _admin_key(keys: Keys) -> str:
-    if keys.admin:
-        return "with the key of --admin-api-key"
+    admin = ["the key of --admin-api-key"] if keys.admin else []
+    if keys.file and any(key.role == "admin" for key in keys.file.keys):
+        admin.append("an admin key of --keys")
+    if admin:
+        return f"with {' or '.join(admin)}"
+    if keys.file:
+        return 'nobody: --keys has no key with role = "admin"'
     return "direct requests on this machine only, without a key"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from secura_serve.errors import ConfigError
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
+from secura_serve.serve.app.http.key_file import KeyFile
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.basis import SharedBasis
 from secura_serve.serve.logs import LOGGING_FILE, is_json
@@ -226,16 +228,17 @@ def _log_as_json(args: Any) -> None:
     log_by_file(args, os.environ[LOGGING_FILE])
 
 
-def server_keys(args: Any, *, admin: str | None) -> Keys:
+def server_keys(args: Any, *, admin: str | None, file: str | None = None) -> Keys:
     """Return the keys that the server asks for.
 
     Args:
         args: vLLM's ``serve`` namespace.
         admin: the key of the admin routes.
+        file: the file of ``--keys``.
 
     Raises:
-        ConfigError: a key is empty, which vLLM takes for none, and answers everyone; or the admin
-            key is a user's as well.
+        ConfigError: a key is empty, which vLLM takes for none, and answers everyone; the admin
+            key is a user's as well; or the file cannot be used.
     """
     check_key(admin, "--admin-api-key (or SECURA_ADMIN_API_KEY)")
     keys = Keys(_user_keys(args), admin)
@@ -244,7 +247,10 @@ def server_keys(args: Any, *, admin: str | None) -> Keys:
             "the key of --admin-api-key is one of --api-key as well, so every user could change "
             "the server; give another one"
         )
-    return keys
+    if file is None:
+        return keys
+    key_file = KeyFile(Path(file).expanduser(), keys.plain)
+    return Keys(keys.user, admin, key_file, internal=secrets.token_urlsafe(32))
 
 
 def _user_keys(args: Any) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class ServedModels:
         adapters: the table that vLLM looks an adapter's name up in.
         base_status: what ``/v1/models`` says of the base.
         listed: the adapters to list.
+        may_ask: whether whoever asks for the list may ask for the base under this name.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class ServedModels:
         adapters: dict[str, Any],
         base_status: Callable[[], str],
         listed: Callable[[], Iterable[ListedModel]],
+        may_ask: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self._models, self._original = models, models.show_available_models
         self._model_name = models.model_name
         self._bases = list(models.base_model_paths)
         self._adapters, self._base_status, self._listed = adapters, base_status, listed
+        self._may_ask = may_ask
         self._base_cards: list[Any] = []
 
     async def take_over(self) -> None:
@@ -85,7 +88,8 @@ class ServedModels:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         parent = self._bases[0].name
-        cards = [c.model_copy(update={"status": self._base_status()}) for c in self._base_cards]
+        bases = [card for card in self._base_cards if self._may_ask(card.id)]
+        cards = [card.model_copy(update={"status": self._base_status()}) for card in bases]
         for model in self._listed():
             card = ModelCard(
                 id=model.name, root=str(model.root), parent=parent, permission=[ModelPermission()]

@@ -38,7 +38,9 @@ async def serve_adapters(context: ServerContext, engine: Any, models: Any) -> No
                     version.name, version.snapshot.source, folding.status(version.name)
                 )
 
-    served = ServedModels(models, table, lambda: folding.status(folding.names[0]), listed)
+    served = ServedModels(
+        models, table, lambda: folding.status(folding.names[0]), listed, context.may_ask
+    )
     await served.take_over()
     folding.bind(engine, served)
     if isinstance(table, AdapterTable):

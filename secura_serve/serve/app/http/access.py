@@ -6,12 +6,15 @@ Needs nothing of vLLM.
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 from ipaddress import ip_address
 
 from secura_serve.errors import ConfigError
+from secura_serve.serve.app.http.key_file import FileKey, KeyFile
 
 __all__ = [
+    "ASKING_KEY",
     "Keys",
     "PageAccess",
     "check_key",
@@ -21,13 +24,35 @@ __all__ = [
 ]
 
 
+ASKING_KEY: ContextVar[FileKey | None] = ContextVar("secura_asking_key", default=None)
+"""The key of ``--keys`` that the current request came with, set by the guard. None: it came with
+another key or without one, and may ask every model."""
+
+
 # Without a repr: secrets must not show in a traceback.
 @dataclass(frozen=True, repr=False)
 class Keys:
-    """The keys of the server: those of ``--api-key``, and the one of ``--admin-api-key``."""
+    """The keys of the server."""
 
     user: tuple[str, ...] = ()
+    """Those of ``--api-key``."""
     admin: str | None = None
+    """The one of ``--admin-api-key``."""
+    file: KeyFile | None = None
+    """Those of ``--keys``."""
+    internal: str | None = None
+    """A random user key of this run, where there is a file: the chat page asks with it, and vLLM's
+    own check, which knows no file, is shown it in the place of a key of the file."""
+
+    @property
+    def needed(self) -> bool:
+        """Whether one has to have a key to ask."""
+        return bool(self.user) or self.file is not None
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Every key that is not in the file; with one of them all models may be asked."""
+        return (*self.user, *(key for key in (self.admin, self.internal) if key is not None))
 
 
 def check_key(key: str | None, source: str) -> str | None:
@@ -99,7 +124,7 @@ def page_access(host: str | None, *, login: str | None, no_login: bool, keys: Ke
         return page
     if page.host == "localhost" or is_loopback(page.host):
         return page
-    if keys.user:
+    if keys.needed:
         raise ConfigError(
             f"--ui-host {page.host}: the chat page asks with the server's API key, and would lend "
             "it to whoever opens the page; give it a login with --ui-auth USER:PASSWORD (or "

@@ -69,7 +69,7 @@ class ServerContext:
 
     def may_ask(self, model: str) -> bool:
         """Return whether whoever asks now may ask this model."""
-        return True
+        return self.folding.may_ask(model)
 
     def hand_over(self, args: Namespace) -> None:
         """Put this where :func:`context_of` finds it in the app that vLLM makes of ``args``."""

@@ -128,9 +128,9 @@ class AdminPlugin:
             ServeError: the app was not started by secura-serve.
         """
         context, args = context_of(app), app.state.args
-        if context.keys.user and context.keys.admin:
+        if context.keys.needed:
             # vLLM's own check runs inside ours, and would refuse the admin key below /v1.
-            args.api_key = [*context.keys.user, context.keys.admin]
+            args.api_key = list(context.keys.plain)
         for path, method, handler in (
             ("/admin/fold", "GET", get_fold),
             ("/admin/fold", "POST", fold),

@@ -33,8 +33,9 @@ ends a request of the caller's own. ``read``: touches no weights. ``admin``: cha
 shows its insides. ``refused``: vLLM mounts it, we do not serve it."""
 
 Access = Literal["anyone", "user", "admin"]
-"""``user``: whoever has a key of ``--api-key``, anyone if there is none. ``admin``: whoever has the
-key of ``--admin-api-key``, direct requests on loopback if there is none."""
+"""``user``: whoever has a key of ``--api-key`` or ``--keys``, anyone if neither is given.
+``admin``: whoever has the key of ``--admin-api-key`` or an admin's of ``--keys``, direct requests
+on loopback if neither is given."""
 
 WEBSOCKET = "WEBSOCKET"
 """Stands for the method where a WebSocket is opened."""
