@@ -23,6 +23,7 @@ _EXPORTS: dict[str, str] = {
     "FoldError": "errors",
     "IncompatibleVLLMError": "errors",
     "MergeError": "errors",
+    "PushError": "errors",
     "SecuraError": "errors",
     "ServeError": "errors",
     "StorageError": "errors",

@@ -13,6 +13,7 @@
     ├── EvaluationError           an evaluation that cannot be started or finished
     ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
+    ├── PushError                 an update that a running server did not take
     ├── StorageError              a disk that is full or cannot be written
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
@@ -35,6 +36,7 @@ __all__ = [
     "FoldError",
     "IncompatibleVLLMError",
     "MergeError",
+    "PushError",
     "SecuraError",
     "ServeError",
     "StorageError",
@@ -104,6 +106,19 @@ class ServeError(SecuraError):
 
 class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
+
+
+class PushError(SecuraError):
+    """An update that a running server did not take, or that did not reach it.
+
+    Args:
+        status: the HTTP status of the answer; None where no server answered.
+        said: the server's own message.
+    """
+
+    def __init__(self, message: str, status: int | None = None, said: str = "") -> None:
+        self.status, self.said = status, said
+        super().__init__(message)
 
 
 class StorageError(SecuraError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of
 from secura_serve.adapter.format import FORMAT_VERSION, PEFT_TYPE, AdapterConfig
+from secura_serve.adapter.identity import base_id
 from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized
 from secura_serve.adapter.store import Adapter, check_name, is_plain_lora, load, save
 from secura_serve.adapter.tensors import CURModule, parse_modules
@@ -27,6 +28,7 @@ __all__ = [
     "BaseComparison",
     "CURModule",
     "WeightSource",
+    "base_id",
     "check_name",
     "compare_modules",
     "compare_with_base",

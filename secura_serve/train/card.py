@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import fingerprint, save
+from secura_serve.adapter import save
 from secura_serve.atomic import atomic_folder
 from secura_serve.train import curves
 from secura_serve.train.checkpoints import processes
@@ -20,7 +20,7 @@ from secura_serve.train.data.records import digest
 from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
-from secura_serve.train.tuner import adapter_layers
+from secura_serve.train.tuner import adapter_layers, exported
 
 __all__ = ["REPRODUCTION_NOTE", "card", "is_written", "run_facts", "write"]
 
@@ -148,14 +148,7 @@ def write(
 
 
 def _save_cur(out: Path, config: TrainConfig, run: Run, files: dict[str, str | bytes]) -> None:
-    layers = adapter_layers(run.model, "default")
-    settings = run.model.peft_config["default"]
-    settings.base_fingerprint = {
-        module: fingerprint(layer.pristine, layer.basis("default"))
-        for module, layer in layers.items()
-    }
-    modules = {module: layer.export("default") for module, layer in layers.items()}
-    save(out, settings.to_adapter_config(), modules, extra=files, overwrite=config.overwrite)
+    save(out, *exported(run.model), extra=files, overwrite=config.overwrite)
 
 
 def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:

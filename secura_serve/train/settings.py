@@ -161,6 +161,16 @@ class TrainConfig:
         "continue a stopped run: auto = its newest complete checkpoint, or the folder of one", None
     )
     overwrite: bool = option("replace an existing folder and delete its checkpoints", False)
+    push_to: str | None = option(
+        "curlora, secura: URL of a running secura-serve that gets the adapter while it is trained; "
+        "its admin key is $SECURA_ADMIN_API_KEY",
+        None,
+        metavar="URL",
+    )
+    push_name: str | None = option(
+        "name that the adapter gets there (default: the last part of --out)", None
+    )
+    push_every: int = option("push every so many steps, and at the end; 0: only at the end", 10)
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -192,9 +202,12 @@ class TrainConfig:
         return {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
 
     def portable(self) -> dict[str, Any]:
-        """Return the settings as a recipe keeps them, without the folders of this machine."""
+        """Return the settings as a recipe keeps them, without what is of this machine alone."""
         files = {k: Path(v).name if Path(v).exists() else v for k, v in self.sources().items()}
-        return asdict(self) | files | {"out": Path(self.out).name, "run_dir": None, "resume": None}
+        local = {"out": Path(self.out).name, "run_dir": None, "resume": None}
+        settings = asdict(self) | files | local
+        # Who is told of a run does not change what it makes.
+        return {k: v for k, v in settings.items() if not k.startswith("push_")}
 
     def alpha_value(self) -> float | str:
         """Return ``alpha`` parsed: ``"auto"`` or the number."""
