@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle lock clean bench-train
+.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-push lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -72,6 +72,10 @@ bench-step: setup ## the adapter step of one linear against LoRA's and the base 
 
 bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
 	$(PY) -m benchmarks.cycle $(ARGS)
+
+bench-push: setup ## end of an optimiser step to the new version's first token, idle and under load
+	$(PY) -m benchmarks.push $(ARGS)
+
 bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
 	$(PY) -m benchmarks.train_step $(ARGS)
 
