@@ -19,7 +19,7 @@ from secura_serve.train.checkpoints import processes
 from secura_serve.train.data.records import digest
 from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
-from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
+from secura_serve.train.settings import NO_PUSHES, REPRODUCTION_ONLY, TrainConfig
 from secura_serve.train.tuner import adapter_layers, exported
 
 __all__ = ["REPRODUCTION_NOTE", "card", "is_written", "run_facts", "write"]
@@ -62,7 +62,9 @@ def is_written(config: TrainConfig) -> bool:
     """Return whether ``--out`` was written by a run with these settings and data."""
     try:
         facts = json.loads((Path(config.out) / "train.json").read_text(encoding="utf-8"))
-        written = type(config).upgrade(facts["config"]) | {"overwrite": config.overwrite}
+        # Earlier versions knew no pushes.
+        written = NO_PUSHES | type(config).upgrade(facts["config"])
+        written["overwrite"] = config.overwrite
         digests = facts["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

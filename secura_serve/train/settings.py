@@ -19,12 +19,14 @@ from secura_serve.train.checks import (
 )
 from secura_serve.train.methods.registry import METHODS
 
-__all__ = ["REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
+__all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
 
 REPRODUCTION_ONLY = ("activation", "reference")
 """S-MagNorm modes that act on activations: trained and evaluated here, never merged or served."""
 REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
+NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
+"""What a recipe says of pushes: whom a run was pushed to does not change what it makes."""
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
 _SET_BY_METHOD = (
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "fusion_step"),
@@ -205,9 +207,7 @@ class TrainConfig:
         """Return the settings as a recipe keeps them, without what is of this machine alone."""
         files = {k: Path(v).name if Path(v).exists() else v for k, v in self.sources().items()}
         local = {"out": Path(self.out).name, "run_dir": None, "resume": None}
-        settings = asdict(self) | files | local
-        # Who is told of a run does not change what it makes.
-        return {k: v for k, v in settings.items() if not k.startswith("push_")}
+        return asdict(self) | files | local | NO_PUSHES
 
     def alpha_value(self) -> float | str:
         """Return ``alpha`` parsed: ``"auto"`` or the number."""
