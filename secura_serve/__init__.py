@@ -24,6 +24,7 @@ _EXPORTS: dict[str, str] = {
     "IncompatibleVLLMError": "errors",
     "LifecycleError": "errors",
     "MergeError": "errors",
+    "PushError": "errors",
     "SecuraError": "errors",
     "ServeError": "errors",
     "StorageError": "errors",

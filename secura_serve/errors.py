@@ -14,6 +14,7 @@
     ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
     ├── LifecycleError            a change of a running server's adapters that did not happen
+    ├── PushError                 an update that a running server did not take
     ├── StorageError              a disk that is full or cannot be written
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
 
@@ -38,6 +39,7 @@ __all__ = [
     "IncompatibleVLLMError",
     "LifecycleError",
     "MergeError",
+    "PushError",
     "SecuraError",
     "ServeError",
     "StorageError",
@@ -127,6 +129,19 @@ class LifecycleError(SecuraError):
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
+        super().__init__(message)
+
+
+class PushError(SecuraError):
+    """An update that a running server did not take, or that did not reach it.
+
+    Args:
+        status: the HTTP status of the answer; None where no server answered.
+        said: the server's own message.
+    """
+
+    def __init__(self, message: str, status: int | None = None, said: str = "") -> None:
+        self.status, self.said = status, said
         super().__init__(message)
 
 

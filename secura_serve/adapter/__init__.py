@@ -9,6 +9,7 @@ from secura_serve.adapter.format import (
     AdapterConfig,
     weights_digest,
 )
+from secura_serve.adapter.identity import base_id
 from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized
 from secura_serve.adapter.store import (
     Adapter,
@@ -40,6 +41,7 @@ __all__ = [
     "BaseComparison",
     "CURModule",
     "WeightSource",
+    "base_id",
     "check_name",
     "compare_modules",
     "compare_with_base",

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secura_serve.adapter import Adapter, CURModule
+from secura_serve.adapter import Adapter, CURModule, base_id
 from secura_serve.errors import AdapterFormatError, UnservableError
 from secura_serve.method import Basis
 
@@ -28,20 +28,6 @@ __all__ = ["NormBounds", "SharedBasis", "base_id", "refuse_full_rank"]
 
 NormBounds = Mapping[str, float]
 """Module -> ‖C‖·‖R‖/√(out·in), :func:`~secura_serve.adapter.limits.update_norm_bound`."""
-
-
-def base_id(adapter: Adapter) -> str:
-    """Return a digest of the adapter's base fingerprints and of its row and column indices.
-
-    Adapters of one base, rank, target set and seed have the same digest, so the checkpoint is
-    compared once for all of them.
-    """
-    digest = hashlib.sha256()
-    for name, cur in sorted(adapter.modules.items()):
-        claim = adapter.config.base_fingerprint[name]
-        digest.update(f"{name}|{claim}|{len(cur.rows)}\n".encode())
-        digest.update(torch.cat([cur.rows, cur.cols]).to(torch.int32).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def refuse_full_rank(adapter: Adapter) -> None:

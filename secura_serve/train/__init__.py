@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from secura_serve.lazy import lazy
 
 if TYPE_CHECKING:
-    from secura_serve.train.callbacks import ExactResume, Fusion
+    from secura_serve.train.callbacks import ExactResume, Fusion, PushCallback
     from secura_serve.train.card import write
     from secura_serve.train.continual import (
         AccuracyMatrix,
@@ -46,6 +46,7 @@ __all__ = [
     "Fusion",
     "Method",
     "PreparedModel",
+    "PushCallback",
     "Run",
     "SecuraConfig",
     "SecuraLayer",
@@ -69,7 +70,7 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        **dict.fromkeys(("ExactResume", "Fusion"), "callbacks"),
+        **dict.fromkeys(("ExactResume", "Fusion", "PushCallback"), "callbacks"),
         **dict.fromkeys(
             (
                 *("AccuracyMatrix", "SequenceConfig", "Strategy", "register_strategy"),

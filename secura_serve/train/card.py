@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from secura_serve.adapter import fingerprint, save
+from secura_serve.adapter import save
 from secura_serve.atomic import atomic_folder
 from secura_serve.train import curves
 from secura_serve.train.checkpoints import processes
 from secura_serve.train.data.records import digest
 from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
-from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
-from secura_serve.train.tuner import adapter_layers
+from secura_serve.train.settings import NO_PUSHES, REPRODUCTION_ONLY, TrainConfig
+from secura_serve.train.tuner import adapter_layers, exported
 
 __all__ = ["REPRODUCTION_NOTE", "card", "is_written", "run_facts", "write"]
 
@@ -62,7 +62,9 @@ def is_written(config: TrainConfig) -> bool:
     """Return whether ``--out`` was written by a run with these settings and data."""
     try:
         facts = json.loads((Path(config.out) / "train.json").read_text(encoding="utf-8"))
-        written = type(config).upgrade(facts["config"]) | {"overwrite": config.overwrite}
+        # Earlier versions knew no pushes.
+        written = NO_PUSHES | type(config).upgrade(facts["config"])
+        written["overwrite"] = config.overwrite
         digests = facts["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -148,14 +150,7 @@ def write(
 
 
 def _save_cur(out: Path, config: TrainConfig, run: Run, files: dict[str, str | bytes]) -> None:
-    layers = adapter_layers(run.model, "default")
-    settings = run.model.peft_config["default"]
-    settings.base_fingerprint = {
-        module: fingerprint(layer.pristine, layer.basis("default"))
-        for module, layer in layers.items()
-    }
-    modules = {module: layer.export("default") for module, layer in layers.items()}
-    save(out, settings.to_adapter_config(), modules, extra=files, overwrite=config.overwrite)
+    save(out, *exported(run.model), extra=files, overwrite=config.overwrite)
 
 
 def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:

@@ -27,6 +27,7 @@ _RUN, _LOCK = "run.json", "lock"
 # line are compared by the content of the files.
 _MAY_CHANGE = (
     *("out", "overwrite", "run_dir", "resume", "save_steps", "device"),
+    *("push_to", "push_name", "push_every"),
     *("data", "eval_data", "tasks", "tasks_dir"),
 )
 

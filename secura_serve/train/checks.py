@@ -65,7 +65,7 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
         ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
         ("inner_rank", (config.inner_rank or config.rank) >= config.rank, ">= rank"),
     ]
-    for name in ("eval_steps", "patience", "fusion_step", "save_steps"):
+    for name in ("eval_steps", "patience", "fusion_step", "save_steps", "push_every"):
         bounds.append((name, getattr(config, name) >= 0, ">= 0"))
     problems = [
         f"{name}: got {getattr(config, name)!r}, must be {bound}"
@@ -159,6 +159,10 @@ def contradictions(config: TrainConfig) -> list[str]:
                 "eval_steps: give --eval-data or --eval-split to evaluate on",
             ),
             (config.patience and not config.eval_steps, "patience: needs --eval-steps"),
+            *(
+                (name in changed and not config.push_to, f"{name}: needs --push-to")
+                for name in ("push_name", "push_every")
+            ),
             (
                 config.layers and config.target_modules() == "all-linear",
                 "layers: needs --targets by name, as in PEFT",

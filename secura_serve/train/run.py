@@ -15,6 +15,7 @@ from secura_serve.adapter import check_name
 from secura_serve.atomic import check_target
 from secura_serve.errors import ConfigError
 from secura_serve.train import memory
+from secura_serve.train.callbacks import PushCallback
 from secura_serve.train.checkpoints import RunFolder, is_main_process, processes
 from secura_serve.train.data import Record, Rows, digest, encode, parse_columns, read, split
 from secura_serve.train.fit import fit
@@ -69,6 +70,7 @@ def _train(
     held_out: list[Record],
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
+    pushes = _pushes(config)
     digests = {name: digest(path) for name, path in config.sources().items()}
     start = folder.open(digests, processes())
     for damage in folder.damaged:
@@ -87,7 +89,7 @@ def _train(
         prepared,
         rows,
         held_out=eval_rows,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *pushes],
         run_dir=folder.path,
         resume=start,
     )
@@ -103,6 +105,13 @@ def _train(
     scores = {"train_loss": result.train_loss, "steps": float(result.steps)}
     scores |= {f"held_out_{name}": value for name, value in result.held_out.items()}
     return Run(prepared, scores, result.seconds, result.history, folder)
+
+
+def _pushes(config: TrainConfig) -> list[PushCallback]:
+    if config.push_to is None:
+        return []
+    name = config.push_name or Path(config.out).absolute().name
+    return [PushCallback(config.push_to, name, config.push_every)]
 
 
 def _records(config: TrainConfig) -> tuple[list[Record], list[Record]]:

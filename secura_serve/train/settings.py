@@ -19,12 +19,14 @@ from secura_serve.train.checks import (
 )
 from secura_serve.train.methods.registry import METHODS
 
-__all__ = ["REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
+__all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
 
 REPRODUCTION_ONLY = ("activation", "reference")
 """S-MagNorm modes that act on activations: trained and evaluated here, never merged or served."""
 REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
+NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
+"""What a recipe says of pushes: whom a run was pushed to does not change what it makes."""
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
 _SET_BY_METHOD = (
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "fusion_step"),
@@ -161,6 +163,16 @@ class TrainConfig:
         "continue a stopped run: auto = its newest complete checkpoint, or the folder of one", None
     )
     overwrite: bool = option("replace an existing folder and delete its checkpoints", False)
+    push_to: str | None = option(
+        "curlora, secura: URL of a running secura-serve that gets the adapter while it is trained; "
+        "its admin key is $SECURA_ADMIN_API_KEY",
+        None,
+        metavar="URL",
+    )
+    push_name: str | None = option(
+        "name that the adapter gets there (default: the last part of --out)", None
+    )
+    push_every: int = option("push every so many steps, and at the end; 0: only at the end", 10)
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -192,9 +204,10 @@ class TrainConfig:
         return {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
 
     def portable(self) -> dict[str, Any]:
-        """Return the settings as a recipe keeps them, without the folders of this machine."""
+        """Return the settings as a recipe keeps them, without what is of this machine alone."""
         files = {k: Path(v).name if Path(v).exists() else v for k, v in self.sources().items()}
-        return asdict(self) | files | {"out": Path(self.out).name, "run_dir": None, "resume": None}
+        local = {"out": Path(self.out).name, "run_dir": None, "resume": None}
+        return asdict(self) | files | local | NO_PUSHES
 
     def alpha_value(self) -> float | str:
         """Return ``alpha`` parsed: ``"auto"`` or the number."""

@@ -43,7 +43,10 @@ ALLOWED["merge.io"] = {"atomic", "errors"}
 ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
 ALLOWED["train.data"] = {"errors"}
 ALLOWED["train.tuner"] = {"errors", "method", "adapter"}
-ALLOWED["train"] = ALLOWED["adapter"] | {"adapter", "registry", "train.data", "train.tuner"}
+ALLOWED["client"] = FOUNDATION | {"adapter", "train.tuner"}
+ALLOWED["train"] = ALLOWED["adapter"] | {
+    *("adapter", "client", "registry", "train.data", "train.tuner"),
+}
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge", "registry"}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}

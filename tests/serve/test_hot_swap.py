@@ -202,7 +202,8 @@ def test_uploads_pushes_pins_and_aliases(started):
         (b"junk", {}, 400),
         (some, {}, 409),
         (save(cores), {"X-Secura-Basis": "0" * 32}, 409),
-        (save({k: v * float("nan") for k, v in cores.items()}), {}, 409),
+        (save(cores), {"X-Secura-Magnorm": '{"mode": "bounded"}'}, 409),
+        (save({k: v * float("nan") for k, v in cores.items()}), {}, 400),
     ):
         reply = started.http.put("/v1/adapters/up/weights", content=body, headers=headers)
         assert reply.status_code == status, reply.text

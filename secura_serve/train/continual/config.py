@@ -98,6 +98,7 @@ class SequenceConfig(TrainConfig):
             for wrong, problem in (
                 (self.data, "data: not with --tasks, which names the data"),
                 (self.eval_data, "eval_data: not with --tasks, which names the test files"),
+                (self.push_to, "push_to: not with --tasks"),
                 (self.resume not in (None, "auto"), "resume: must be auto with --tasks"),
             )
             if wrong

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from secura_serve.train.tuner.config import SecuraConfig
+from secura_serve.train.tuner.export import exported
 from secura_serve.train.tuner.layer import SecuraLayer
 from secura_serve.train.tuner.linear import SecuraLinear
 from secura_serve.train.tuner.model import SecuraModel, adapter_layers
@@ -14,6 +15,7 @@ __all__ = [
     "SecuraLinear",
     "SecuraModel",
     "adapter_layers",
+    "exported",
     "extend_peft_type",
 ]
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from secura_serve.adapter import CURModule, fingerprint
+from secura_serve.adapter import CURModule
 from secura_serve.errors import ConfigError, UnservableError
 from secura_serve.train.tuner.config import SecuraConfig
 from secura_serve.train.tuner.folder import check_base, modules_of, take_stored
@@ -87,7 +87,7 @@ class SecuraModel(BaseTuner):
         fingerprints = {}
         for module, layer in adapter_layers(model, adapter_name).items():
             tensors |= layer.export(adapter_name).tensors(module)
-            fingerprints[module] = fingerprint(layer.pristine, layer.basis(adapter_name))
+            fingerprints[module] = layer.fingerprint(adapter_name)
         # PEFT calls this for the tensors, and writes the configuration right after them.
         config.base_fingerprint = fingerprints
         return tensors
@@ -114,8 +114,7 @@ class SecuraModel(BaseTuner):
         # Empty when the folder is loaded into an existing adapter: PEFT then keeps that adapter's
         # configuration (the Trainer resumes like this), and the basis must be the existing one.
         fingerprints = config.base_fingerprint or {
-            module: fingerprint(layer.pristine, layer.basis(adapter_name))
-            for module, layer in layers.items()
+            module: layer.fingerprint(adapter_name) for module, layer in layers.items()
         }
         written = replace(config.to_adapter_config(), base_fingerprint=dict(fingerprints))
         modules = modules_of(state_dict, written)

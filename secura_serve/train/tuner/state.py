@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secura_serve.adapter import CURModule
+from secura_serve.adapter import CURModule, fingerprint
 from secura_serve.errors import ConfigError
 from secura_serve.method import Basis, MagNorm, auto_alpha, init_A, select
 from secura_serve.train.tuner.config import SecuraConfig
@@ -47,6 +49,7 @@ class AdapterState(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
+        self._fingerprints: dict[str, tuple[tuple[int, ...], Basis, str]] = {}
         self.transposed = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = self.pristine.shape
 
@@ -125,6 +128,22 @@ class AdapterState(BaseTunerLayer):
     def basis(self, name: str) -> Basis:
         """Return the rows and columns of adapter ``name``."""
         return Basis(self.secura_rows[name], self.secura_cols[name])
+
+    def fingerprint(self, name: str) -> str:
+        """Return the fingerprint of the pristine W under adapter ``name``.
+
+        It is kept until W or the indices change, because a run that updates a server asks for it
+        at every update, and gathering and hashing take longer than sending.
+        """
+        W, basis = self.pristine, self.basis(name)
+        # The address tells W from another tensor, the version from what it held before.
+        weight = (W.data_ptr(), self.get_base_layer().weight._version)
+        known = self._fingerprints.get(name)
+        if known and known[0] == weight and all(map(is_, known[1], basis)):
+            return known[2]
+        digest = fingerprint(W, basis)
+        self._fingerprints[name] = (weight, basis, digest)
+        return digest
 
     @torch.no_grad()
     def fuse(self, name: str) -> None:

@@ -23,13 +23,16 @@ __all__ = ["with_new_cores"]
 _PREFIX = "base_model.model."
 
 
-def with_new_cores(version: Version, body: bytes, basis: str | None) -> tuple[bytes, bytes]:
+def with_new_cores(
+    version: Version, body: bytes, basis: str | None = None, magnorm: str | None = None
+) -> tuple[bytes, bytes]:
     """Return the two files of an adapter that is ``version`` but for its U.
 
     Args:
         body: a safetensors file with ``base_model.model.<module>.secura_U`` of every module, and
             ``secura_rho_max`` where the S-MagNorm mode has one.
         basis: the ``base_id`` that the U belong to; None is not compared.
+        magnorm: the S-MagNorm that they were trained with, as sorted JSON; None is not compared.
 
     Raises:
         LifecycleError: (400) the body cannot be read; (409) it is for another basis.
@@ -39,6 +42,11 @@ def with_new_cores(version: Version, body: bytes, basis: str | None) -> tuple[by
     if basis is not None and basis != base_id(known):
         raise LifecycleError(
             409, f"the weights belong to the basis {basis[:64]}, {version} to {base_id(known)}"
+        )
+    own = json.dumps(known.config.magnorm.to_json(), sort_keys=True)
+    if magnorm is not None and magnorm != own:
+        raise LifecycleError(
+            409, f"the weights were trained with S-MagNorm {magnorm[:200]}, {version} has {own}"
         )
     try:
         given = load(body)

@@ -173,14 +173,17 @@ class AdapterUpdates:
             return await self._publish(entry, "upload")
 
     @_counting_refusals
-    async def push(self, name: str, body: bytes, basis: str | None = None) -> Version:
+    async def push(
+        self, name: str, body: bytes, basis: str | None = None, magnorm: str | None = None
+    ) -> Version:
         """Serve new U on the basis of the version that ``name`` stands for.
 
         The adapters folder stays as it is; the version is kept in the store and outlives a restart.
 
         Args:
             body: a safetensors file with ``secura_U`` of every module.
-            basis: the ``base_id`` that the sender trained on, if it says so.
+            basis, magnorm: what the sender trained on and with, if it says so; see
+                :func:`with_new_cores`.
 
         Raises:
             LifecycleError: (404) no such adapter; (409) another basis; (400) unreadable.
@@ -192,7 +195,7 @@ class AdapterUpdates:
                 raise LifecycleError(409, f"{name} is no CUR adapter that can take new weights")
             store = self.verifier.store
             assert store is not None
-            config, weights = await asyncio.to_thread(with_new_cores, serving, body, basis)
+            config, weights = await asyncio.to_thread(with_new_cores, serving, body, basis, magnorm)
             copy = await asyncio.to_thread(store.put, name, config, weights)
             entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
             return await self._publish(entry, "push")

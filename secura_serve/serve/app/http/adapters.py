@@ -148,13 +148,14 @@ async def put_adapter(name: str, request: Request, context: Context) -> Any:
 async def put_weights(name: str, request: Request, context: Context) -> Any:
     """Take new U for an adapter (a safetensors file) and serve them on its basis.
 
-    The header ``X-Secura-Basis`` may name the basis that they were trained on.
+    The headers ``X-Secura-Basis`` (the ``basis.id`` of the adapter) and ``X-Secura-Magnorm`` (sorted
+    JSON) may name the basis that they were trained on and the norm; others are refused.
     """
     try:
         check_name(name)
         body = await _limited_body(request)
-        basis = request.headers.get("x-secura-basis")
-        await _finished(context.updates.push(name, body, basis))
+        basis, magnorm = (request.headers.get(f"x-secura-{key}") for key in ("basis", "magnorm"))
+        await _finished(context.updates.push(name, body, basis, magnorm))
         return await _shown(context, name)
     except SecuraError as error:
         return _refused(error)

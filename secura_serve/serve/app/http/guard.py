@@ -21,6 +21,7 @@ from secura_serve.serve.app.http.context import context_of
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.key_file import FileKey
 from secura_serve.serve.app.http.routes import WEBSOCKET, Access, find_route, routed_path
+from secura_serve.serve.logs import say
 
 __all__ = ["GuardMiddleware", "refusal"]
 
@@ -150,7 +151,7 @@ class GuardMiddleware:
         refused = refusal(route.access, Headers(scope=scope), client, context.keys, key)
         if refused is None and key is not None and route.access == "admin" and method != "GET":
             # The path in quotes: it may hold a line break.
-            print(f"secura-serve: key {key.name}: {method} {scope['path'][:200]!r}", flush=True)
+            say(f"key {key.name}: {method} {scope['path'][:200]!r}")
         return refused
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from secura_serve.errors import ConfigError
+from secura_serve.serve.logs import say
 
 __all__ = ["FileKey", "KeyFile", "Role", "parse_keys", "read_keys"]
 
@@ -182,7 +183,7 @@ class KeyFile:
         path: Path,
         taken: Collection[str] = (),
         *,
-        say: Callable[[str], None] = lambda line: print(f"secura-serve: {line}", flush=True),
+        say: Callable[[str], None] = say,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self._taken, self._say, self._clock = path, tuple(taken), say, clock
