@@ -148,8 +148,8 @@ async def put_adapter(name: str, request: Request, context: Context) -> Any:
 async def put_weights(name: str, request: Request, context: Context) -> Any:
     """Take new U for an adapter (a safetensors file) and serve them on its basis.
 
-    The headers ``X-Secura-Basis`` (the ``basis.id`` of the adapter) and ``X-Secura-Magnorm`` (sorted
-    JSON) may name the basis that they were trained on and the norm; others are refused.
+    The headers ``X-Secura-Basis`` (the ``basis.id`` of the adapter) and ``X-Secura-Magnorm``
+    (sorted JSON) may name the basis that they were trained on and the norm; others are refused.
     """
     try:
         check_name(name)
