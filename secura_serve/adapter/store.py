@@ -144,8 +144,10 @@ def is_plain_lora(path: Path) -> bool:
 
     False where it cannot be read.
     """
+    file = path / CONFIG_NAME
     try:
-        raw = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        # Reading a pipe or a device would wait, or never end.
+        raw = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and raw.get("peft_type") == "LORA"
@@ -204,6 +206,8 @@ def load_config(folder: Path) -> AdapterConfig:
     """Read and check ``adapter_config.json`` alone. Raises AdapterFormatError."""
     file = folder / CONFIG_NAME
     try:
+        if file.exists() and not file.is_file():
+            raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is no regular file")
         if file.stat().st_size > _CONFIG_LIMIT:
             raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is over {_CONFIG_LIMIT} bytes")
         raw = json.loads(file.read_text(encoding="utf-8"))

@@ -186,7 +186,7 @@ def test_a_state_with_any_other_values_stops_no_start(made, data):
     made.updates.state.path.write_text(json.dumps(raw))
     again = restarted(made)
     served_as_the_folder_is(made, again)
-    again.updates.state.save(again.library)
+    again.updates.state.save(again.updates.state.encode(again.library))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_full_disk_leaves_the_old_state(made, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match="--state"):
-        made.updates.state.save(made.library)
+        made.updates.state.save(made.updates.state.encode(made.library))
     # A decision stands all the same, and the operator is told.
     asyncio.run(made.updates.pin("y", True))
     assert "cannot be written" in made.said[-1] and made.library.records["y"].pinned
@@ -246,7 +246,7 @@ while True:
     i += 1
     _write_folder(root / "adapters" / "x", contents[i % 2])
     library.records["x"] = Record(versions[i % 2])
-    state.save(library)
+    state.save(state.encode(library))
 """
 
 

@@ -141,7 +141,10 @@ def _context(
     updates = AdapterUpdates(
         root, library, verifier, state, folding.admission.ended, observer=metrics
     )
+    if state is not None and verifier.store is not None:
+        verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)
+    verifier.save()
     if verifier.store is not None:
         # Now that what an earlier run pushed or keeps for a rollback counts as used.
         verifier.store.remove_unused()
@@ -202,7 +205,6 @@ def _catalog(
     catalog = Catalog(())
     if config.adapters:
         catalog = scan(config.adapters, Checkpoint(base.path), taken=names, verifier=verifier)
-        verifier.save()
     if catalog.entries:
         say(f"{catalog.table()}\n\n{summary(catalog, config.base)}", prefix="")
     if config.fold in {lora.name for lora in catalog.plain_loras}:

@@ -56,7 +56,7 @@ def _first_sentence(file: Path) -> str:
 
 def _text(file: Path) -> str:
     try:
-        if file.stat().st_size > _LARGEST:
+        if not file.is_file() or file.stat().st_size > _LARGEST:
             return ""
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError):

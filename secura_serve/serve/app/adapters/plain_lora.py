@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def _largest_alpha(raw: Mapping[str, Any]) -> float:
         raw.get("lora_alpha", 8),
         *(pattern.values() if isinstance(pattern, Mapping) else [pattern]),
     ]
-    if not all(isinstance(n, (int, float)) and isfinite(n) for n in said):
+    if not all(isinstance(n, (int, float)) and abs(n) <= sys.float_info.max for n in said):
         raise AdapterFormatError(
             f"{CONFIG_NAME}: lora_alpha must be, and alpha_pattern map module names to, numbers"
         )

@@ -62,10 +62,14 @@ class SnapshotStore:
     Args:
         root: made on first use, readable by this user alone.
         verified: remembers digests, so that unchanged files are not read again.
+        private: where this server alone keeps what came without a folder, and may remove it again;
+            other servers share ``root``. By default the same.
     """
 
-    def __init__(self, root: Path, verified: Verified | None = None) -> None:
-        self.root, self.verified = root, verified
+    def __init__(
+        self, root: Path, verified: Verified | None = None, private: Path | None = None
+    ) -> None:
+        self.root, self.verified, self.private = root, verified, private or root
 
     def take(self, source: Path) -> Snapshot:
         """Copy an adapter folder, unless an identical copy is there already.
@@ -79,8 +83,10 @@ class SnapshotStore:
         except OSError as error:
             raise AdapterFormatError(f"{source.name} cannot be read: {error}") from error
         with self._storing(source.name):
-            if not self._has(digest, source.name):
-                digest = self._write(source.name, lambda new: digest_of(source, copy_to=new))
+            if not self._has(self.root, digest, source.name):
+                digest = self._write(
+                    self.root, source.name, lambda new: digest_of(source, copy_to=new)
+                )
             copy = self.root / digest / source.name
             os.utime(copy.parent)
         return Snapshot(copy, source, digest, stamps)
@@ -98,23 +104,28 @@ class SnapshotStore:
             return digest_of(new)
 
         with self._storing(name):
-            path = self.root / self._write(name, write) / name
+            path = self.private / self._write(self.private, name, write) / name
             return Snapshot(path, path, path.parent.name, stamps_of(path))
 
     def find(self, name: str, digest: str) -> Snapshot | None:
         """Return a copy that was kept earlier; None where it is gone or damaged."""
-        if not self._has(digest, name):
-            return None
-        path = self.root / digest / name
-        with suppress(OSError):
-            os.utime(path.parent)
-        return Snapshot(path, path, digest, stamps_of(path))
+        for root in (self.root, self.private):
+            if self._has(root, digest, name):
+                path = root / digest / name
+                with suppress(OSError):
+                    os.utime(path.parent)
+                return Snapshot(path, path, digest, stamps_of(path))
+        return None
 
     def discard(self, snapshot: Snapshot) -> None:
-        """Remove a copy that nothing needs any more."""
+        """Remove a copy made by :meth:`put` that nothing needs any more."""
+        if snapshot.path.parent.parent != self.private:
+            return
         shutil.rmtree(snapshot.path, ignore_errors=True)
         with suppress(OSError):
             snapshot.path.parent.rmdir()
+        if self.verified is not None:
+            self.verified.forget(snapshot.path, snapshot.digest)
 
     @contextmanager
     def _storing(self, name: str) -> Iterator[None]:
@@ -136,23 +147,23 @@ class SnapshotStore:
                 self.verified.remember_digest(folder, stamps, digest)
         return stamps, digest
 
-    def _has(self, digest: str, name: str) -> bool:
+    def _has(self, root: Path, digest: str, name: str) -> bool:
         try:
-            return self._known(self.root / digest / name)[1] == digest
+            return self._known(root / digest / name)[1] == digest
         except OSError:
             return False
 
-    def _write(self, name: str, write: Callable[[Path], str]) -> str:
+    def _write(self, root: Path, name: str, write: Callable[[Path], str]) -> str:
         """Have ``write`` fill a folder and return its digest, then give it its place."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = Path(tempfile.mkdtemp(prefix=".", dir=self.root))
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = Path(tempfile.mkdtemp(prefix=".", dir=root))
         try:
             new = draft / name
             new.mkdir(mode=0o700)
             digest = write(new)
-            if self._has(digest, name):
+            if self._has(root, digest, name):
                 return digest
-            target = self.root / digest / name
+            target = root / digest / name
             target.parent.mkdir(exist_ok=True, mode=0o700)
             with suppress(FileNotFoundError):
                 # Only a damaged copy can stand there.
@@ -163,9 +174,9 @@ class SnapshotStore:
             shutil.rmtree(draft, ignore_errors=True)
 
     def remove_unused(self, days: float = KEPT_DAYS) -> None:
-        """Remove copies that no start has used for ``days``, and what killed processes left."""
+        """Remove copies that no server has used for ``days``, and what killed processes left."""
         oldest = time.time() - days * 86400
-        for entry in self.root.glob("*"):
+        for entry in (*self.root.glob("*"), *self.private.glob("*")):
             with suppress(OSError):
                 if entry.stat().st_mtime < oldest:
                     shutil.rmtree(entry, ignore_errors=True)

@@ -33,12 +33,9 @@ class StateFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def save(self, library: Library) -> None:
-        """Write what is to outlive a restart.
-
-        Raises:
-            StorageError: the file cannot be written; the old one stays.
-        """
+    @staticmethod
+    def encode(library: Library) -> str:
+        """Return what is to outlive a restart, as JSON."""
         records = {
             name: {
                 "versions": [
@@ -52,7 +49,14 @@ class StateFile:
             for name, record in library.records.items()
             if record.versions
         }
-        text = json.dumps({"format": _FORMAT, "adapters": records, "aliases": library.aliases})
+        return json.dumps({"format": _FORMAT, "adapters": records, "aliases": library.aliases})
+
+    def save(self, text: str) -> None:
+        """Write what :meth:`encode` gave.
+
+        Raises:
+            StorageError: the file cannot be written; the old one stays.
+        """
         draft = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

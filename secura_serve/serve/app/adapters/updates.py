@@ -165,10 +165,13 @@ class AdapterUpdates:
             store = self.verifier.store
             assert store is not None
             copy = await asyncio.to_thread(store.put, name, files[CONFIG_NAME], files[WEIGHTS_NAME])
-            # Before the folder is touched: a refused upload changes nothing.
-            entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
-            await self._prepare(entry)
-            await asyncio.to_thread(_write_folder, root / name, files)
+            try:
+                # Before the folder is touched: a refused upload changes nothing.
+                entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
+                await self._prepare(entry)
+                await asyncio.to_thread(_write_folder, root / name, files)
+            finally:
+                await self._drop(name, copy)
             entry = await asyncio.to_thread(self.verifier.examine, root / name)
             return await self._publish(entry, "upload")
 
@@ -197,8 +200,12 @@ class AdapterUpdates:
             assert store is not None
             config, weights = await asyncio.to_thread(with_new_cores, serving, body, basis, magnorm)
             copy = await asyncio.to_thread(store.put, name, config, weights)
-            entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
-            return await self._publish(entry, "push")
+            try:
+                entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
+                return await self._publish(entry, "push")
+            except SecuraError:
+                await self._drop(name, copy)
+                raise
 
     async def remove(self, name: str) -> None:
         """Serve an adapter no longer; requests that run are finished.
@@ -313,6 +320,16 @@ class AdapterUpdates:
             if refused is not None:
                 raise UnservableError(refused)
 
+    async def _drop(self, name: str, copy: Snapshot) -> None:
+        """Forget a copy that became no version, unless one has the same content."""
+        record = self.library.records.get(name)
+        if record is not None and copy.path in {v.snapshot.path for v in record.versions}:
+            return
+        if self.workers is not None:
+            await self.workers.drop(copy.path)
+        if self.verifier.store is not None:
+            await asyncio.to_thread(self.verifier.store.discard, copy)
+
     async def _publish(self, entry: Entry, origin: Origin) -> Version:
         """Make verified content what its name stands for."""
         await self._prepare(entry)
@@ -330,7 +347,6 @@ class AdapterUpdates:
             await self._move_pin(entry.name)
         self._retire(retired)
         await self._save()
-        await asyncio.to_thread(self.verifier.save)
         return now
 
     async def _move_pin(self, name: str) -> None:
@@ -371,14 +387,15 @@ class AdapterUpdates:
                 again = record is not None and version.digest in {v.digest for v in record.versions}
                 if self.workers is not None:
                     await self.workers.forget(version, keep_content=again)
-                if version.origin == "push" and not again and self.verifier.store is not None:
+                if not again and self.verifier.store is not None:
                     await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
     async def _save(self) -> None:
         if self.state is not None:
             async with self._saving:
                 try:
-                    await asyncio.to_thread(self.state.save, self.library)
+                    # As it is now: a thread must not read what this one changes.
+                    await asyncio.to_thread(self.state.save, self.state.encode(self.library))
                 except StorageError as error:
                     self.say(str(error))
 

@@ -69,6 +69,12 @@ class Verified:
             self.norm_bounds[identity] = dict(norm_bounds)
             self._changed = True
 
+    def forget(self, folder: Path, digest: str) -> None:
+        """Take note that a folder with this content is gone."""
+        with self._lock:
+            self._digests.pop(str(folder), None)
+            self.identities.pop(digest, None)
+
     def save(self) -> None:
         """Write the file, atomically; failing to do so costs the next start time alone."""
         if self._file is None or not self._changed:

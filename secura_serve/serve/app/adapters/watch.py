@@ -31,6 +31,7 @@ SETTLE_S = 2.0
 """How long a folder must stay as it is before it counts as complete, if it does not say so."""
 _LOOK_S = 0.25
 _DEBOUNCE_MS = 50
+_ROOT_MS = 5000
 _RETRY_S = 5.0
 
 
@@ -53,14 +54,20 @@ class FolderWatch:
         """Follow the folder until cancelled."""
         while True:
             try:
+                watched = self.root.stat()
                 async for changes in awatch(
                     self.root,
                     watch_filter=None,
                     debounce=_DEBOUNCE_MS,
                     step=_DEBOUNCE_MS // 2,
+                    rust_timeout=_ROOT_MS,
+                    yield_on_timeout=True,
                     recursive=True,
                 ):
                     self._note({self._name(path) for _, path in changes} - {""})
+                    # Of a folder that was replaced by another nothing would be reported any more.
+                    if not os.path.samestat(watched, self.root.stat()):
+                        break
             except Exception as error:
                 # The folder may come back, for instance when a share is mounted again. What
                 # watchfiles raises, for a name that is no text for instance, is an ExceptionGroup.

@@ -92,6 +92,12 @@ class Workers:
         self._read -= {Path(path) for path in paths}
         self._prepared.pop(version.number, None)
 
+    async def drop(self, path: Path) -> None:
+        """Have the workers forget what they keep of a folder that no version uses."""
+        if path in self._read:
+            self._read.discard(path)
+            await self._call("secura_forget", [], [str(path)])
+
     async def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version in a slot on every worker, or no longer.
 

@@ -126,7 +126,11 @@ class Admission:
             if (work := self.prepare(model)) is None:
                 return None
             # The weights, and what the name stands for, may be others afterwards.
-            if (why := await work) is not None:
+            try:
+                why = await work
+            except Exception as error:
+                return Refusal(503, f"{model} cannot be prepared now ({error}): try again")
+            if why is not None:
                 return Refusal(409, f"{model} cannot be served: {why}")
 
     async def ended(self) -> None:
