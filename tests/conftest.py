@@ -34,6 +34,8 @@ if (process := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw"):
 ENGINES = {"served", "started", "start", "restarted"}
 
 
+# First: pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test that uses a running server, so that `-m "not engine"` leaves it out, and say
     which tests stay in one process (`--dist loadgroup`): a file's, and those of one server."""
