@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
-    *("--max-loras", "1", "--max-cpu-loras", "1"),
+    *("--max-loras", "1", "--max-cpu-loras", "1", "--no-watch"),
 )
 ADAPTERS = ("one", "two", "lora")
 

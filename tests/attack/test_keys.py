@@ -74,7 +74,7 @@ class Engine:
     renderer = input_processor = None
 
     async def collective_rpc(self, method, args=()):
-        return [[]]
+        return [([], 0, 0)] if method == "secura_slots" else [[None]]
 
 
 class App:
@@ -105,7 +105,11 @@ class App:
         self.app = build_app(args, ("generate",))
         bases = [BaseModelPath(name, "base") for name in self.folding.names]
         models = self.app.state.openai_serving_models = OpenAIServingModels(Engine(), bases)
-        self.loop.run_until_complete(serve_adapters(self.context, Engine(), models))
+        self.loop.run_until_complete(self.serve(models))
+
+    async def serve(self, models):
+        await serve_adapters(self.context, Engine(), models)
+        await asyncio.gather(*self.context.tasks)
 
     def __call__(self, method, path, key=None, **request):
         headers = dict(request.pop("headers", {}))

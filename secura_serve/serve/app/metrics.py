@@ -32,6 +32,10 @@ _FOLD_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+# A process that starts a server twice, as tests do, has the metrics of the second.
+_REGISTERED: dict[Any, tuple[Any, ...]] = {}
+
+
 @dataclass(frozen=True)
 class Metric:
     """One metric, as it is scraped."""
@@ -185,13 +189,15 @@ def _registered(registry: CollectorRegistry | None) -> dict[str, Any]:
     # Comes with vLLM, without which the adapters can be checked but not served.
     from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-    made: dict[str, Any] = {}
+    registry, made = registry or REGISTRY, dict[str, Any]()
+    for earlier in _REGISTERED.pop(registry, ()):
+        registry.unregister(earlier)
     for metric in METRICS:
         common: dict[str, Any] = {
             "name": metric.name,
             "documentation": metric.help,
             "labelnames": metric.labels,
-            "registry": registry or REGISTRY,
+            "registry": registry,
         }
         if metric.kind == "gauge":
             made[metric.name] = Gauge(**common, multiprocess_mode="mostrecent")
@@ -199,4 +205,5 @@ def _registered(registry: CollectorRegistry | None) -> dict[str, Any]:
             made[metric.name] = Histogram(**common, buckets=metric.buckets)
         else:
             made[metric.name] = Counter(**common)
+    _REGISTERED[registry] = tuple(made.values())
     return made

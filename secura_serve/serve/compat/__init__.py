@@ -42,6 +42,7 @@ from secura_serve.serve.compat.server import (
     yields_deltas,
 )
 from secura_serve.serve.compat.workers import (
+    adapters_in_slots,
     apply_stock_lora,
     base_linear,
     check_layer,
@@ -55,6 +56,7 @@ from secura_serve.serve.compat.workers import (
     packed_modules,
     quiet_reload,
     registered_adapter,
+    registered_adapters,
     resident,
     slot_of,
     token_slots,
@@ -66,6 +68,7 @@ __all__ = [
     "SUPPORTED",
     "ListedModel",
     "ServedModels",
+    "adapters_in_slots",
     "apply_stock_lora",
     "background_tasks",
     "base_linear",
@@ -84,6 +87,7 @@ __all__ = [
     "packed_modules",
     "quiet_reload",
     "registered_adapter",
+    "registered_adapters",
     "resident",
     "slot_of",
     "supports_adapters",

@@ -14,6 +14,8 @@ from torch import Tensor
 from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, find, require
 
 __all__ = [
+    "adapters_in_slots",
+    "registered_adapters",
     "resident",
     "lora_request",
     "worker_adapters",
@@ -94,6 +96,16 @@ def token_slots(wrapper: Any) -> Tensor:
 def slot_of(manager: Any, lora_id: int) -> int:
     """Return the slot that vLLM has chosen for an adapter."""
     return int(manager.lora_index_to_id.index(lora_id))
+
+
+def adapters_in_slots(manager: Any) -> Any:
+    """Return vLLM's cache of the numbers that are in a slot, least recently used first."""
+    return manager._active_adapters
+
+
+def registered_adapters(manager: Any) -> Any:
+    """Return vLLM's cache of the adapters that are ready for a slot, by number."""
+    return manager._registered_adapters
 
 
 def registered_adapter(manager: Any, lora_id: int) -> Any:

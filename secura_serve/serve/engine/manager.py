@@ -99,8 +99,8 @@ class CURModelManager(LRUCacheLoRAModelManager):
     def activate_adapter(self, lora_id: int) -> bool:
         """Fill the slot that vLLM has chosen, by one copy."""
         full = None not in self.lora_index_to_id
-        if full and lora_id not in self._active_adapters:
-            self._remove_one(self._active_adapters)
+        if full and lora_id not in compat.adapters_in_slots(self):
+            self._remove_one(compat.adapters_in_slots(self))
         if not super().activate_adapter(lora_id):
             return False
         slot = compat.slot_of(self, lora_id)
@@ -119,7 +119,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
 
     def remove_oldest_adapter(self) -> bool:
         """Forget one adapter, so that another can be registered."""
-        return self._remove_one(self._registered_adapters)
+        return self._remove_one(compat.registered_adapters(self))
 
     def _remove_one(self, held: Any) -> bool:
         """Take the least recently used adapter out of one of vLLM's caches.
