@@ -71,8 +71,8 @@ class RecordedEngine:
         for path in paths:
             self.kept.pop(path, None)
 
-    def secura_resident(self) -> list[int]:
-        return sorted(self.pinned)
+    def secura_slots(self) -> tuple[list[int], int, int]:
+        return sorted(self.pinned), 0, 0
 
     def secura_pin(self, name: str, number: int, path: str, pinned: bool) -> str | None:
         if not pinned:
