@@ -105,7 +105,11 @@ class App:
         self.app = build_app(args, ("generate",))
         bases = [BaseModelPath(name, "base") for name in self.folding.names]
         models = self.app.state.openai_serving_models = OpenAIServingModels(Engine(), bases)
-        self.loop.run_until_complete(serve_adapters(self.context, Engine(), models))
+        self.loop.run_until_complete(self.serve(models))
+
+    async def serve(self, models):
+        await serve_adapters(self.context, Engine(), models)
+        await asyncio.gather(*self.context.tasks)
 
     def __call__(self, method, path, key=None, **request):
         headers = dict(request.pop("headers", {}))
