@@ -32,19 +32,33 @@ if (process := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw"):
 
 # Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.
 ENGINES = {"served", "started", "start", "restarted"}
+# The files that use the session's one server.
+SHARE_A_SERVER = {
+    "tests/docs/test_blocks.py",
+    "tests/evaluate/test_secura_eval.py",
+    "tests/serve/test_chat_page.py",
+    "tests/serve/test_metrics.py",
+    "tests/serve/test_served.py",
+}
 
 
-# First: pytest-xdist reads the groups in the same hook.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out, and say
-    which tests stay in one process (`--dist loadgroup`): a file's, and those of one server."""
+    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if ENGINES & fixtures:
+        if ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
-        group = "served" if "served" in fixtures else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give every file to one process, and the files that share a server to the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "served" if file in SHARE_A_SERVER else file
+
+    return ByServer(config, log)
 
 
 @pytest.fixture(scope="session")
