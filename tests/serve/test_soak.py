@@ -35,7 +35,7 @@ CHANGING = ("x", "y", "z")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOLERANCE = 1e-3
 # Longest that a change may take to be seen by the next request.
-SEEN_S = 5.0
+SEEN_S = 20.0
 FOREVER = float("inf")
 
 
