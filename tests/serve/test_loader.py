@@ -90,11 +90,10 @@ def test_another_base_is_refused(tiny_base, tmp_path):
 
 def _serve(base, tmp_path, *more):
     adapter = random_adapter(base, tmp_path / "a", r=8, seed=1, magnorm=BOUNDED, size=20)
-    (tmp_path / "none").mkdir()
     flags = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "256", *more]
     flags += ["--load-format", "secura"]
     flags += ["--model-loader-extra-config", json.dumps({"adapter": str(adapter)})]
-    with serving(base, tmp_path / "none", tmp_path / "log", *flags) as served:
+    with serving(base, None, tmp_path / "log", *flags) as served:
         answers = agreement.compare(served, served.base, adapter=adapter)[served.base]
     assert answers.worst < 1e-4 and answers.greedy == len(agreement.PROMPTS)
     assert answers.moved > 0.1

@@ -58,11 +58,12 @@ def free_port() -> int:
 
 
 def serving(
-    base: Path | str, folder: Path, log: Path, *flags: str, chat_page: bool = False
+    base: Path | str, folder: Path | None, log: Path, *flags: str, chat_page: bool = False
 ) -> AbstractContextManager[Served]:
-    """Start ``secura-serve``, wait until it answers, stop it."""
-    command = [*SERVE, "--base", str(base), "--adapters", str(folder), *flags]
-    return _running([*command, *([] if chat_page else ["--no-ui"])], folder, log)
+    """Start ``secura-serve``, wait until it answers, stop it; without a folder, the base alone."""
+    command = [*SERVE, "--base", str(base), *flags]
+    command += ["--adapters", str(folder)] if folder is not None else []
+    return _running([*command, *([] if chat_page else ["--no-ui"])], folder or log.parent, log)
 
 
 def stock_vllm(
