@@ -199,7 +199,8 @@ def holds_its_weights(folder: Path, config: AdapterConfig) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    return weights_digest((folder / WEIGHTS_NAME).read_bytes()) == config.weights_digest
+    weights = folder / WEIGHTS_NAME
+    return weights.is_file() and weights_digest(weights.read_bytes()) == config.weights_digest
 
 
 def load_config(folder: Path) -> AdapterConfig:

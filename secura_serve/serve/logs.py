@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +45,10 @@ def say(
     if _Output.json is not None:
         record = logging.LogRecord(logger, level, "", 0, text.strip(), None, None)
         line = _Output.json.format(record)
-    print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    # A full disk or a closed pipe must not end what is being reported.
+    with suppress(OSError, ValueError):
+        line = line.encode(errors="backslashreplace").decode()
+        print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 def write_json(folder: Path) -> None:

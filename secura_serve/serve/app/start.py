@@ -141,6 +141,7 @@ def _context(
     updates = AdapterUpdates(
         root, library, verifier, state, folding.admission.ended, observer=metrics
     )
+    updates.folded = lambda: (folding.folded, folding.folded_version)
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)

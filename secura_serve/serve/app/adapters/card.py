@@ -6,6 +6,7 @@ Read for people, from ``README.md`` and ``train.json``; nothing that is served d
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ def read_card(folder: Path) -> dict[str, Any]:
     numbers = {}
     if isinstance(facts.get("scores"), dict):
         numbers = {
-            str(key)[:100]: float(value)
+            key[:100]: float(value)
             for key, value in facts["scores"].items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key.isprintable() and _is_number(value)
         }
     kept = {k: v for k, v in numbers.items() if k.lower().startswith(_RETENTION)}
     scores = {k: v for k, v in numbers.items() if k not in kept}
     return {"task": _first_sentence(folder / "README.md"), "scores": scores, "retention": kept}
+
+
+def _is_number(value: object) -> bool:
+    # NaN fails the comparison, and an integer may be too large for a float.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -50,7 +57,7 @@ def _first_sentence(file: Path) -> str:
             paragraph.append(line.strip())
         elif paragraph:
             break
-    text = " ".join(paragraph)
+    text = " ".join(paragraph).encode(errors="replace").decode()
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 

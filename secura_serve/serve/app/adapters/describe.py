@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.verifier import printable
 from secura_serve.serve.basis import base_id
@@ -57,6 +58,14 @@ def _state(version: Version | None, resident: Collection[int], folded: Version |
     return "resident" if version.number in resident else "known"
 
 
+def _size(version: Version) -> int | None:
+    """Return the bytes of the weights; None if somebody has removed the copy."""
+    try:
+        return (version.snapshot.path / WEIGHTS_NAME).stat().st_size
+    except OSError:
+        return None
+
+
 def _content(version: Version) -> dict[str, Any]:
     """Return what one version says of itself."""
     entry = version.entry
@@ -72,14 +81,14 @@ def _content(version: Version) -> dict[str, Any]:
             "type": "lora",
             "rank": lora.r,
             "modules": len(lora.modules),
-            "size": lora.file_size,
+            "size": _size(version),
         }
     adapter = entry.adapter
     return common | {
         "type": "cur",
         "rank": adapter.r,
         "modules": len(adapter.modules),
-        "size": adapter.file_size,
+        "size": _size(version),
         "magnorm": adapter.config.magnorm.mode,
         "basis": dict(adapter.config.selection) | {"id": base_id(adapter)},
     }

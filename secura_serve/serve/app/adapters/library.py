@@ -172,12 +172,13 @@ class Library:
         others = [v for v in record.versions if v.digest != version.digest]
         record.versions = [*(same or [version]), *others]
         record.rolled_back_to = record.refused = None
-        retired = self._retire(version.name, record)
+        retired = self.drop_old(version.name)
         self.changed(version.name)
         return retired
 
-    def _retire(self, name: str, record: Record) -> list[Version]:
-        """Drop the oldest versions that neither an alias nor the name stands for."""
+    def drop_old(self, name: str) -> list[Version]:
+        """Drop and return the oldest versions that neither an alias nor the name stands for."""
+        record = self.records.get(name, Record())
         held = {id(record.serving)}
         held |= {id(self.find(alias)) for alias in self.aliases}
         kept, retired = list[Version](), list[Version]()
@@ -243,7 +244,7 @@ class Library:
             LifecycleError: (404) the target does not exist.
         """
         check_name(alias)
-        if alias in self.bases or alias in self.records:
+        if alias in self.bases or self.records.get(alias, Record()).versions:
             raise ConfigError(f"{alias!r} is a model's name already; choose another alias")
         if target in self.aliases or self.find(target) is None:
             raise LifecycleError(404, f"there is no adapter {target[:100]!r} to give an alias")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,8 @@ class SnapshotStore:
 def stamps_of(folder: Path) -> Stamps:
     """Return inode, size and change time of an adapter's files. Raises OSError."""
     stats = [(folder / name).stat() for name in _FILES]
+    if not all(stat.S_ISREG(s.st_mode) for s in stats):
+        raise OSError(f"{folder.name}: an adapter's files must be regular files")
     return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
 
 
@@ -195,7 +198,7 @@ def placed_files(folder: Path) -> tuple[tuple[int, int], ...]:
         stats = [(folder / name).stat() for name in _FILES]
     except OSError:
         return ()
-    return tuple((stat.st_ino, stat.st_mtime_ns) for stat in stats)
+    return tuple((s.st_ino, s.st_mtime_ns) for s in stats)
 
 
 def digest_of(folder: Path, copy_to: Path | None = None) -> str:
@@ -204,6 +207,8 @@ def digest_of(folder: Path, copy_to: Path | None = None) -> str:
     Args:
         copy_to: where the bytes that are hashed are written as well.
     """
+    # Reading a pipe or a device would wait, or never end.
+    stamps_of(folder)
     whole = blake3()
     for name in _FILES:
         one = blake3()

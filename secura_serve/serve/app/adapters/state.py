@@ -75,6 +75,13 @@ class StateFile:
                 "space there, or name another file with --state"
             ) from error
 
+    def aliases(self) -> dict[str, str]:
+        """Return the aliases that an earlier run kept; none where the file cannot be read."""
+        try:
+            return dict(json.loads(self.path.read_text(encoding="utf-8"))["aliases"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+
     def restore(
         self, library: Library, store: SnapshotStore, make: Callable[..., Version]
     ) -> list[str]:
@@ -110,6 +117,9 @@ class StateFile:
                 library.set_alias(str(alias), str(target))
             except SecuraError as error:
                 lost.append(f"alias {alias}: {error}")
+        for name in adapters:
+            # Only now is it known which old versions an alias stands for.
+            library.drop_old(str(name))
         return lost
 
 
@@ -130,7 +140,7 @@ def _restore(
             return []
         on_disk = str(saved["on_disk"])
     lost, versions = [], list[Version]()
-    for entry in saved["versions"][: library.keep]:
+    for entry in saved["versions"]:
         digest = str(entry["digest"])
         if (version := now.get(digest)) is None:
             try:
@@ -151,7 +161,6 @@ def _restore(
         wanted = saved["rolled_back_to"]
         record.rolled_back_to = wanted if wanted in known else None
     record.pinned = bool(saved["pinned"])
-    record.versions = record.versions[: library.keep]
     if record.versions:
         record.on_disk = on_disk
         library.records[name] = record

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shutil
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
-from secura_serve.atomic import atomic_folder
-from secura_serve.errors import LifecycleError, SecuraError, StorageError, UnservableError
+from secura_serve.atomic import atomic_folder, only_writer
+from secura_serve.errors import (
+    ConfigError,
+    LifecycleError,
+    SecuraError,
+    StorageError,
+    UnservableError,
+)
 from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Version
 from secura_serve.serve.app.adapters.pushed import with_new_cores
@@ -84,6 +92,8 @@ class AdapterUpdates:
         self.say = say
         self.observer = observer or Observer()
         self.workers: Workers | None = None
+        self.folded: Callable[[], tuple[str | None, Version | None]] = lambda: (None, None)
+        """The model name that is folded into the weights now, and its version."""
         self._ended = ended
         self._numbers = itertools.count(1)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -99,7 +109,11 @@ class AdapterUpdates:
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""
+        aliases = self.state.aliases() if self.state is not None else {}
         for entry in entries:
+            if entry.name in aliases and entry.error is None:
+                what = f"{entry.name!r} is an alias of {aliases[entry.name]}; remove that first"
+                entry = replace(entry, snapshot=None, error=ConfigError(what))
             if entry.error is not None or entry.snapshot is None:
                 self.library.refuse(entry.name, str(entry.error))
                 if entry.error is not None:
@@ -216,12 +230,31 @@ class AdapterUpdates:
         async with self._locks[name]:
             await self._remove(name)
 
+    async def remove_if_gone(self, name: str) -> bool:
+        """Serve an adapter no longer if its folder is not there; return whether it is not."""
+        async with self._locks[name]:
+            if self.root is None or os.path.lexists(self.root / name):
+                return False
+            if name in self.library.records:
+                await self._remove(name)
+            return True
+
     async def _remove(self, name: str) -> None:
         self.library.record(name)
+        self._refuse_if_folded(name)
+        aliases = ", ".join(self.library.aliases_of(name))
         versions = self.library.remove(name)
-        self.say(f"{name} is served no longer")
         self._retire(versions)
         await self._save()
+        self.say(f"{name} is served no longer" + (f", nor its alias {aliases}" if aliases else ""))
+
+    def _refuse_if_folded(self, name: str) -> None:
+        """Raise LifecycleError (409) for a name whose weights the engine has now."""
+        model, version = self.folded()
+        if model == name or (version is not None and version.name == name):
+            raise LifecycleError(
+                409, f"{name} is folded into the weights; POST to /admin/unfold first"
+            )
 
     async def delete(self, name: str) -> None:
         """Remove an adapter's folder, and serve the adapter no longer.
@@ -232,6 +265,7 @@ class AdapterUpdates:
         """
         async with self._locks[name]:
             self.library.record(name)
+            self._refuse_if_folded(name)
             if self.root is not None:
                 await asyncio.to_thread(_remove_folder, self.root / name)
             await self._remove(name)
@@ -240,7 +274,7 @@ class AdapterUpdates:
         """Let a name stand for an older version, see :meth:`Library.rollback`."""
         async with self._locks[name]:
             version = self.library.rollback(name, digest)
-            await self._move_pin(name)
+            await self._move_pin(name, self.library.record(name).versions)
             await self._save()
             self.say(f"{name} is {version} again")
             return version
@@ -262,7 +296,12 @@ class AdapterUpdates:
             await self._save()
 
     async def set_alias(self, alias: str, target: str | None) -> None:
-        """Let an alias stand for a model name; None forgets the alias."""
+        """Let an alias stand for a model name; None forgets the alias.
+
+        Raises:
+            LifecycleError: (404) there is no such model or alias; (409) the alias is folded.
+        """
+        self._refuse_if_folded(alias)
         if target is None:
             self.library.remove_alias(alias)
         else:
@@ -338,22 +377,29 @@ class AdapterUpdates:
         before = record.serving if record else None
         version = self.make_version(entry.snapshot, origin=origin, created=time.time(), entry=entry)
         retired = self.library.add(version)
-        now = self.library.record(entry.name).serving
+        record = self.library.record(entry.name)
+        now = record.serving
         assert now is not None
         if self.workers is not None:
             self.workers.mark_prepared(now)
-        if before is None or before.digest != now.digest:
-            self.say(f"{now.name} is served as {now}" + (f", after {before}" if before else ""))
-            await self._move_pin(entry.name)
+            if now.snapshot.path != entry.snapshot.path:
+                # The same content was there already, at a path of its own.
+                await self.workers.drop(entry.snapshot.path)
+        changed = before is None or before.digest != now.digest
+        if changed:
+            await self._move_pin(entry.name, [*record.versions, *retired])
         self._retire(retired)
         await self._save()
+        if changed:
+            self.say(f"{now.name} is served as {now}" + (f", after {before}" if before else ""))
         return now
 
-    async def _move_pin(self, name: str) -> None:
+    async def _move_pin(self, name: str, versions: Iterable[Version]) -> None:
+        """Have a pin follow the name; ``versions`` are all that may have it."""
         record = self.library.record(name)
         if not record.pinned or self.workers is None or record.serving is None:
             return
-        for version in record.versions:
+        for version in versions:
             if version is not record.serving:
                 await self.workers.pin(version, False)
         try:
@@ -415,7 +461,8 @@ def _remove_folder(folder: Path) -> None:
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
-        with atomic_folder(folder) as new:
+        # The lock also clears what a killed writer left.
+        with only_writer(folder, wait=True), atomic_folder(folder) as new:
             # The config makes a folder an adapter, so it is written last.
             for name in reversed(UPLOADED):
                 if name in files:

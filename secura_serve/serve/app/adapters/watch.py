@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ _LOOK_S = 0.25
 _DEBOUNCE_MS = 50
 _ROOT_MS = 5000
 _RETRY_S = 5.0
+_PATIENCE_S = 600.0
 
 
 class FolderWatch:
@@ -110,13 +112,16 @@ class FolderWatch:
         Returns:
             Name -> ``added``, ``updated``, ``removed`` or why it is refused; nothing of the others.
         """
-        outcome: dict[str, str] = {}
-        for name in sorted(await self._all_names()):
-            try:
-                if (change := await self._count(self.sync(name))) is not None:
-                    outcome[printable(name)] = change
-            except SecuraError as error:
-                outcome[printable(name)] = str(error)
+        names = sorted(await self._all_names())
+        changes = await asyncio.gather(
+            *(self._count(self.sync(name)) for name in names), return_exceptions=True
+        )
+        outcome = {}
+        for name, change in zip(names, changes, strict=True):
+            if isinstance(change, BaseException) and not isinstance(change, SecuraError):
+                raise change
+            if change is not None:
+                outcome[printable(name)] = str(change)
         return outcome
 
     async def _count(self, work: Awaitable[WatchEvent | None]) -> WatchEvent | None:
@@ -149,34 +154,54 @@ class FolderWatch:
             SecuraError: it cannot be served; what was served before still is.
         """
         folder = self.root / name
-        record = self._library.records.get(name)
         if not folder.is_dir() and not folder.is_symlink():
-            if record is None or not (record.on_disk or record.refused):
-                return None
-            with suppress(LifecycleError):
-                await self._updates.remove(name)
-            return "removed"
-        if not await self._settled(folder):
-            # It is gone or still changing; the next event brings it back here.
+            return await self._gone(name)
+        if await self._is_served(name) or not await self._settled(folder):
+            # Nothing new; or it is gone or still changing, and the next event brings it back here.
             return None
-        digest = None
-        with suppress(OSError):
-            digest = await asyncio.to_thread(digest_of, folder)
-        if record is not None and digest is not None and record.on_disk == digest:
-            placed = await asyncio.to_thread(placed_files, folder)
-            # Equal files that were placed anew, over a version that was pushed, are the newest.
-            if placed == record.placed or (record.serving and record.serving.digest == digest):
-                self._library.accept(name, digest)
-                return None
+        if await self._is_served(name):
+            return None
+        known = name in self._library.records
         await self._updates.from_folder(name)
-        return "added" if record is None else "updated"
+        return "updated" if known else "added"
+
+    async def _gone(self, name: str) -> WatchEvent | None:
+        """Drop an adapter whose folder is not there, unless it comes back at once."""
+        record = self._library.records.get(name)
+        if record is None or not (record.on_disk or record.refused):
+            return None
+        # Some put a new folder in the place of an old one in two steps.
+        await asyncio.sleep(SETTLE_S)
+        return "removed" if await self._updates.remove_if_gone(name) else None
+
+    async def _is_served(self, name: str) -> bool:
+        """Return whether the content of a folder is known, and no newer than what is served."""
+        folder, record = self.root / name, self._library.records.get(name)
+        try:
+            digest = await asyncio.to_thread(digest_of, folder)
+            placed = await asyncio.to_thread(placed_files, folder)
+        except OSError:
+            return False
+        serving = record.serving if record is not None else None
+        if record is None or serving is None or record.on_disk != digest:
+            return False
+        # Equal files that were placed anew, over a version that was pushed, are the newest. A copy
+        # that somebody has removed is made again.
+        newest = placed == record.placed or serving.digest == digest
+        if not newest or not serving.snapshot.path.is_dir():
+            return False
+        self._library.accept(name, digest)
+        return True
 
     async def _settled(self, folder: Path) -> bool:
         """Wait until a folder is complete; False where it has gone meanwhile."""
         if await asyncio.to_thread(_says_complete, folder):
             return True
         seen, quiet = None, 0.0
+        deadline = time.monotonic() + _PATIENCE_S
         while quiet < SETTLE_S:
+            if time.monotonic() > deadline:
+                raise LifecycleError(409, f"{printable(folder.name)} is still being written")
             if not os.path.lexists(folder):
                 return False
             now = await asyncio.to_thread(_look, folder)

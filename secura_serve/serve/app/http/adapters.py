@@ -105,9 +105,13 @@ def _refused(error: SecuraError) -> JSONResponse:
     return error_response(status, str(error))
 
 
-async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
+async def _resident(context: ServerContext) -> frozenset[int]:
     workers = context.updates.workers
-    resident = await workers.resident() if workers is not None else frozenset()
+    return await workers.resident() if workers is not None else frozenset()
+
+
+async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
+    resident = await _resident(context)
     return describe(
         context.updates.library, name, resident=resident, folded=context.folding.folded_version
     )
@@ -115,8 +119,11 @@ async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
 
 async def list_adapters(context: Context) -> dict[str, Any]:
     """Return every adapter with its versions, its state and what its card says."""
-    names = [n for n in context.updates.library.records if context.may_ask(n)]
-    return {"object": "list", "data": [await _shown(context, name) for name in names]}
+    resident, library = await _resident(context), context.updates.library
+    folded = context.folding.folded_version
+    names = [name for name in library.records if context.may_ask(name)]
+    cards = [describe(library, name, resident=resident, folded=folded) for name in names]
+    return {"object": "list", "data": cards}
 
 
 async def get_adapter(name: str, context: Context) -> Any:
