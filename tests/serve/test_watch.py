@@ -96,9 +96,9 @@ def test_a_rename_is_seen_and_served_replaced_renamed_and_removed(parts, made):
             first = parts.library.find(f"x@{one}")
             assert first is not None and first.number != parts.library.find("x").number
             (parts.folder / "x").rename(parts.folder / "y")
-            await until(lambda: digest(parts, "y") == two and digest(parts, "x") is None, 2)
+            await until(lambda: digest(parts, "y") == two and digest(parts, "x") is None, 6)
             shutil.rmtree(parts.folder / "y")
-            await until(lambda: digest(parts, "y") is None, 4)
+            await until(lambda: digest(parts, "y") is None, 6)
             await until(lambda: not parts.engine.kept, 1)
         assert not parts.library.records
 

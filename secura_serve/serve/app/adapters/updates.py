@@ -21,6 +21,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from filelock import Timeout
+
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import (
@@ -462,11 +464,13 @@ def _remove_folder(folder: Path) -> None:
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         # The lock also clears what a killed writer left.
-        with only_writer(folder, wait=True), atomic_folder(folder) as new:
+        with only_writer(folder, wait=False), atomic_folder(folder) as new:
             # The config makes a folder an adapter, so it is written last.
             for name in reversed(UPLOADED):
                 if name in files:
                     (new / name).write_bytes(files[name])
+    except Timeout as error:
+        raise LifecycleError(409, f"{folder.name} is being written by another process") from error
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written ({error}); free some space there, or make it writable for "
