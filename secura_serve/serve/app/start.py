@@ -82,7 +82,8 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
         return 1 if catalog.refused else 0
     checkpoint = Checkpoint(base.path)
     served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
-    per_request = config.adapters is not None and _prepare_vllm(checkpoint, served, vllm_flags)
+    _prepare_vllm()
+    per_request = config.adapters is not None and _takes_adapters(checkpoint, served, vllm_flags)
     ours = catalog.served if per_request else []
     loras = catalog.plain_loras if per_request else []
     basis = SharedBasis.of(ours, catalog.norm_bounds)
@@ -228,16 +229,22 @@ def _catalog(
     return catalog
 
 
-def _prepare_vllm(
-    checkpoint: Checkpoint, served: list[Adapter | PlainLoRA], vllm_flags: list[str]
-) -> bool:
-    """Check this vLLM and switch the plugins on; return whether it takes adapters per request."""
+def _prepare_vllm() -> None:
+    """Check this vLLM, and choose the plugins that it loads: our routes are one."""
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from secura_serve.serve import compat, plugin
 
     compat.check()
     plugin.choose_plugins()
+
+
+def _takes_adapters(
+    checkpoint: Checkpoint, served: list[Adapter | PlainLoRA], vllm_flags: list[str]
+) -> bool:
+    """Switch adapters per request on; return whether this vLLM has them for this base."""
+    from secura_serve.serve import compat, plugin
+
     refuse_hiding_settings(vllm_flags)
     architectures = checkpoint.config.get("architectures") or []
     if not compat.supports_adapters(architectures):
