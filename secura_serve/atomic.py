@@ -12,7 +12,7 @@ from pathlib import Path
 
 from secura_serve.errors import ConfigError
 
-__all__ = ["atomic_folder", "check_target", "only_writer", "put_in_place", "sync"]
+__all__ = ["atomic_folder", "check_target", "only_writer", "put_in_place", "sync", "write_whole"]
 
 
 def check_target(target: Path, overwrite: bool, *marks: str) -> None:
@@ -73,6 +73,30 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
             sync(target.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_whole(target: Path, text: str, *, durable: bool = True) -> None:
+    """Write a small file to a draft that then takes its name; its folder is made if need be.
+
+    Args:
+        durable: have it on the disk before it takes its name (fsync).
+
+    Raises:
+        OSError: it cannot be written; an old one stays, and no draft.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(draft, target)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(draft)
+        raise
 
 
 @contextmanager

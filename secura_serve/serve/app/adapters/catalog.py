@@ -13,7 +13,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, StorageError, UnservableError
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.basis import NormBounds
 
@@ -42,11 +42,6 @@ class Catalog:
     def foldable(self) -> list[Adapter]:
         """The adapters that can be folded: those of :attr:`served`, and the S-MagNorm ones."""
         return [e.adapter for e in self.entries if e.adapter is not None]
-
-    @property
-    def snapshots(self) -> dict[str, Snapshot]:
-        """The copies that are served, by the adapter's name."""
-        return {e.name: e.snapshot for e in self.entries if e.snapshot and e.error is None}
 
     @property
     def refused(self) -> list[Entry]:

@@ -69,26 +69,20 @@ def _size(version: Version) -> int | None:
 def _content(version: Version) -> dict[str, Any]:
     """Return what one version says of itself."""
     entry = version.entry
+    adapter = entry.adapter or entry.lora
+    assert adapter is not None
     common = {
+        "rank": adapter.r,
+        "modules": len(adapter.modules),
+        "size": _size(version),
         "mode": "per-request" if version.per_request else "fold",
         "source": str(version.snapshot.source),
         **{key: version.card.get(key) for key in ("task", "scores", "retention")},
     }
     if entry.adapter is None:
-        assert entry.lora is not None
-        lora = entry.lora
-        return common | {
-            "type": "lora",
-            "rank": lora.r,
-            "modules": len(lora.modules),
-            "size": _size(version),
-        }
-    adapter = entry.adapter
+        return common | {"type": "lora"}
     return common | {
         "type": "cur",
-        "rank": adapter.r,
-        "modules": len(adapter.modules),
-        "size": _size(version),
-        "magnorm": adapter.config.magnorm.mode,
-        "basis": dict(adapter.config.selection) | {"id": base_id(adapter)},
+        "magnorm": entry.adapter.config.magnorm.mode,
+        "basis": dict(entry.adapter.config.selection) | {"id": base_id(entry.adapter)},
     }

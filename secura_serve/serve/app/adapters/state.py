@@ -7,13 +7,11 @@ is written whole, to a draft that then takes its name, after every change.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
+from secura_serve.atomic import write_whole
 from secura_serve.errors import SecuraError, StorageError
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
@@ -57,19 +55,9 @@ class StateFile:
         Raises:
             StorageError: the file cannot be written; the old one stays.
         """
-        draft = None
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, draft = tempfile.mkstemp(dir=self.path.parent, prefix=".")
-            with os.fdopen(handle, "w") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
+            write_whole(self.path, text + "\n")
         except OSError as error:
-            if draft is not None:
-                with suppress(OSError):
-                    os.unlink(draft)
             raise StorageError(
                 f"the state of the adapters cannot be written to {self.path} ({error}); free some "
                 "space there, or name another file with --state"

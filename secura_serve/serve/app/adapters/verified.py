@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from secura_serve.atomic import write_whole
 
 __all__ = ["Stamps", "Verified"]
 
@@ -91,11 +92,7 @@ class Verified:
             )
             self._changed = False
         with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, draft = tempfile.mkstemp(dir=self._file.parent, prefix=".")
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(draft, self._file)
+            write_whole(self._file, text, durable=False)
 
     def _read(self) -> dict[str, Any]:
         try:
