@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ def test_end_to_end(tiny_base: TinyBase, data: Path, tmp_path: Path, capfd: Any)
             (tmp_path / n / "adapter_model.safetensors").read_bytes() for n in (name, "sums")
         ]
         assert (weights[0] == weights[1]) is same
-        assert adapter.load(tmp_path / name).config == found.config
+        # All but the digest of the weights, which has just been compared byte by byte.
+        config = adapter.load(tmp_path / name).config
+        assert replace(config, weights_digest=found.config.weights_digest) == found.config
 
 
 @pytest.mark.long
