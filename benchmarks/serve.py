@@ -66,7 +66,7 @@ def serving(base: Path, flags: list[str], log: Path) -> Iterator[tuple[str, int]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-P", "-c", "from secura_serve.cli import serve; serve()"]
+    command = [sys.executable, str(Path(sys.executable).with_name("secura-serve"))]
     command += ["--base", str(base)]
     command += ["--served-model-name", "base", "--port", str(port), *SETTINGS, *flags]
     with log.open("w") as file:

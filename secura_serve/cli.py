@@ -1,10 +1,12 @@
-"""Console scripts. Each imports only the room that it needs."""
+"""Console scripts, each of which imports only the room that it needs; that of ``secura-serve`` is
+:mod:`secura_serve.serve.console`.
+"""
 
 from __future__ import annotations
 
 import sys
 
-__all__ = ["evaluate", "merge", "serve", "train"]
+__all__ = ["evaluate", "merge", "train"]
 
 
 def evaluate() -> None:
@@ -17,13 +19,6 @@ def evaluate() -> None:
 def merge() -> None:
     """Run ``secura-merge``."""
     from secura_serve.merge.main import main
-
-    sys.exit(main())
-
-
-def serve() -> None:
-    """Run ``secura-serve``."""
-    from secura_serve.serve.app.main import main
 
     sys.exit(main())
 

