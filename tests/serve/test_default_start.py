@@ -18,6 +18,7 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 from transformers import AutoTokenizer
 
+from secura_serve.bases import cache_root
 from tests.support import ROOT, oracle
 from tests.support.engines import free_port, serving
 
@@ -122,6 +123,13 @@ def test_greedy_text_and_logprobs_in_one_mixed_batch(started):
     served, _ = started
     assert set(served.names()) >= set(PROMPTS)
     _hold_against_transformers(served, PROMPTS)
+
+
+def test_the_compiled_model_is_kept_for_the_next_start(started):
+    served, _ = started
+    assert "load failure" not in served.log.read_text()
+    # The generated C++, which Inductor looks for before it compiles.
+    assert any((cache_root() / "inductor").rglob("*.so"))
 
 
 def test_an_adapter_folded_into_the_compiled_model_and_taken_out_again(started):

@@ -47,6 +47,9 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
     collect_as_usual()
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(kv_cache_gib(memory)))
+        # vllm 0.32 cannot load what it saves with it on a CPU ("'function' object has no attribute
+        # 'finalize_loading'"), so every start would compile anew; Inductor's own cache does work.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     scheme = "https" if args.ssl_certfile else "http"
     reachable = "127.0.0.1" if args.host in ("0.0.0.0", "::") else args.host
     endpoint = f"{scheme}://{reachable}:{args.port}"

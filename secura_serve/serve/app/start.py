@@ -233,6 +233,8 @@ def _prepare_vllm() -> None:
     """Check this vLLM, and choose the plugins that it loads: our routes are one."""
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # Here, since torch takes a folder below /tmp when it is imported; a container loses that one.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
     from secura_serve.serve import compat, plugin
 
     compat.check()
