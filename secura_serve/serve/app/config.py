@@ -58,8 +58,9 @@ class ServeConfig:
         metavar="NAME",
     )
     admin_api_key: str | None = option(
-        "key of the admin routes (fold, unfold); without it they answer direct requests on "
-        "loopback only (default: $SECURA_ADMIN_API_KEY)",
+        "key of the routes that change the server: fold, unfold, and changes of adapters (/admin/, "
+        "/v1/adapters); without it they answer direct requests on loopback only (default: "
+        "$SECURA_ADMIN_API_KEY)",
         None,
         metavar="KEY",
     )

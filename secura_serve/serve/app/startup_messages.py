@@ -97,7 +97,7 @@ def who_can_reach(args: Any, keys: Keys, page: PageAccess | None, page_port: int
     lines = [
         "who can reach what:",
         f"  generating (/v1/...)   {_endpoint(args)}, {_user_key(keys)}",
-        f"  changing (/admin/...)  {_admin_key(keys)}",
+        f"  changing adapters      {_admin_key(keys)}",
         f"  always without a key   {', '.join(unguarded)} (those that this vLLM has)",
     ]
     if page is not None:

@@ -16,6 +16,7 @@ from secura_serve.adapter import check_name
 from secura_serve.errors import ConfigError, LifecycleError
 from secura_serve.serve.app.adapters.snapshots import Snapshot, placed_files
 from secura_serve.serve.app.adapters.verifier import Entry
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["KEPT_VERSIONS", "Library", "Origin", "Record", "Version", "split_version"]
 
@@ -146,7 +147,8 @@ class Library:
             LifecycleError: (404) there is none of that name.
         """
         if name not in self.records:
-            raise LifecycleError(404, f"there is no adapter {name[:100]!r}")
+            hint = did_you_mean(name, self.records)
+            raise LifecycleError(404, f"there is no adapter {name[:100]!r}{hint}")
         return self.records[name]
 
     def check_free(self, name: str) -> str:
@@ -247,14 +249,18 @@ class Library:
         if alias in self.bases or self.records.get(alias, Record()).versions:
             raise ConfigError(f"{alias!r} is a model's name already; choose another alias")
         if target in self.aliases or self.find(target) is None:
-            raise LifecycleError(404, f"there is no adapter {target[:100]!r} to give an alias")
+            hint = did_you_mean(target, self.records)
+            raise LifecycleError(
+                404, f"there is no adapter {target[:100]!r} to give an alias{hint}"
+            )
         self.aliases[alias] = target
         self.changed(alias)
 
     def remove_alias(self, alias: str) -> None:
         """Forget an alias. Raises LifecycleError (404) if there is none."""
         if self.aliases.pop(alias, None) is None:
-            raise LifecycleError(404, f"there is no alias {alias[:100]!r}")
+            hint = did_you_mean(alias, self.aliases)
+            raise LifecycleError(404, f"there is no alias {alias[:100]!r}{hint}")
         self.changed(alias)
 
     def aliases_of(self, name: str) -> dict[str, str]:

@@ -36,6 +36,7 @@ from secura_serve.serve.app.adapters.describe import describe
 from secura_serve.serve.app.adapters.updates import UPLOADED
 from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.errors import error_response
+from secura_serve.suggest import did_you_mean
 
 __all__ = ["LARGEST_BODY", "attach", "contained"]
 
@@ -128,12 +129,11 @@ async def list_adapters(context: Context) -> dict[str, Any]:
 
 async def get_adapter(name: str, context: Context) -> Any:
     """Return one adapter."""
-    if not context.may_ask(name):
-        return error_response(404, f"there is no adapter {name[:100]!r}")
-    try:
-        return await _shown(context, name)
-    except LifecycleError as error:
-        return _refused(error)
+    known = [each for each in context.updates.library.records if context.may_ask(each)]
+    if name not in known:
+        hint = did_you_mean(name, known)
+        return error_response(404, f"there is no adapter {name[:100]!r}{hint}")
+    return await _shown(context, name)
 
 
 async def put_adapter(name: str, request: Request, context: Context) -> Any:
