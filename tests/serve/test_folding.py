@@ -348,8 +348,7 @@ def test_gpt2_folded_at_start_with_a_key_while_its_base_changes_on_disk(tiny_bas
             folding.start()
             operator.until_held(folding)
             meanwhile()
-            for _ in stream:
-                pass
+            stream.close()
             folding.join(timeout=120)
             return answers[0][0], answers[0][1]["error"]["message"]
 

@@ -84,8 +84,10 @@ def stock_vllm(
 def _running(command: list[str], folder: Path, log: Path) -> Iterator[Served]:
     """A server until the block ends; the log's end is the message of one that does not start."""
     port = free_port()
-    # secura-serve switches the plugin on itself; stock vLLM must not inherit it from anyone.
-    env = {name: value for name, value in os.environ.items() if name != ACTIVE}
+    # secura-serve sets these itself if it inherits none. Stock vLLM must not have our plugin on;
+    # torch, imported in this process, has chosen a folder.
+    ours = (ACTIVE, "TORCHINDUCTOR_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     with log.open("w") as out:
         process = subprocess.Popen(
             [*command, "--port", str(port)],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from secura_serve.train.data.base_text import BaseText, sample_base_text
 from secura_serve.train.data.batches import IGNORE, Batch, Collate, Collator, Rows, mix
 from secura_serve.train.data.encoding import encode, prompt_ids, split
 from secura_serve.train.data.records import Record, digest, parse_columns, read, read_jsonl
 
 __all__ = [
     "IGNORE",
+    "BaseText",
     "Batch",
     "Collate",
     "Collator",
@@ -20,5 +22,6 @@ __all__ = [
     "prompt_ids",
     "read",
     "read_jsonl",
+    "sample_base_text",
     "split",
 ]
