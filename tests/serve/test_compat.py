@@ -10,11 +10,13 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 import secura_serve
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
 from secura_serve.serve.app.vllm_flags import refuse_hiding_settings
+from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.names import ACTIVE
 
 
@@ -62,17 +64,43 @@ def test_the_plugin_leaves_a_plain_vllm_alone(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"]
 )
-def test_settings_that_would_serve_the_base_instead_are_refused(name, monkeypatch):
+@pytest.mark.parametrize("value", ["1", "2", "true"])
+def test_settings_that_would_serve_the_base_instead_are_refused(name, value, monkeypatch):
     refuse_hiding_settings([])
-    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv(name, "0")
+    refuse_hiding_settings([])
+    monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=name):
         refuse_hiding_settings([])
 
 
-@pytest.mark.parametrize("flag", ["--fully-sharded-loras", "--lora_modules=x=y"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--fully-sharded-loras", "--lora_modules=x=y", "--enable-dbo", "--enable-sleep-mode"],
+)
 def test_flags_that_would_hide_adapters_are_refused(flag):
     with pytest.raises(ConfigError, match="silently not be applied"):
         refuse_hiding_settings([flag])
+
+
+def test_stock_lora_gets_flat_inputs_from_the_transformers_backend():
+    """x is (1, T, in) there, and vLLM's step would size its buffer of T rows by the 1."""
+
+    class Punica:
+        _token_lora_indices = torch.zeros(3, dtype=torch.int64)
+
+        def add_lora_linear(self, y, x, *rest):
+            assert x.shape == (3, 5) and y.shape == (3, 7)
+            y += 1
+
+    class Layer(CURLinearMixin):
+        device = torch.device("cuda")
+        lora = torch.ones(2, dtype=torch.bool)
+        punica_wrapper = Punica()
+        lora_a_stacked = lora_b_stacked = output_slices = ()
+
+    y = Layer().apply_adapter(torch.zeros(1, 3, 5), torch.zeros(1, 3, 7))
+    assert y.shape == (1, 3, 7) and bool((y == 1).all())
 
 
 def test_attributes_of_instances_that_moved_are_named():

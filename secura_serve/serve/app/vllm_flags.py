@@ -52,10 +52,20 @@ def refuse_hiding_settings(rest: Sequence[str]) -> None:
     problems = []
     if "--fully-sharded-loras" in flags:
         problems.append("--fully-sharded-loras: an adapter's U is not worth sharding; leave it out")
+    if "--enable-dbo" in flags:
+        problems.append(
+            "--enable-dbo: the second half of a batch would get the adapters of the first; leave "
+            "it out"
+        )
+    if "--enable-sleep-mode" in flags:
+        problems.append(
+            "--enable-sleep-mode: what adapters keep on the device is lost in a sleep of level 2; "
+            "leave it out"
+        )
     if "--lora-modules" in flags:
         problems.append("--lora-modules: put the adapter's folder into --adapters instead")
     for name in ("VLLM_LORA_ENABLE_DUAL_STREAM", "VLLM_SKIP_MODEL_NAME_VALIDATION"):
-        if os.environ.get(name, "0").lower() in ("1", "true"):
+        if os.environ.get(name, "0").strip().lower() not in ("", "0", "false"):
             problems.append(f"{name} is set in the environment; unset it")
     for name in ("VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST"):
         if os.environ.get(name):

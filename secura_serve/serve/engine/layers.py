@@ -188,10 +188,12 @@ class CURLinearMixin:
         if self.bank is not None:
             source = None if self.shards is None else self.shards.gather(y)
             y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.state)
+        # The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
+        # by the first one.
+        into = x.reshape(-1, x.shape[-1])
         if self.lora is not None and self.device.type == "cpu":
-            into = x.reshape(-1, x.shape[-1])
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
             torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)
         elif self.lora is not None:
-            y = compat.apply_stock_lora(self, x, y)
+            y = compat.apply_stock_lora(self, into, y)
         return y.view(output.shape)
