@@ -234,7 +234,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from secura_serve.serve.app.adapters.library import Library, Record
 from secura_serve.serve.app.adapters.state import StateFile
-from secura_serve.serve.app.adapters.updates import _write_folder
+from secura_serve.serve.app.adapters.uploaded import write_folder
 from tests.support.lifecycle import files_of
 root = Path(sys.argv[1])
 contents = [files_of(root / "contents" / name) for name in ("one", "two")]
@@ -244,7 +244,7 @@ print("ready", flush=True)
 i = 0
 while True:
     i += 1
-    _write_folder(root / "adapters" / "x", contents[i % 2])
+    write_folder(root / "adapters" / "x", contents[i % 2])
     library.records["x"] = Record(versions[i % 2])
     state.save(state.encode(library))
 """

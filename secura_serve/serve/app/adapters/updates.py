@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -21,10 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from filelock import Timeout
-
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
-from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import (
     ConfigError,
     LifecycleError,
@@ -37,16 +32,13 @@ from secura_serve.serve.app.adapters.library import Library, Origin, Version
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.state import StateFile
+from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.workers import Workers
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.logs import say as say_line
 
-__all__ = ["AdapterUpdates", "UPLOADED"]
-
-UPLOADED = (CONFIG_NAME, WEIGHTS_NAME, "README.md", "train.json")
-"""The files that an upload may hold; the first two it must."""
-
+__all__ = ["AdapterUpdates"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -158,24 +150,13 @@ class AdapterUpdates:
         """Write an adapter into the folder, in one step, and serve it.
 
         Args:
-            files: of :data:`UPLOADED`.
+            files: see :func:`check_uploaded`.
 
         Raises:
             SecuraError: it cannot be served or written; folder and server are as before.
         """
         root = self._root()
-        missing = [file for file in UPLOADED[:2] if file not in files]
-        unknown = sorted(set(files) - set(UPLOADED))
-        if missing or unknown:
-            raise LifecycleError(
-                400,
-                "an upload holds the files "
-                f"{UPLOADED[0]} and {UPLOADED[1]} ({' and '.join(UPLOADED[2:])} if you like); "
-                + "; ".join(
-                    [f"{file} is missing" for file in missing]
-                    + [f"{file[:80]!r} is not one of them" for file in unknown]
-                ),
-            )
+        check_uploaded(files)
         async with self._locks[name]:
             self.library.check_free(name)
             store = self.verifier.store
@@ -185,7 +166,7 @@ class AdapterUpdates:
                 # Before the folder is touched: a refused upload changes nothing.
                 entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
                 await self._prepare(entry)
-                await asyncio.to_thread(_write_folder, root / name, files)
+                await asyncio.to_thread(write_folder, root / name, files)
             finally:
                 await self._drop(name, copy)
             entry = await asyncio.to_thread(self.verifier.examine, root / name)
@@ -269,7 +250,7 @@ class AdapterUpdates:
             self.library.record(name)
             self._refuse_if_folded(name)
             if self.root is not None:
-                await asyncio.to_thread(_remove_folder, self.root / name)
+                await asyncio.to_thread(remove_folder, self.root / name)
             await self._remove(name)
 
     async def rollback(self, name: str, digest: str | None) -> Version:
@@ -446,33 +427,3 @@ class AdapterUpdates:
                     await asyncio.to_thread(self.state.save, self.state.encode(self.library))
                 except StorageError as error:
                     self.say(str(error))
-
-
-def _remove_folder(folder: Path) -> None:
-    """Remove a folder in one step as seen by others, or a link to one; a missing one is fine."""
-    try:
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.is_dir():
-            hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.removed-", dir=folder.parent))
-            folder.rename(hidden / folder.name)
-            shutil.rmtree(hidden, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be removed ({error}); it is still served") from error
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    try:
-        # The lock also clears what a killed writer left.
-        with only_writer(folder, wait=False), atomic_folder(folder) as new:
-            # The config makes a folder an adapter, so it is written last.
-            for name in reversed(UPLOADED):
-                if name in files:
-                    (new / name).write_bytes(files[name])
-    except Timeout as error:
-        raise LifecycleError(409, f"{folder.name} is being written by another process") from error
-    except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written ({error}); free some space there, or make it writable for "
-            "the server"
-        ) from error

@@ -21,8 +21,6 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 
 from secura_serve.adapter import check_name
 from secura_serve.errors import (
@@ -33,15 +31,13 @@ from secura_serve.errors import (
     StorageError,
 )
 from secura_serve.serve.app.adapters.describe import describe
-from secura_serve.serve.app.adapters.updates import UPLOADED
+from secura_serve.serve.app.http.bodies import read_body, read_files
 from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.suggest import did_you_mean
 
-__all__ = ["LARGEST_BODY", "attach", "contained"]
+__all__ = ["attach", "contained"]
 
-LARGEST_BODY = 2**30
-"""Bytes of an upload; an adapter of ours has a thousandth of that."""
 _SHOWN = 200
 
 
@@ -145,7 +141,7 @@ async def put_adapter(name: str, request: Request, context: Context) -> Any:
     """
     try:
         check_name(name)
-        files = await _uploaded(request)
+        files = await read_files(request)
         await _finished(context.updates.upload(name, files))
         return await _shown(context, name)
     except SecuraError as error:
@@ -160,7 +156,7 @@ async def put_weights(name: str, request: Request, context: Context) -> Any:
     """
     try:
         check_name(name)
-        body = await _limited_body(request)
+        body = await read_body(request)
         basis, magnorm = (request.headers.get(f"x-secura-{key}") for key in ("basis", "magnorm"))
         await _finished(context.updates.push(name, body, basis, magnorm))
         return await _shown(context, name)
@@ -296,47 +292,6 @@ def contained(root: Path, name: str, path: str) -> Path:
             f"lora_name {name!r}: an adapter is called what its folder is called, {folder.name!r}"
         )
     return folder
-
-
-def _too_large() -> LifecycleError:
-    return LifecycleError(413, f"the body is larger than {LARGEST_BODY // 2**20} MiB")
-
-
-async def _limited_body(request: Request) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_BODY:
-            raise _too_large()
-    return b"".join(parts)
-
-
-async def _uploaded(request: Request) -> dict[str, bytes]:
-    """Return the files of a multipart body by filename."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise LifecycleError(
-            400, f"send the files {UPLOADED[0]} and {UPLOADED[1]} as multipart/form-data"
-        )
-    length = request.headers.get("content-length", "")
-    if not length.isdecimal():
-        raise LifecycleError(411, "an upload must say its Content-Length")
-    if int(length) > LARGEST_BODY:
-        raise _too_large()
-    # With "app" in its scope Starlette answers a malformed form itself.
-    apart = Request({k: v for k, v in request.scope.items() if k != "app"}, request.receive)
-    files: dict[str, bytes] = {}
-    try:
-        async with apart.form(max_files=len(UPLOADED), max_fields=0) as form:
-            for _, part in form.multi_items():
-                if isinstance(part, UploadFile):
-                    name = part.filename or ""
-                    if name in files:
-                        raise LifecycleError(400, f"{name[:80]!r} is sent twice")
-                    files[name] = await part.read()
-    except (MultiPartException, ValueError, KeyError) as error:
-        raise LifecycleError(400, f"the multipart body cannot be read: {error}") from error
-    return files
 
 
 _ROUTES = (
