@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import sys
 
+from secura_serve.garbage import exit_without_collecting
+
 __all__ = ["evaluate", "merge", "train"]
 
 
@@ -13,6 +15,7 @@ def evaluate() -> None:
     """Run ``secura-eval``."""
     from secura_serve.evaluate.main import main
 
+    exit_without_collecting()
     sys.exit(main())
 
 
@@ -20,6 +23,7 @@ def merge() -> None:
     """Run ``secura-merge``."""
     from secura_serve.merge.main import main
 
+    exit_without_collecting()
     sys.exit(main())
 
 
@@ -27,4 +31,5 @@ def train() -> None:
     """Run ``secura-train``."""
     from secura_serve.train.main import main
 
+    exit_without_collecting()
     sys.exit(main())

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import sys
 
-from secura_serve.serve.garbage import collect_rarely
+from secura_serve.garbage import collect_rarely, exit_without_collecting
 
 __all__ = ["main"]
 
 collect_rarely()
+exit_without_collecting()
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ def register() -> None:
     Raises:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
+    from secura_serve.garbage import collect_as_usual
     from secura_serve.serve.children import prepare
-    from secura_serve.serve.garbage import collect_as_usual
     from secura_serve.serve.loader import register_loader
 
     if multiprocessing.parent_process() is not None:

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"lazy"},
     "errors": set(),
     "lazy": set(),
+    "garbage": set(),
     "suggest": set(),
     "registry": {"errors", "suggest"},
     "config": {"errors", "suggest"},
@@ -48,8 +49,8 @@ ALLOWED["train"] = ALLOWED["adapter"] | {
     *("adapter", "client", "registry", "train.data", "train.tuner"),
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
-ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "merge", "registry"}
-ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "serve"}
+ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "garbage", "merge", "registry"}
+ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage", "serve"}
 # Two processes of one server: neither may import the other's room.
 APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}
 # Third parties that only some rooms import.

@@ -11,6 +11,7 @@ from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup
 from vllm.platforms import current_platform
 
 from secura_serve.errors import ConfigError, FoldError, ServeError
+from secura_serve.garbage import collect_as_usual
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import PageAccess, page_access
@@ -21,7 +22,6 @@ from secura_serve.serve.app.lifecycle.start_signals import stop_cleanly_during_s
 from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 from secura_serve.serve.app.memory import Memory, kv_cache_gib
 from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
-from secura_serve.serve.garbage import collect_as_usual
 from secura_serve.serve.logs import say
 
 __all__ = ["run"]
