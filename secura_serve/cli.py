@@ -6,7 +6,14 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["evaluate", "merge", "train"]
+__all__ = ["basis", "evaluate", "merge", "train"]
+
+
+def basis() -> None:
+    """Run ``secura-basis``."""
+    from secura_serve.train.basis.main import main
+
+    sys.exit(main())
 
 
 def evaluate() -> None:

@@ -95,9 +95,16 @@ class TrainConfig:
     )
     alpha: str = option("step scale of U: auto, or a number", "auto")
     selection: str = option(
-        "rule that picks rows and columns: inverse_sampled or lowest_norm",
+        "rule that picks rows and columns: inverse_sampled, lowest_norm, or calibrated, which "
+        "keeps more of the base (its basis file is made once and kept)",
         "inverse_sampled",
         metavar="RULE",
+    )
+    basis: str | None = option(
+        "curlora, secura: basis file of the base, from secura-basis; implies --selection "
+        "calibrated",
+        None,
+        metavar="FILE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
     fusion_step: int = option(
@@ -180,6 +187,8 @@ class TrainConfig:
         for name, value in method.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.basis and self.selection == "inverse_sampled":
+            object.__setattr__(self, "selection", "calibrated")
         problems += self._contradictions()
         if problems:
             raise ConfigError("the training settings are not valid:", problems)
@@ -195,7 +204,11 @@ class TrainConfig:
 
     def sources(self) -> dict[str, str]:
         """Return where the data come from: setting -> file or hub id."""
-        return {"data": self.data} | ({"eval_data": self.eval_data} if self.eval_data else {})
+        return {"data": self.data} | {
+            name: file
+            for name in ("eval_data", "basis")
+            if (file := getattr(self, name)) is not None and file
+        }
 
     @classmethod
     def upgrade(cls, written: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,8 @@ class _Pristine:
 def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
     """Prepare ``layer`` for a U that transformers copies from a folder, with s = 1.
 
-    The indices are computed from W by the selection rule. The fingerprint covers indices and
+    The indices are computed from W by the selection rule, or read from the folder where its basis
+    is a file. The fingerprint covers indices and
     weights, so comparing it proves that both are those of the file's base.
 
     Raises:
@@ -80,7 +81,9 @@ def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
             "PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     expected = config.base_fingerprint.get(layer.module)
-    _, problem = gather_verified(layer.pristine, layer.basis(name), expected)
+    stored = (config.stored_bases or {}).get(layer.module)
+    basis = layer.basis(name) if stored is None else stored
+    _, problem = gather_verified(layer.pristine, basis, expected)
     if problem is not None:
         raise BaseMismatchError(
             f"{layer.module}: the adapter was trained on another base "
@@ -88,4 +91,4 @@ def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
             "give; PeftModel.from_pretrained(model, folder) reads the indices and says which"
         )
     none = torch.zeros(config.r, config.r)
-    layer.load_core(name, CURModule(none, *layer.basis(name)), config)
+    layer.load_core(name, CURModule(none, *basis), config)
