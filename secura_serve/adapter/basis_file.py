@@ -146,8 +146,10 @@ def load_basis(path: str | os.PathLike[str]) -> CalibratedBasis:
             )
         fingerprints = dict(facts.pop("fingerprints"))
         rankings = {module: _ranking(tensors, module) for module in fingerprints}
+        claimed = facts.pop("digest")
+        del facts["format_version"]
         basis = CalibratedBasis(rankings, fingerprints, facts)
-        whole = basis.digest == facts["digest"] and len(tensors) == 3 * len(rankings)
+        whole = basis.digest == claimed and len(tensors) == 3 * len(rankings)
         _ = facts["base"], basis.selection
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BasisFormatError):
@@ -158,7 +160,7 @@ def load_basis(path: str | os.PathLike[str]) -> CalibratedBasis:
         ) from error
     if not whole or not isinstance(facts["seed"], int):
         raise BasisFormatError(
-            f"{file} was changed: its content is not that of digest {facts['digest']}; fetch it "
+            f"{file} was changed: its content is not that of digest {claimed}; fetch it "
             "again, or make it with secura-basis"
         )
     return basis

@@ -114,7 +114,7 @@ def selection_problem(selection: Any) -> str | None:
         and isinstance(selection["seed"], int)
         and not isinstance(selection["seed"], bool)
         and ("basis" in selection) == (selection["rule"] == CALIBRATED)
-        and re.fullmatch(r"[0-9a-f]{32}|None", str(selection.get("basis"))) is not None
+        and re.fullmatch(r"[0-9a-f]{32}", str(selection.get("basis", "0" * 32))) is not None
     )
     if fine:
         return None

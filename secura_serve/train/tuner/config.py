@@ -186,7 +186,7 @@ class SecuraConfig(PeftConfig):
             raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
         written = AdapterConfig.from_json(raw)
         folder = Path(path_json_file).parent
-        # transformers' load_adapter reads nothing but U of the weights, and no rule gives these.
+        # transformers' load_adapter copies nothing but U, and no rule gives these indices.
         if "basis" in written.selection and (folder / WEIGHTS_NAME).is_file():
             stored = {module: cur.basis for module, cur in load(folder).modules.items()}
             return raw | {"stored_bases": stored}
