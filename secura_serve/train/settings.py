@@ -101,8 +101,7 @@ class TrainConfig:
         metavar="RULE",
     )
     basis: str | None = option(
-        "curlora, secura: basis file of the base, from secura-basis; implies --selection "
-        "calibrated",
+        "curlora, secura: file with a calibrated basis of the base; implies --selection calibrated",
         None,
         metavar="FILE",
     )
@@ -214,7 +213,9 @@ class TrainConfig:
     def upgrade(cls, written: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings that an earlier version wrote, under the names of this one."""
         names = {old: item.name for item in fields(cls) for old in item.metadata["aliases"]}
-        return {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
+        current = {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
+        # Earlier versions knew no basis files.
+        return {"basis": None} | current
 
     def portable(self) -> dict[str, Any]:
         """Return the settings as a recipe keeps them, without what is of this machine alone."""

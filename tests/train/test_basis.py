@@ -28,7 +28,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import BaseMismatchError, BasisFormatError, ConfigError, UnservableError
 from secura_serve.merge.main import main as merge
 from secura_serve.method import importance, order_indices
-from secura_serve.train import SecuraConfig, adapter_layers
+from secura_serve.train import SecuraConfig, TrainConfig, adapter_layers
 from secura_serve.train.basis.config import BasisConfig
 from secura_serve.train.basis.energies import linears, measure, weight_of
 from secura_serve.train.basis.main import main as make
@@ -229,6 +229,9 @@ def test_an_adapter_needs_the_file_only_to_be_trained(
     assert train(argv) == 0
     recipe = json.loads((out / "train.json").read_text())
     assert recipe["config"]["basis"] == file.name and recipe["data_sha256"]["basis"]
+    assert recipe["config"]["selection"] == "calibrated"
+    # One that an earlier version wrote has no basis.
+    assert TrainConfig.upgrade({"rank": 8}) == {"rank": 8, "basis": None}
     # The same again changes nothing; it is finished.
     assert train([*argv, "--resume", "auto"]) == 0
     file.unlink()
