@@ -26,6 +26,8 @@ from secura_serve import adapter
 from secura_serve.bases import EMBEDDED, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import BaseMismatchError, BasisFormatError, ConfigError, UnservableError
+from secura_serve.evaluate.config import EvalConfig
+from secura_serve.evaluate.models.local import Local
 from secura_serve.merge.main import main as merge
 from secura_serve.method import importance, order_indices
 from secura_serve.train import SecuraConfig, TrainConfig, adapter_layers
@@ -263,6 +265,11 @@ def test_an_adapter_needs_the_file_only_to_be_trained(
     assert merge(["--base", str(folder), "--adapter", str(out), "--out", str(tmp_path / "m")]) == 0
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     torch.testing.assert_close(merged(tokens).logits.detach(), said, rtol=1e-4, atol=1e-4)
+    settings = EvalConfig(
+        ("iso-date",), "x", base=str(folder), adapter=(str(out),), dtype="float32"
+    )
+    drift = Local(settings).drift("mine", ["The old house by the river was sold last year."])
+    assert drift.kl is not None and drift.kl > 1e-6
     lora = ["--to-lora", "--base", str(folder), "--adapter", str(out)]
     assert merge([*lora, "--out", str(tmp_path / "lora")]) == 0
     # Its own indices are kept when training goes on and when it is saved again.
@@ -272,6 +279,23 @@ def test_an_adapter_needs_the_file_only_to_be_trained(
     assert again.config.selection == trained.config.selection
     for name, cur in again.modules.items():
         assert torch.equal(cur.rows, trained.modules[name].rows)
+
+
+@pytest.mark.long
+def test_a_sequence_of_tasks_has_one_basis(
+    tiny_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    basis = made(tiny_base("llama"), file := tmp_path / "basis.safetensors")
+    for name in ("a.train", "a.test", "b.train", "b.test"):
+        write(tmp_path / f"{name}.jsonl", PAIRS[:4])
+    argv = flags(tiny_base("llama"), tmp_path, tmp_path / "out", "--basis", str(file))
+    argv = argv[:2] + argv[4:]
+    argv = [*argv, "--max-steps", "1", "--eval-split", "0"]
+    assert train([*argv, "--tasks", "a,b", "--tasks-dir", str(tmp_path)]) == 0
+    assert adapter.load(tmp_path / "out").config.selection == basis.selection
+    facts = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert facts["config"]["basis"] == file.name and "a.train" not in facts["config"]
+    assert facts["data_sha256"].keys() == {"a.train", "a.test", "b.train", "b.test", "basis"}
 
 
 @pytest.mark.long
