@@ -109,6 +109,7 @@ def basis_of_run(config: TrainConfig, model: Any, tokenizer: Any, model_id: str)
     # Whatever the dtype of this run: a shipped basis is there to be shared.
     shipped = SHIPPED / f"{model_id}.safetensors"
     if config.selection_seed == 0 and (basis := _usable(shipped, model)):
+        _tell(f"calibrated basis: {shipped}")
         return basis
     key = json.dumps([model_id, settings.of_the_ranking(), __version__], sort_keys=True)
     name = f"{Path(model_id).name}-{blake3(key.encode()).hexdigest()[:16]}.safetensors"
