@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 _GUIDES = {
+    "secura-basis": "retention.md",
     "secura-serve": "serving.md",
     "secura-train": "training.md",
     "secura-merge": "merging.md",

@@ -75,7 +75,7 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_whole(target: Path, text: str, *, durable: bool = True) -> None:
+def write_whole(target: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Write a small file to a draft that then takes its name; its folder is made if need be.
 
     Args:
@@ -87,8 +87,8 @@ def write_whole(target: Path, text: str, *, durable: bool = True) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=".")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

@@ -8,7 +8,15 @@ import sys
 
 from secura_serve.garbage import exit_without_collecting
 
-__all__ = ["evaluate", "merge", "train"]
+__all__ = ["basis", "evaluate", "merge", "train"]
+
+
+def basis() -> None:
+    """Run ``secura-basis``."""
+    from secura_serve.train.basis.main import main
+
+    exit_without_collecting()
+    sys.exit(main())
 
 
 def evaluate() -> None:

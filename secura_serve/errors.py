@@ -4,6 +4,7 @@
     ├── ConfigError               a flag, key or value that is not allowed
     ├── BaseModelError            the base model cannot be found, read or served
     ├── DataError                 training data that cannot be used (file, line, field)
+    ├── BasisFormatError          not a well-formed basis file (truncated, changed, unknown format)
     ├── TrainingError             a training that cannot go on
     ├── AdapterError              something about one adapter folder
     │   ├── AdapterFormatError    not a well-formed adapter (truncated, NaN, unknown format, pickle)
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterFormatError",
     "BaseMismatchError",
     "BaseModelError",
+    "BasisFormatError",
     "ConfigError",
     "DataError",
     "EvaluationError",
@@ -84,6 +86,10 @@ class DataError(SecuraError, ValueError):
     """Training data that cannot be used; the message names file, line and field."""
 
 
+class BasisFormatError(SecuraError, ValueError):
+    """The file is not a well-formed basis file."""
+
+
 class TrainingError(SecuraError):
     """A training that cannot go on; earlier checkpoints are kept."""
 
@@ -97,7 +103,7 @@ class AdapterFormatError(AdapterError, ValueError):
 
 
 class BaseMismatchError(AdapterError, ValueError):
-    """The adapter is well-formed but belongs to another base model."""
+    """The adapter, or the basis file, is well-formed but belongs to another base model."""
 
 
 class UnservableError(AdapterError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secura_serve.adapter.basis_file import CalibratedBasis, load_basis, weight_fingerprint
 from secura_serve.adapter.fingerprint import fingerprint, fingerprint_of
 from secura_serve.adapter.format import (
     FORMAT_VERSION,
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterConfig",
     "BaseComparison",
     "CURModule",
+    "CalibratedBasis",
     "WeightSource",
     "base_id",
     "check_name",
@@ -51,6 +53,7 @@ __all__ = [
     "holds_its_weights",
     "is_plain_lora",
     "load",
+    "load_basis",
     "load_config",
     "mismatch_message",
     "parse_modules",
@@ -58,5 +61,6 @@ __all__ = [
     "refuse_oversized",
     "save",
     "verify",
+    "weight_fingerprint",
     "weights_digest",
 ]

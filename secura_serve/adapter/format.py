@@ -10,7 +10,7 @@ from typing import Any
 from blake3 import blake3
 
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.method import MagNorm, rule_names
+from secura_serve.method import MagNorm, selection_problem
 
 __all__ = [
     "CONFIG_NAME",
@@ -141,14 +141,6 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         # Not isfinite: a Python integer may be too large for it.
         return value == "auto" or (number and abs(value) <= sys.float_info.max)
 
-    def selection(value: Any) -> bool:
-        return (
-            isinstance(value, Mapping)
-            and set(value) == {"rule", "seed"}
-            and value["rule"] in rule_names()
-            and _is_int(value["seed"])
-        )
-
     def fingerprints(value: Any) -> bool:
         return (
             isinstance(value, Mapping)
@@ -156,16 +148,13 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
             and all(isinstance(v, str) for v in value.values())
         )
 
-    inner = raw.get("inner_rank")
+    inner, needs = raw.get("inner_rank"), selection_problem(raw.get("selection"))
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
         "base_model_name_or_path": (lambda v: isinstance(v, str), "a string"),
         "r": (lambda v: _is_int(v) and 1 <= v <= 65536, "an integer >= 1"),
         "alpha": (alpha, 'a number or "auto"'),
         "target_modules": (strings, "a non-empty list of strings"),
-        "selection": (
-            selection,
-            f"an object with rule ({' | '.join(rule_names())}) and integer seed",
-        ),
+        "selection": (lambda v: needs is None, str(needs)),
         "core": (lambda v: v in ("u", "ab"), '"u" or "ab"'),
         "base_fingerprint": (fingerprints, "an object of module name -> digest"),
     }

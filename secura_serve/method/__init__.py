@@ -22,9 +22,19 @@ from secura_serve.method.modes import (
     mode_names,
     register_mode,
 )
-from secura_serve.method.rules import get_rule, register_rule, rule_names, uniform_numbers
+from secura_serve.method.ranking import Ranking, rank_by_energy
+from secura_serve.method.rules import (
+    CALIBRATED,
+    get_rule,
+    order_indices,
+    register_rule,
+    rule_names,
+    selection_problem,
+    uniform_numbers,
+)
 
 __all__ = [
+    "CALIBRATED",
     "INITS",
     "Basis",
     "FoldStats",
@@ -32,6 +42,7 @@ __all__ = [
     "Mode",
     "NativeForm",
     "Parameter",
+    "Ranking",
     "apply",
     "apply_to_activations",
     "auto_alpha",
@@ -46,11 +57,14 @@ __all__ = [
     "init_A",
     "merged",
     "mode_names",
+    "order_indices",
+    "rank_by_energy",
     "register_mode",
     "register_rule",
     "rho_max",
     "rule_names",
     "select",
+    "selection_problem",
     "uniform_numbers",
     "write",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import ConfigError
+from secura_serve.method.ranking import Ranking
 from secura_serve.method.rules import order_indices
 
 __all__ = ["Basis", "columns", "gather", "importance", "select"]
@@ -60,7 +61,13 @@ def importance(W: Tensor, axis: str) -> np.ndarray:
 
 
 def select(
-    W: Tensor, r: int, *, module: str, rule: str = "inverse_sampled", seed: int = 0
+    W: Tensor,
+    r: int,
+    *,
+    module: str,
+    rule: str = "inverse_sampled",
+    seed: int = 0,
+    ranking: Ranking | None = None,
 ) -> Basis:
     """Choose ``r`` rows and ``r`` columns of W, the least important ones preferred.
 
@@ -74,12 +81,15 @@ def select(
         module: checkpoint name of the tensor without ``.weight``.
         rule: a registered rule, see :mod:`secura_serve.method.rules`.
         seed: of the rules that draw.
+        ranking: taken in place of ``rule`` and ``seed``.
 
     Raises:
         ConfigError: unknown rule, or r out of range.
     """
     if W.ndim != 2:
         raise ConfigError(f"{module}: W must be a matrix, got shape {tuple(W.shape)}")
+    if ranking is not None:
+        return _basis(*ranking.first(r, W.shape, module), W)
     chosen = {}
     for axis in _SUMMED:
         p = importance(W, axis)
@@ -92,9 +102,14 @@ def select(
                 f"{module}: rank {r} is not allowed; W of shape {tuple(W.shape)} has {usable} "
                 f"non-zero {axis}s, so choose 1 <= r <= {usable}"
             )
-        order = order_indices(p, rule, f"{seed}|{module}|{axis}")[:r]
-        chosen[axis] = torch.from_numpy(order.astype(np.int64)).to(W.device)
-    return Basis(rows=chosen["row"], cols=chosen["col"])
+        chosen[axis] = order_indices(p, rule, f"{seed}|{module}|{axis}")[:r]
+    return _basis(chosen["row"], chosen["col"], W)
+
+
+def _basis(rows: np.ndarray, cols: np.ndarray, W: Tensor) -> Basis:
+    """Return indices as tensors on the device of W."""
+    parts = (torch.from_numpy(part.astype(np.int64)).to(W.device) for part in (rows, cols))
+    return Basis(*parts)
 
 
 def columns(W: Tensor, cols: Tensor) -> Tensor:

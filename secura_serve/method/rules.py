@@ -6,14 +6,28 @@ A new rule is one function with the decorator :func:`register_rule`, here or any
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from secura_serve.errors import ConfigError
 from secura_serve.registry import Registry
 
-__all__ = ["Rule", "get_rule", "order_indices", "register_rule", "rule_names", "uniform_numbers"]
+__all__ = [
+    "CALIBRATED",
+    "Rule",
+    "get_rule",
+    "order_indices",
+    "register_rule",
+    "rule_names",
+    "selection_problem",
+    "uniform_numbers",
+]
+
+CALIBRATED = "calibrated"
+"""The rule whose ranking was measured on the base's own text, and stands in a file."""
 
 Rule = Callable[[np.ndarray, str], np.ndarray]
 """``(p, key) -> scores``, both ``(n,)``: the smallest scores are chosen first.
@@ -75,6 +89,39 @@ def _lowest_norm(p: np.ndarray, key: str) -> np.ndarray:
     """Take the smallest norms (SECURA's choice, arXiv 2502.18168)."""
     scores: np.ndarray = p.astype(np.float64)
     return scores
+
+
+@register_rule(CALIBRATED)
+def _calibrated(p: np.ndarray, key: str) -> np.ndarray:
+    """Refuse: W alone does not say which outputs are quiet."""
+    raise ConfigError(
+        f"selection rule {CALIBRATED!r} ranks by what was measured, so it needs a basis file: "
+        "secura-train makes one or takes --basis FILE, in Python it is "
+        "SecuraConfig(basis=load_basis(FILE))"
+    )
+
+
+def selection_problem(selection: Any) -> str | None:
+    """Return what an adapter's ``selection`` must be where it is not that, or None.
+
+    It holds ``rule`` and ``seed``, and with rule :data:`CALIBRATED` also ``basis``, the digest of
+    the basis file.
+    """
+    fine = (
+        isinstance(selection, Mapping)
+        and selection.keys() - {"basis"} == {"rule", "seed"}
+        and selection["rule"] in _RULES
+        and isinstance(selection["seed"], int)
+        and not isinstance(selection["seed"], bool)
+        and ("basis" in selection) == (selection["rule"] == CALIBRATED)
+        and re.fullmatch(r"[0-9a-f]{32}", str(selection.get("basis", "0" * 32))) is not None
+    )
+    if fine:
+        return None
+    return (
+        f"an object with rule ({' | '.join(_RULES)}) and integer seed; rule {CALIBRATED} also "
+        "needs basis, the 32 hexadecimal digits of its basis file, and no other rule has it"
+    )
 
 
 def order_indices(p: np.ndarray, rule: str, key: str) -> np.ndarray:

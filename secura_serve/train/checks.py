@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secura_serve.errors import ConfigError
@@ -157,6 +158,19 @@ def contradictions(config: TrainConfig) -> list[str]:
             (
                 config.eval_steps and not held_out,
                 "eval_steps: give --eval-data or --eval-split to evaluate on",
+            ),
+            (
+                config.basis and not Path(config.basis).is_file(),
+                f"basis: no basis file {config.basis}; make it with secura-basis",
+            ),
+            (
+                config.basis and config.selection != "calibrated",
+                f"selection: {config.selection} takes no basis file; leave out --basis, or take "
+                "calibrated",
+            ),
+            (
+                config.basis and "selection_seed" in changed,
+                "selection_seed: not with --basis, whose file has its own seed",
             ),
             (config.patience and not config.eval_steps, "patience: needs --eval-steps"),
             *(

@@ -95,9 +95,15 @@ class TrainConfig:
     )
     alpha: str = option("step scale of U: auto, or a number", "auto")
     selection: str = option(
-        "rule that picks rows and columns: inverse_sampled or lowest_norm",
+        "rule that picks rows and columns: inverse_sampled, lowest_norm, or calibrated, which "
+        "keeps more of the base (its basis file is made once and kept)",
         "inverse_sampled",
         metavar="RULE",
+    )
+    basis: str | None = option(
+        "curlora, secura: file with a calibrated basis of the base; implies --selection calibrated",
+        None,
+        metavar="FILE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
     fusion_step: int = option(
@@ -180,6 +186,8 @@ class TrainConfig:
         for name, value in method.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.basis and self.selection == "inverse_sampled":
+            object.__setattr__(self, "selection", "calibrated")
         problems += self._contradictions()
         if problems:
             raise ConfigError("the training settings are not valid:", problems)
@@ -195,13 +203,19 @@ class TrainConfig:
 
     def sources(self) -> dict[str, str]:
         """Return where the data come from: setting -> file or hub id."""
-        return {"data": self.data} | ({"eval_data": self.eval_data} if self.eval_data else {})
+        return {"data": self.data} | {
+            name: file
+            for name in ("eval_data", "basis")
+            if (file := getattr(self, name)) is not None and file
+        }
 
     @classmethod
     def upgrade(cls, written: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings that an earlier version wrote, under the names of this one."""
         names = {old: item.name for item in fields(cls) for old in item.metadata["aliases"]}
-        return {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
+        current = {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
+        # Earlier versions knew no basis files.
+        return {"basis": None} | current
 
     def portable(self) -> dict[str, Any]:
         """Return the settings as a recipe keeps them, without what is of this machine alone."""

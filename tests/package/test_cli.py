@@ -1,4 +1,4 @@
-"""Proves that the four commands answer wrong use alike: exit status, one message, suggestions.
+"""Proves that the five commands answer wrong use alike: exit status, one message, suggestions.
 
 2 for a wrong use, 1 for a failed run, 130 for Ctrl-C; never a traceback or a page of usage. Needs
 no engine; what concerns unknown flags of ``secura-serve`` imports vLLM, which alone knows its own.
@@ -20,9 +20,11 @@ from secura_serve.errors import ConfigError, MergeError
 from secura_serve.evaluate.main import main as evaluate
 from secura_serve.merge.main import main as merge
 from secura_serve.serve.app.main import main as serve
+from secura_serve.train.basis.main import main as basis
 from secura_serve.train.main import main as train
 
 COMMANDS = {
+    "secura-basis": basis,
     "secura-train": train,
     "secura-merge": merge,
     "secura-eval": evaluate,
@@ -42,6 +44,18 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-train --base smollm2-135m --data /no/where --out never", 2, ("/no/where",)),
     (f"secura-train {TRAIN} --base x --method secra", 2, ("did you mean 'secura'?", "curlora")),
     (f"secura-train {TRAIN} --base x --magnorm bouded", 2, ("did you mean 'bounded'?",)),
+    ("secura-basis --base x", 2, ("--out",)),
+    ("secura-basis --base x --out never --lenght 9", 2, ("did you mean --length?",)),
+    ("secura-basis --base x --out never --columns norm", 2, ("columns", "gradient")),
+    ("secura-basis --base x --out never --sequences 0", 2, ("sequences", ">= 1")),
+    ("secura-basis --base x --out .", 2, ("is a folder",)),
+    ("secura-basis --base smollm2-135 --out never", 2, ("did you mean 'smollm2-135m'?",)),
+    (f"secura-train {TRAIN} --base x --basis nowhere", 2, ("no basis file nowhere",)),
+    (
+        f"secura-train {TRAIN} --base x --basis b --selection lowest_norm",
+        2,
+        ("selection: lowest_norm", "calibrated"),
+    ),
     ("secura-merge --base x --adpater y --out never", 2, ("did you mean --adapter?",)),
     ("secura-merge --base x", 2, ("--out",)),
     ("secura-merge --out never", 2, ("--base is missing",)),

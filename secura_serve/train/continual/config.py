@@ -151,14 +151,17 @@ class SequenceConfig(TrainConfig):
 
     def sources(self) -> dict[str, str]:
         """Return the files of all tasks: ``NAME.train`` and ``NAME.test`` -> path."""
-        return {
+        files = {
             f"{task.name}.{split}": getattr(task, split)
             for task in self.task_list()
             for split in ("train", "test")
         }
+        return files | ({"basis": self.basis} if self.basis else {})
 
     def portable(self) -> dict[str, Any]:
         """Return the settings as a recipe keeps them; the files of the tasks lose their folders."""
         tasks = [f"{t.name}={Path(t.train).name}:{Path(t.test).name}" for t in self.task_list()]
-        single = {k: v for k, v in super().portable().items() if k not in self.sources()}
+        single = {
+            k: v for k, v in super().portable().items() if k == "basis" or k not in self.sources()
+        }
         return single | {"tasks": ",".join(tasks), "tasks_dir": None}

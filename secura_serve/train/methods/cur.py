@@ -16,7 +16,7 @@ __all__ = ["CURLORA", "SECURA"]
 
 _SETTINGS = ADAPTER_SETTINGS | {
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "alpha"),
-    *("selection", "selection_seed", "fusion_step"),
+    *("selection", "selection_seed", "basis", "fusion_step"),
     *("push_to", "push_name", "push_every"),
 }
 
@@ -26,10 +26,13 @@ def _peft_config(config: TrainConfig, common: dict[str, Any]) -> PeftConfig:
 
     if config.dropout:
         common = common | {"dropout": config.dropout}
+    # A calibrated basis is among the common settings, and says what its selection is.
+    if "basis" not in common:
+        selection = {"rule": config.selection, "seed": config.selection_seed}
+        common = common | {"selection": selection}
     return SecuraConfig(
         **common,
         alpha=config.alpha_value(),
-        selection={"rule": config.selection, "seed": config.selection_seed},
         core=config.core or "u",
         inner_rank=config.inner_rank,
         init=config.init,

@@ -7,8 +7,11 @@ from typing import Any
 
 from peft import get_peft_model
 
+from secura_serve.adapter import load_basis
 from secura_serve.bases import EMBEDDED
 from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.method import CALIBRATED
+from secura_serve.train.basis.make import basis_of_run
 from secura_serve.train.methods.base import load_base
 from secura_serve.train.methods.registry import METHODS, Method
 from secura_serve.train.settings import TrainConfig
@@ -45,6 +48,9 @@ def prepare(config: TrainConfig) -> PreparedModel:
         ConfigError: the targets do not fit the base.
     """
     method = METHODS[config.method]
+    if config.basis:
+        # A file that is missing or damaged is reported before the weights are loaded.
+        load_basis(config.basis)
     # Full training keeps float32 weights: bfloat16 swallows steps under 1/256 of a weight.
     dtype = "float32" if method.trains_all_weights else config.dtype
     model, tokenizer, model_id = load_base(config.base, dtype, config.device)
@@ -58,10 +64,11 @@ def prepare(config: TrainConfig) -> PreparedModel:
     if method.peft_config is None:
         return PreparedModel(model.requires_grad_(True), tokenizer, model_id, config)
     modules = [name for name, _ in model.named_modules()]
+    common = _adapter_settings(config, model.name_or_path)
+    if config.selection == CALIBRATED:
+        common["basis"] = basis_of_run(config, model, tokenizer, model_id)
     try:
-        adapted = get_peft_model(
-            model, method.peft_config(config, _adapter_settings(config, model.name_or_path))
-        )
+        adapted = get_peft_model(model, method.peft_config(config, common))
     except ValueError as error:
         if isinstance(error, SecuraError):
             raise

@@ -8,13 +8,15 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
-from secura_serve.adapter import FORMAT_VERSION, AdapterConfig
+from secura_serve.adapter import FORMAT_VERSION, AdapterConfig, CalibratedBasis, load
+from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.method import INITS, MagNorm, rule_names
+from secura_serve.method import INITS, Basis, MagNorm, selection_problem
 from secura_serve.train.tuner.peft_type import extend_peft_type
 
 __all__ = ["SecuraConfig"]
@@ -60,6 +62,9 @@ class SecuraConfig(PeftConfig):
             "how rows and columns are chosen: a rule, or with its seed, which belongs to the base"
         ),
     )
+    basis: CalibratedBasis | None = field(
+        default=None, metadata=_help("a calibrated basis, from load_basis; it sets selection")
+    )
     core: str = field(default="u", metadata=_help("u: U is trained; ab: U = A·B (CABR)"))
     inner_rank: int | None = field(default=None, metadata=_help("m of core ab; r by default"))
     init: str = field(default="block", metadata=_help("start of A: block or svd"))
@@ -75,6 +80,9 @@ class SecuraConfig(PeftConfig):
         default_factory=dict, metadata=_help("module -> digest; filled in, not set")
     )
     format_version: int = field(default=FORMAT_VERSION, metadata=_help("of the folder on disk"))
+    stored_bases: Mapping[str, Basis] | None = field(
+        default=None, metadata=_help("module -> indices in the folder; filled in, not set")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +93,8 @@ class SecuraConfig(PeftConfig):
             self.magnorm = None if self.magnorm == "none" else {"mode": self.magnorm}
         if isinstance(self.selection, str):
             self.selection = {"rule": self.selection, "seed": 0}
+        if self.basis is not None:
+            self.selection = self.basis.selection
         problems = []
         if not isinstance(self.r, int) or self.r < 1:
             problems.append(f"r: got {self.r!r}, must be an integer >= 1")
@@ -99,8 +109,8 @@ class SecuraConfig(PeftConfig):
         number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < inf
         if self.alpha != "auto" and not number:
             problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')
-        if set(self.selection) != {"rule", "seed"} or self.selection["rule"] not in rule_names():
-            problems.append(f"selection: got {self.selection}, needs rule {rule_names()} and seed")
+        if needs := selection_problem(self.selection):
+            problems.append(f"selection: got {self.selection}, needs {needs}")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             problems.append(f"dropout: got {self.dropout!r}, must be in [0, 1)")
         norm = MagNorm()
@@ -147,7 +157,7 @@ class SecuraConfig(PeftConfig):
             target_modules=names,
             base_fingerprint=dict(self.base_fingerprint),
             alpha=self.alpha,
-            selection=dict(zip(("rule", "seed"), self.rule_and_seed, strict=True)),
+            selection=dict(self.selection),  # type: ignore[arg-type]
             core=self.core,
             inner_rank=self.inner_rank,
             magnorm=self.norm,
@@ -174,5 +184,10 @@ class SecuraConfig(PeftConfig):
                 raw = json.load(file)
         except (OSError, ValueError, RecursionError) as error:
             raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
-        AdapterConfig.from_json(raw)
+        written = AdapterConfig.from_json(raw)
+        folder = Path(path_json_file).parent
+        # transformers' load_adapter copies nothing but U, and no rule gives these indices.
+        if "basis" in written.selection and (folder / WEIGHTS_NAME).is_file():
+            stored = {module: cur.basis for module, cur in load(folder).modules.items()}
+            return raw | {"stored_bases": stored}
         return raw

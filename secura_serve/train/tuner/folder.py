@@ -17,6 +17,7 @@ from secura_serve.adapter import (
     parse_modules,
 )
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, UnservableError
+from secura_serve.method import CALIBRATED
 from secura_serve.train.tuner.config import SecuraConfig
 from secura_serve.train.tuner.layer import SecuraLayer
 
@@ -67,12 +68,14 @@ class _Pristine:
 def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
     """Prepare ``layer`` for a U that transformers copies from a folder, with s = 1.
 
-    The indices are computed from W by the selection rule. The fingerprint covers indices and
+    The indices are computed from W by the selection rule; of a calibrated adapter they are those
+    that ``SecuraConfig.from_pretrained`` read from the folder. The fingerprint covers indices and
     weights, so comparing it proves that both are those of the file's base.
 
     Raises:
         BaseMismatchError: the fingerprint differs.
-        UnservableError: the adapter is to be trained, which needs more than U.
+        UnservableError: the adapter is to be trained, which needs more than U, or its indices are
+            unknown.
     """
     if not config.inference_mode:
         raise UnservableError(
@@ -80,7 +83,16 @@ def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
             "PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     expected = config.base_fingerprint.get(layer.module)
-    _, problem = gather_verified(layer.pristine, layer.basis(name), expected)
+    if config.stored_bases is None and config.rule_and_seed[0] == CALIBRATED:
+        raise UnservableError(
+            "load_adapter copies U alone, and the rows and columns of a calibrated adapter are in "
+            "its folder: use model.load_adapter(folder, "
+            "peft_config=SecuraConfig.from_pretrained(folder)), or "
+            "PeftModel.from_pretrained(model, folder)"
+        )
+    stored = (config.stored_bases or {}).get(layer.module)
+    basis = layer.basis(name) if stored is None else stored
+    _, problem = gather_verified(layer.pristine, basis, expected)
     if problem is not None:
         raise BaseMismatchError(
             f"{layer.module}: the adapter was trained on another base "
@@ -88,4 +100,4 @@ def take_stored(layer: SecuraLayer, name: str, config: SecuraConfig) -> None:
             "give; PeftModel.from_pretrained(model, folder) reads the indices and says which"
         )
     none = torch.zeros(config.r, config.r)
-    layer.load_core(name, CURModule(none, *layer.basis(name)), config)
+    layer.load_core(name, CURModule(none, *basis), config)

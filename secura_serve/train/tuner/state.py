@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.adapter import CURModule, fingerprint
 from secura_serve.errors import ConfigError
-from secura_serve.method import Basis, MagNorm, auto_alpha, init_A, select
+from secura_serve.method import CALIBRATED, Basis, MagNorm, auto_alpha, init_A, select
 from secura_serve.train.tuner.config import SecuraConfig
 
 __all__ = ["AdapterState"]
@@ -63,18 +63,30 @@ class AdapterState(BaseTunerLayer):
         """Add adapter ``name``: choose its basis from W and create its core, Δ = 0.
 
         Raises:
-            ConfigError: the rank does not fit W.
+            ConfigError: the rank does not fit W, or the basis does not rank this layer.
+            BaseMismatchError: the basis was made from another base.
         """
-        W = self.pristine
-        rule, seed = config.rule_and_seed
-        basis = select(W, config.r, module=self.module, rule=rule, seed=seed)
-        self._set_basis(name, basis, self._scale(config, basis), config.norm)
+        W, basis = self.pristine, self._choose(config)
+        alpha = self._scale(config, basis) if basis.r else 1.0
+        self._set_basis(name, basis, alpha, config.norm)
         self.secura_dropout[name] = config.dropout
         if config.core == "u":
             U = torch.zeros(config.r, config.r, dtype=torch.float32, device=W.device)
             self.secura_U[name] = nn.Parameter(U)
         else:
             self._start_factors(name, config)
+
+    def _choose(self, config: SecuraConfig) -> Basis:
+        """Return the rows and columns of a new adapter.
+
+        There are none if its selection names a basis file that is not given: such settings are
+        those of a folder, whose own indices :meth:`load_core` takes.
+        """
+        W, (rule, seed) = self.pristine, config.rule_and_seed
+        ranking = config.basis.ranking(self.module, W) if config.basis else None
+        if rule == CALIBRATED and ranking is None:
+            return Basis(none := torch.empty(0, dtype=torch.int64), none)
+        return select(W, config.r, module=self.module, rule=rule, seed=seed, ranking=ranking)
 
     def _scale(self, config: SecuraConfig, basis: Basis) -> float:
         auto = config.alpha == "auto"
@@ -126,8 +138,19 @@ class AdapterState(BaseTunerLayer):
         return self.secura_alpha[name] * U
 
     def basis(self, name: str) -> Basis:
-        """Return the rows and columns of adapter ``name``."""
-        return Basis(self.secura_rows[name], self.secura_cols[name])
+        """Return the rows and columns of adapter ``name``.
+
+        Raises:
+            ConfigError: there are none yet, see :meth:`_choose`.
+        """
+        basis = Basis(self.secura_rows[name], self.secura_cols[name])
+        if not basis.r:
+            raise ConfigError(
+                f"{self.module}: adapter {name!r} has no rows and columns. Those of a trained "
+                "adapter come with its folder: PeftModel.from_pretrained(model, folder). A new "
+                "one needs the basis: SecuraConfig(basis=load_basis(FILE))"
+            )
+        return basis
 
     def fingerprint(self, name: str) -> str:
         """Return the fingerprint of the pristine W under adapter ``name``.
