@@ -30,7 +30,7 @@ def say(
     text: str,
     *,
     prefix: str = "secura-serve: ",
-    level: int = logging.INFO,
+    level: int | None = None,
     logger: str = _LOGGER,
     to_stderr: bool = False,
 ) -> None:
@@ -38,11 +38,15 @@ def say(
 
     Args:
         prefix: what stands before ``text``; JSON, which names the logger, leaves it out.
-        level: of the ``logging`` module; shown in JSON only.
+        level: of the ``logging`` module; shown in JSON only. By default that of a warning for a
+            text that begins with ``warning:``.
         logger: shown in JSON only.
     """
     line = f"{prefix}{text}"
     if _Output.json is not None:
+        if level is None:
+            warns = text.lstrip().startswith("warning:")
+            level = logging.WARNING if warns else logging.INFO
         record = logging.LogRecord(logger, level, "", 0, text.strip(), None, None)
         line = _Output.json.format(record)
     # A full disk or a closed pipe must not end what is being reported.

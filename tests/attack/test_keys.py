@@ -420,6 +420,18 @@ def test_the_file_is_read_at_most_once_a_second(tmp_path, monkeypatch):
     assert read_keys(path) == file.keys
 
 
+def test_a_pipe_in_place_of_the_file_holds_up_nobody(tmp_path):
+    path, clock, said = tmp_path / "keys.toml", [0.0], []
+    path.write_text(FILE)
+    path.chmod(0o600)
+    file = KeyFile(path, say=said.append, clock=lambda: clock[0])
+    path.unlink()
+    os.mkfifo(path)
+    clock[0] += 5
+    assert file.find(b"key-all").name == "all"
+    assert "no regular file" in said[0]
+
+
 # Hypothesis: the parser and the patterns.
 
 PRINTABLE = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1)

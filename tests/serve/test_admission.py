@@ -10,6 +10,7 @@ import json
 
 import pytest
 
+from secura_serve.serve.app.http import model_name
 from secura_serve.serve.app.http.admission import Admission, AdmissionMiddleware, Refusal
 
 
@@ -248,5 +249,18 @@ def test_a_websocket_whose_model_comes_later_is_refused():
         scope = {"type": "websocket", "path": "/v1/realtime", "root_path": "", "headers": []}
         await house.app(scope, None, send)
         assert sent[0]["type"] == "websocket.close" and not house.seen
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_whole(monkeypatch):
+    monkeypatch.setattr(model_name, "LARGEST_BODY", 100)
+
+    async def run():
+        house = House()
+        house.may_answer.set()
+        start, answer = await house.post(b"x" * 101, chunks=3)
+        assert start["status"] == 413 and "larger than" in json.loads(answer)["error"]["message"]
+        assert not house.seen and house.admission.running == 0
 
     asyncio.run(run())

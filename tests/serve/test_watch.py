@@ -122,7 +122,7 @@ def test_a_foreign_copy_is_taken_once_it_has_settled(parts, made):
                     assert not parts.library.records, "it was looked at half-written"
             await until(lambda: digest(parts, "x"), 4)
             assert digest(parts, "x") == digest_of(made / "foreign")
-            assert any("does not say which weights" in line for line in parts.said)
+            assert any("as it has not changed for" in line for line in parts.said)
 
     asyncio.run(run())
 

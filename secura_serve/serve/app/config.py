@@ -27,7 +27,8 @@ class ServeConfig:
         "folder of adapter folders (default: only the base)", None, metavar="DIR"
     )
     served_model_name: tuple[str, ...] = option(
-        "what the base is called in requests (default: the name given to --base)",
+        "what the base is called in requests (default: the alias or hub id given to --base, or the "
+        "folder's name)",
         (),
         metavar="NAME",
     )

@@ -61,6 +61,7 @@ class Folding:
         self.folded: str | None = None
         """The model name that is folded, as it was asked for."""
         self.folded_version: Version | None = None
+        self._folding: tuple[str | None, Version | None] = (None, None)
         self.broken: str | None = None
         """Why the weights are no longer known; the server is then on its way out."""
         self.admission = Admission(self.refusal)
@@ -73,6 +74,10 @@ class Folding:
     def bind(self, engine: Any, models: ServedModels) -> None:
         """Take hold of the engine once it is there."""
         self._engine, self._models = engine, models
+
+    def held(self) -> list[tuple[str | None, Version | None]]:
+        """Return what must neither go nor change its name: what is folded, or is about to be."""
+        return [(self.folded, self.folded_version), self._folding]
 
     def foldable(self) -> list[str]:
         """Return the names of the adapters that can be folded."""
@@ -226,6 +231,7 @@ class Folding:
                 raise FoldError(f"the server is stopping: {self.broken}")
             # Its name may stand for a newer version than when this call began to wait.
             version = None if name is None else self._wanted(name)
+            self._folding = (name, version)
             drift = await self._drift(version)
             if name == self.folded and version is self.folded_version:
                 return {"folded": name, "changed": False, **drift}
@@ -241,6 +247,7 @@ class Folding:
                     f"than {timeout:g} s; try again, or with a longer timeout"
                 ) from error
         finally:
+            self._folding = (None, None)
             self._one_at_a_time.release()
         total = time.perf_counter() - begin
         what = f"folded {name}: it alone is answered" if name else "unfolded: all answer again"
@@ -260,6 +267,8 @@ class Folding:
     def _wanted(self, name: str) -> Version:
         """Return the version to fold for a name. Raises ConfigError if there is none."""
         version = self.library.find(name)
+        if version is not None and version.name in self.library.deleting:
+            raise ConfigError(f"{name!r} is being deleted")
         if version is not None and version.foldable:
             return version
         if name in self.names:

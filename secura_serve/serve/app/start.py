@@ -135,14 +135,14 @@ def _context(
     from secura_serve.serve.app.metrics import Metrics
 
     metrics = Metrics()
-    root = Path(config.adapters).expanduser() if config.adapters else None
+    root = Path(config.adapters).expanduser().absolute() if config.adapters else None
     library = Library(names, keep=config.adapter_versions)
     folding = Folding(base.path, names, library, per_request=per_request, observer=metrics)
     state = StateFile(_state_path(config, args, root)) if root is not None else None
     updates = AdapterUpdates(
         root, library, verifier, state, folding.admission.ended, observer=metrics
     )
-    updates.folded = lambda: (folding.folded, folding.folded_version)
+    updates.folded = folding.held
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)

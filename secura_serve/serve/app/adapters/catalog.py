@@ -16,6 +16,7 @@ from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.basis import NormBounds
+from secura_serve.serve.logs import is_json
 
 __all__ = ["Catalog", "adapter_folders", "check_folder_name", "refuse_quantised", "scan"]
 
@@ -111,7 +112,9 @@ def scan(
         refuse_quantised(base)
     verifier = verifier or Verifier(lambda: base, store)
     entries = list[Entry]()
-    for path in tqdm(folders, desc="checking adapters", unit="adapter", leave=False):
+    for path in tqdm(
+        folders, desc="checking adapters", unit="adapter", leave=False, disable=is_json()
+    ):
         try:
             check_folder_name(path, set(taken))
             entries.append(verifier.examine(path))

@@ -124,6 +124,8 @@ class Library:
         self.records: dict[str, Record] = {}
         self.aliases: dict[str, str] = {}
         """Alias -> ``name`` or ``name@digest``."""
+        self.deleting: set[str] = set()
+        """Adapters whose folders are being removed, and which must not be folded meanwhile."""
 
     def __iter__(self) -> Iterator[Version]:
         """Yield the version of every adapter that its name stands for."""

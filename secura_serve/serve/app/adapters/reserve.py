@@ -7,6 +7,7 @@ from tqdm import tqdm
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError
 from secura_serve.method import Basis, select
+from secura_serve.serve.logs import is_json
 
 __all__ = ["DEFAULT_RANK", "reserved_basis"]
 
@@ -20,7 +21,9 @@ def reserved_basis(base: Checkpoint, r: int) -> dict[str, Basis]:
     Reads the whole base once. A linear that is too small or too sparse for r is left out.
     """
     chosen = {}
-    for module in tqdm(base.linears(), desc=f"reserving rank {r}", unit="linear", leave=False):
+    for module in tqdm(
+        base.linears(), desc=f"reserving rank {r}", unit="linear", leave=False, disable=is_json()
+    ):
         try:
             chosen[module] = select(base.weight(module), r, module=module)
         except ConfigError:

@@ -141,11 +141,12 @@ def _restore(
                 continue
         versions.append(version)
     known = {version.digest for version in versions}
-    if any(digest not in known for digest in now):
+    if record.on_disk not in (None, saved["on_disk"]):
         # The folder has new content, which ends a rollback.
         record.versions = [*record.versions, *(v for v in versions if v.digest not in now)]
     elif versions:
-        record.versions = versions
+        # The folder's content may be one that newer versions have pushed out.
+        record.versions = [*versions, *(v for v in record.versions if v.digest not in known)]
         wanted = saved["rolled_back_to"]
         record.rolled_back_to = wanted if wanted in known else None
     record.pinned = bool(saved["pinned"])
@@ -165,7 +166,7 @@ def _origin(entry: dict[str, Any]) -> Origin:
 
 def _created(entry: dict[str, Any]) -> float:
     created = entry["created"]
-    # Not isfinite: an integer may be too large for a float.
-    if not isinstance(created, (int, float)) or not 0 <= created < 2**53:
+    # Not isfinite: an integer may be too large for a float. A file's time may be before 1970.
+    if not isinstance(created, (int, float)) or not -(2**53) < created < 2**53:
         raise ValueError(f"created {created!r:.80}")
     return float(created)

@@ -12,8 +12,8 @@ import asyncio
 import itertools
 import os
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -28,7 +28,7 @@ from secura_serve.errors import (
     UnservableError,
 )
 from secura_serve.serve.app.adapters.card import read_card
-from secura_serve.serve.app.adapters.library import Library, Origin, Version
+from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.state import StateFile
@@ -86,13 +86,16 @@ class AdapterUpdates:
         self.say = say
         self.observer = observer or Observer()
         self.workers: Workers | None = None
-        self.folded: Callable[[], tuple[str | None, Version | None]] = lambda: (None, None)
-        """The model name that is folded into the weights now, and its version."""
+        self.folded: Callable[[], Sequence[tuple[str | None, Version | None]]] = lambda: ()
+        """The model names that are folded into the weights, or are about to be, and their
+        versions."""
         self._ended = ended
         self._numbers = itertools.count(1)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving = asyncio.Lock()
         self._later: set[asyncio.Task[None]] = set()
+        self._retiring: Counter[Path] = Counter()
+        """Copies of versions that nobody can ask for any more, while requests may still run."""
 
     def make_version(
         self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
@@ -231,10 +234,15 @@ class AdapterUpdates:
         await self._save()
         self.say(f"{name} is served no longer" + (f", nor its alias {aliases}" if aliases else ""))
 
+    def is_folded(self, name: str) -> bool:
+        """Return whether a name's weights are, or are about to be, those that the engine has."""
+        return any(
+            model == name or (version is not None and version.name == name)
+            for model, version in self.folded()
+        )
+
     def _refuse_if_folded(self, name: str) -> None:
-        """Raise LifecycleError (409) for a name whose weights the engine has now."""
-        model, version = self.folded()
-        if model == name or (version is not None and version.name == name):
+        if self.is_folded(name):
             raise LifecycleError(
                 409, f"{name} is folded into the weights; POST to /admin/unfold first"
             )
@@ -249,9 +257,14 @@ class AdapterUpdates:
         async with self._locks[name]:
             self.library.record(name)
             self._refuse_if_folded(name)
-            if self.root is not None:
-                await asyncio.to_thread(remove_folder, self.root / name)
-            await self._remove(name)
+            # From here on it cannot be folded.
+            self.library.deleting.add(name)
+            try:
+                if self.root is not None:
+                    await asyncio.to_thread(remove_folder, self.root / name)
+                await self._remove(name)
+            finally:
+                self.library.deleting.discard(name)
 
     async def rollback(self, name: str, digest: str | None) -> Version:
         """Let a name stand for an older version, see :meth:`Library.rollback`."""
@@ -284,12 +297,14 @@ class AdapterUpdates:
         Raises:
             LifecycleError: (404) there is no such model or alias; (409) the alias is folded.
         """
-        self._refuse_if_folded(alias)
-        if target is None:
-            self.library.remove_alias(alias)
-        else:
-            self.library.set_alias(alias, target)
-        await self._save()
+        # An adapter of this name may just be on its way in.
+        async with self._locks[alias]:
+            self._refuse_if_folded(alias)
+            if target is None:
+                self.library.remove_alias(alias)
+            else:
+                self.library.set_alias(alias, target)
+            await self._save()
 
     def preparation(self, model: str | None) -> Awaitable[str | None] | None:
         """Return what a request for ``model`` has to wait for before it may run, or None.
@@ -344,13 +359,17 @@ class AdapterUpdates:
 
     async def _drop(self, name: str, copy: Snapshot) -> None:
         """Forget a copy that became no version, unless one has the same content."""
-        record = self.library.records.get(name)
-        if record is not None and copy.path in {v.snapshot.path for v in record.versions}:
+        if self._in_use(name, copy.path):
             return
         if self.workers is not None:
             await self.workers.drop(copy.path)
         if self.verifier.store is not None:
             await asyncio.to_thread(self.verifier.store.discard, copy)
+
+    def _in_use(self, name: str, path: Path) -> bool:
+        """Return whether a version is, or requests may still run, on a copy."""
+        record = self.library.records.get(name, Record())
+        return self._retiring[path] > 0 or path in {v.snapshot.path for v in record.versions}
 
     async def _publish(self, entry: Entry, origin: Origin) -> Version:
         """Make verified content what its name stands for."""
@@ -365,7 +384,7 @@ class AdapterUpdates:
         assert now is not None
         if self.workers is not None:
             self.workers.mark_prepared(now)
-            if now.snapshot.path != entry.snapshot.path:
+            if not self._in_use(entry.name, entry.snapshot.path):
                 # The same content was there already, at a path of its own.
                 await self.workers.drop(entry.snapshot.path)
         changed = before is None or before.digest != now.digest
@@ -397,10 +416,11 @@ class AdapterUpdates:
             record.versions.remove(version)
             self.library.refuse(version.name, reason)
             self.observer.adapter_refused(UnservableError(reason))
-            self.say(f"{version} is not served: {reason}")
+            self.say(f"warning: {version} is not served: {reason}")
 
     def _retire(self, versions: list[Version]) -> None:
         if versions:
+            self._retiring.update(version.snapshot.path for version in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)
             task.add_done_callback(self._later.discard)
@@ -410,10 +430,14 @@ class AdapterUpdates:
         if self._ended is not None:
             await self._ended()
         for version in versions:
-            # The same content may have come back meanwhile, and then has the same copy.
+            # The same content may have come back meanwhile, and may even have gone again: it has
+            # the same copy.
             async with self._locks[version.name]:
-                record = self.library.records.get(version.name)
-                again = record is not None and version.digest in {v.digest for v in record.versions}
+                path = version.snapshot.path
+                self._retiring[path] -= 1
+                again = self._in_use(version.name, path)
+                if not self._retiring[path]:
+                    del self._retiring[path]
                 if self.workers is not None:
                     await self.workers.forget(version, keep_content=again)
                 if not again and self.verifier.store is not None:

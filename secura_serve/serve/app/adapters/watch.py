@@ -47,7 +47,8 @@ class FolderWatch:
     """
 
     def __init__(self, root: Path, updates: AdapterUpdates, say: Callable[[str], None]) -> None:
-        self.root, self._updates, self._say = root, updates, say
+        # watchfiles reports absolute paths, whatever it was given.
+        self.root, self._updates, self._say = root.absolute(), updates, say
         self._library: Library = updates.library
         self._changed: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -73,7 +74,7 @@ class FolderWatch:
             except Exception as error:
                 # The folder may come back, for instance when a share is mounted again. What
                 # watchfiles raises, for a name that is no text for instance, is an ExceptionGroup.
-                self._say(f"{self.root} cannot be watched ({error}); trying again")
+                self._say(f"warning: {self.root} cannot be watched ({error}); trying again")
             await asyncio.sleep(_RETRY_S)
             # What changed meanwhile was not reported.
             with suppress(StorageError):
@@ -100,9 +101,14 @@ class FolderWatch:
                 try:
                     await self._count(self.sync(name))
                 except SecuraError as error:
-                    self._say(f"{shown} is not served as its folder is now: {error}")
+                    self._say(f"warning: {shown} is not served as its folder is now: {error}")
+                    if self._is_left_over(name):
+                        # Its folder is gone, and it goes once it is unfolded.
+                        while self._is_left_over(name) and self._updates.is_folded(name):
+                            await asyncio.sleep(SETTLE_S)
+                        self._changed.add(name)
                 except Exception as error:
-                    self._say(f"{shown}: its folder cannot be followed: {error!r}")
+                    self._say(f"warning: {shown}: its folder cannot be followed: {error!r}")
         finally:
             del self._tasks[name]
 
@@ -167,12 +173,17 @@ class FolderWatch:
 
     async def _gone(self, name: str) -> WatchEvent | None:
         """Drop an adapter whose folder is not there, unless it comes back at once."""
-        record = self._library.records.get(name)
-        if record is None or not (record.on_disk or record.refused):
+        if not self._is_left_over(name):
             return None
         # Some put a new folder in the place of an old one in two steps.
         await asyncio.sleep(SETTLE_S)
         return "removed" if await self._updates.remove_if_gone(name) else None
+
+    def _is_left_over(self, name: str) -> bool:
+        """Return whether an adapter came from a folder that is not there any more."""
+        record = self._library.records.get(name)
+        gone = not os.path.lexists(self.root / name)
+        return gone and record is not None and bool(record.on_disk or record.refused)
 
     async def _is_served(self, name: str) -> bool:
         """Return whether the content of a folder is known, and no newer than what is served."""
@@ -212,8 +223,8 @@ class FolderWatch:
             await asyncio.sleep(_LOOK_S)
         if await asyncio.to_thread(_names_no_digest, folder):
             self._say(
-                f"{folder.name} does not say which weights belong to it; it is served, as "
-                f"it has not changed for {SETTLE_S:g} s"
+                f"{folder.name} is served, as it has not changed for {SETTLE_S:g} s (its "
+                "configuration has no weights_digest that would tell at once that it is complete)"
             )
         return True
 

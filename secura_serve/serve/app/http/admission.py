@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.model_name import (
+    BodyTooLargeError,
     InvalidModelName,
     read_body,
     replayed,
@@ -204,7 +205,11 @@ class AdmissionMiddleware:
             await self._admit(route, scope, receive, send)
 
     async def _admit(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(receive)
+        try:
+            body = await read_body(receive)
+        except BodyTooLargeError as error:
+            await Refusal(413, str(error)).response()(scope, receive, send)
+            return
         if body is None:
             return
         again = replayed(body, receive)

@@ -63,6 +63,9 @@ def read_keys(path: Path, taken: Collection[str] = ()) -> tuple[FileKey, ...]:
 
 def _read(path: Path) -> bytes:
     try:
+        # A pipe would have the whole server wait for its other end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("it is no regular file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigError(f"--keys {path}: the file cannot be read: {error}") from error
@@ -219,7 +222,7 @@ class KeyFile:
             if str(error) != self._said:
                 self._said = str(error)
                 reason = " ".join(self._said.split())
-                self._say(f"the keys stay as they were: {reason}")
+                self._say(f"warning: the keys stay as they were: {reason}")
             return
         before, after = set(self._keys.values()), set(keys.values())
         self._content, self._keys, self._said = content, keys, None

@@ -12,7 +12,22 @@ from starlette.types import Message, Receive, Scope
 
 from secura_serve.serve.app.http.routes import Route
 
-__all__ = ["InvalidModelName", "read_body", "replayed", "requested_model"]
+__all__ = [
+    "BodyTooLargeError",
+    "InvalidModelName",
+    "LARGEST_BODY",
+    "read_body",
+    "replayed",
+    "requested_model",
+]
+
+
+LARGEST_BODY = 2**27
+"""Bytes of a request: 128 MiB. A body takes a few times its size while it is read."""
+
+
+class BodyTooLargeError(ValueError):
+    """A body of more than :data:`LARGEST_BODY`."""
 
 
 class InvalidModelName(ValueError):
@@ -20,13 +35,20 @@ class InvalidModelName(ValueError):
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole body; None if the client went away."""
-    parts = []
+    """Return the whole body; None if the client went away.
+
+    Raises:
+        BodyTooLargeError: it is too large; the rest has not been read.
+    """
+    parts, size = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > LARGEST_BODY:
+            raise BodyTooLargeError(f"the body is larger than {LARGEST_BODY // 2**20} MiB")
         if not message.get("more_body"):
             return b"".join(parts)
 
