@@ -28,7 +28,7 @@ _RUN, _LOCK = "run.json", "lock"
 _MAY_CHANGE = (
     *("out", "overwrite", "run_dir", "resume", "save_steps", "device"),
     *("push_to", "push_name", "push_every"),
-    *("data", "eval_data", "tasks", "tasks_dir"),
+    *("data", "eval_data", "retain_data", "tasks", "tasks_dir"),
 )
 
 
