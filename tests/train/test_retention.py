@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import signal
 import subprocess
 import time
@@ -26,8 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, set_seed
 
 from secura_serve.errors import ConfigError
-from secura_serve.evaluate.metrics import retention as measured
+from secura_serve.evaluate import load_task
 from secura_serve.evaluate.neutral_text import missing, neutral_texts
+from secura_serve.evaluate.run import KNOWLEDGE
 from secura_serve.train.data import IGNORE
 from secura_serve.train.fit import fit
 from secura_serve.train.main import main, settings
@@ -42,7 +42,7 @@ from secura_serve.train.retention import (
     prepare_retention,
     self_written_rows,
 )
-from tests.support.training import PAIRS, command, environment, flags, same, tensors, write
+from tests.support.training import PAIRS, command, environment, flags, same, write
 
 TinyBase = Callable[[str], Path]
 SMALL = ("--retain-sequences", "6", "--retain-length", "10", "--retain-batch-size", "2")
@@ -64,9 +64,8 @@ def of_method(base: Path, data: Path, out: Path, method: str, *more: str) -> lis
     argv = flags(base, data, out, "--method", method, "--warmup-steps", "0", *more)
     if method == "full":
         argv = [a for a in argv if a not in ("--rank", "8")]
-    if method in ("lora", "dora", "full"):
-        argv += ["--learning-rate", "0.002"]
-    return argv
+    rates = {"lora": "0.002", "dora": "0.002", "full": "0.0001"}
+    return [*argv, "--learning-rate", rates[method]] if method in rates else argv
 
 
 def loop_kl(base: Tensor, tuned: Tensor, k: int) -> list[float]:
@@ -127,8 +126,8 @@ def test_gradient_is_that_of_a_second_model_in_float64(tiny_base: TinyBase, k: i
         rest_p, rest_q = ((1 - top) * p).sum(-1), ((1 - top) * q).sum(-1)
         wanted_loss = wanted_loss + rest_p * (rest_p.log() - rest_q.log())
     wanted = torch.autograd.grad(wanted_loss.mean(), list(model.parameters()))
-    assert float(got_loss) == pytest.approx(float(wanted_loss.mean()), rel=1e-9)
-    assert float(got_loss) > 1e-4
+    assert got_loss.item() == pytest.approx(wanted_loss.mean().item(), rel=1e-9)
+    assert got_loss.item() > 1e-4
     for mine, theirs in zip(got, wanted, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-12)
 
@@ -230,7 +229,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     more += ["--gradient-accumulation-steps", "2", "--per-device-train-batch-size", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(of_method(tiny_base("llama"), data, whole, method, *more)) == 0
-    argv, folder = of_method(tiny_base("llama"), data, parts, method, *more), tmp_path / ".parts.run"
+    argv, folder = (
+        of_method(tiny_base("llama"), data, parts, method, *more),
+        tmp_path / ".parts.run",
+    )
     slow = (
         "import sys, time; import secura_serve.train.callbacks as c; "
         "end = c.Progress.on_step_end;"
@@ -363,7 +365,7 @@ def test_no_text_of_the_evaluation_is_trained_on(tmp_path: Path) -> None:
     prepared = prepare(config)
     rows = self_written_rows(prepared)
     written = prepared.tokenizer.batch_decode([row["input_ids"] for row in rows])
-    questions = [text for pair in measured.GENERAL_KNOWLEDGE for text in pair]
+    questions = [prompt for name in KNOWLEDGE for prompt, _ in load_task(name).rows("test")]
     evaluated = [*neutral_texts().texts, *questions]
     assert len(set(grams(written))) > 500
     assert not set(grams(written)) & set(grams(evaluated))
