@@ -157,7 +157,7 @@ class RunFolder:
             raise ConfigError(f"--resume: {file} cannot be read: {error}") from error
         changed = [
             f"{key}: was {before.get(key)!r}, is {facts.get(key)!r}"
-            for key in sorted(before.keys() | facts.keys())
+            for key in sorted((before.keys() | facts.keys()) - set(_MAY_CHANGE))
             if before.get(key) != facts.get(key)
         ]
         if changed:
