@@ -19,7 +19,7 @@ from secura_serve.train.checkpoints import processes
 from secura_serve.train.data.records import digest
 from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.run import Run, check_out
-from secura_serve.train.settings import NO_PUSHES, REPRODUCTION_ONLY, TrainConfig
+from secura_serve.train.settings import NO_PUSHES, REPRODUCTION_ONLY, SELF, TrainConfig
 from secura_serve.train.tuner import adapter_layers, exported
 
 __all__ = ["REPRODUCTION_NOTE", "card", "is_written", "run_facts", "write"]
@@ -79,6 +79,15 @@ def _data(facts: dict[str, Any]) -> str:
     return f"`{settings['data']}`" + (f" (SHA-256 `{sha256[:16]}…`)" if sha256 else "")
 
 
+def _retention(settings: Mapping[str, Any]) -> str:
+    """Say what held the model near its base, if anything did."""
+    if not settings.get("retain"):
+        return ""
+    source = settings["retain_data"]
+    text = "text that the base wrote itself" if source == SELF else f"`{source}`"
+    return f", held near its base on {text} (weight {settings['retain']:g})"
+
+
 def card(name: str, facts: dict[str, Any], section: str = "") -> str:
     """Return the text of ``README.md``, which ends with ``section``."""
     settings, base = facts["config"], facts["base"]
@@ -95,7 +104,7 @@ tags: [{", ".join(method.tags)}]
 # {name}
 
 {method.describe(settings, base)}, {facts["trainable_parameters"]:,} trainable parameters, trained
-on {data}.
+on {data}{_retention(settings)}.
 The exact recipe is in `train.json`; loss and scores by step are in `curves.json`.
 {note}
 | measured | value |

@@ -28,7 +28,7 @@ _RUN, _LOCK = "run.json", "lock"
 _MAY_CHANGE = (
     *("out", "overwrite", "run_dir", "resume", "save_steps", "device"),
     *("push_to", "push_name", "push_every"),
-    *("data", "eval_data", "basis", "tasks", "tasks_dir"),
+    *("data", "eval_data", "basis", "retain_data", "tasks", "tasks_dir"),
 )
 
 
@@ -157,7 +157,7 @@ class RunFolder:
             raise ConfigError(f"--resume: {file} cannot be read: {error}") from error
         changed = [
             f"{key}: was {before.get(key)!r}, is {facts.get(key)!r}"
-            for key in sorted(before.keys() | facts.keys())
+            for key in sorted((before.keys() | facts.keys()) - set(_MAY_CHANGE))
             if before.get(key) != facts.get(key)
         ]
         if changed:

@@ -64,8 +64,11 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
             "a share in [0, 1) or a whole number of steps",
         ),
         ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
+        ("retain", 0 <= config.retain < inf, ">= 0 and finite"),
         ("inner_rank", (config.inner_rank or config.rank) >= config.rank, ">= rank"),
     ]
+    for name in ("retain_sequences", "retain_length", "retain_batch_size"):
+        bounds.append((name, getattr(config, name) >= 1, ">= 1"))
     for name in ("eval_steps", "patience", "fusion_step", "save_steps", "push_every"):
         bounds.append((name, getattr(config, name) >= 0, ">= 0"))
     problems = [
@@ -176,6 +179,15 @@ def contradictions(config: TrainConfig) -> list[str]:
             *(
                 (name in changed and not config.push_to, f"{name}: needs --push-to")
                 for name in ("push_name", "push_every")
+            ),
+            *(
+                (name in changed and not config.retain, f"{name}: needs --retain above 0")
+                for name in changed
+                if name.startswith("retain_")
+            ),
+            (
+                "retain_length" in changed and "retain_data" in changed,
+                "retain_length: needs --retain-data self; a file has --max-length",
             ),
             (
                 config.layers and config.target_modules() == "all-linear",

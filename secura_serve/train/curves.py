@@ -9,6 +9,7 @@ from typing import Any
 __all__ = ["draw", "points"]
 
 _TRAIN = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+_TRAIN["retention"] = "retention"
 _EVAL = {"eval_loss": "loss", "eval_token_accuracy": "token_accuracy"}
 _EVAL["eval_exact_match"] = "exact_match"
 
@@ -16,8 +17,9 @@ _EVAL["eval_exact_match"] = "exact_match"
 def points(history: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
     """Return ``{"train": [...], "held_out": [...]}``, each entry with its ``step``.
 
-    ``train`` holds the loss of the step, the learning rate and the norm of the gradient before
-    clipping; ``held_out`` loss, token accuracy and exact match.
+    ``train`` holds the loss of the step, the learning rate, the norm of the gradient before
+    clipping and the KL per token of ``--retain``; ``held_out`` loss, token
+    accuracy and exact match.
     """
     curves: dict[str, list[dict[str, float]]] = {"train": [], "held_out": []}
     for entry in history:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -18,13 +19,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from secura_serve.errors import ConfigError
 from secura_serve.train.callbacks import Divergence, Fusion, Interrupt, Progress
 from secura_serve.train.checkpoints import processes
-from secura_serve.train.data import Collate, Collator, Rows
+from secura_serve.train.data import Batch, Collate, Collator, Rows
 from secura_serve.train.loss import ExtraLoss
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.registry import METHODS
 from secura_serve.train.packing import packer
+from secura_serve.train.retention import Retention
 from secura_serve.train.settings import TrainConfig
 from secura_serve.train.trainer import AnswerTrainer
 
@@ -62,6 +65,7 @@ def fit(
     config: TrainConfig | None = None,
     held_out: Rows | None = None,
     extra_loss: ExtraLoss | None = None,
+    retention: Retention | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     run_dir: Path | None = None,
     resume: Path | None = None,
@@ -87,20 +91,27 @@ def fit(
         config: settings of this call, ``prepared.config`` by default. Only those of the training
             are read: steps, batches, learning rate, seed, evaluation, checkpoints.
         held_out: rows to evaluate on, for ``eval_steps``, ``patience`` and the scores at the end.
+        retention: the objective of ``retain``, from :func:`prepare_retention`; it adds to
+            ``extra_loss``.
         callbacks: further transformers callbacks.
         run_dir: folder of the checkpoints; None writes none.
         resume: the checkpoint to go on from.
 
     Raises:
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint where there is a ``run_dir``.
-        ConfigError: ``resume`` belongs to another method or base, or the model cannot be packed.
+        ConfigError: ``resume`` belongs to another method or base, the model cannot be packed, or
+            ``retain`` is set and no ``retention`` given.
         TrainingError: the loss is NaN or infinite, or a checkpoint cannot be written.
     """
     config, held_out = config or prepared.config, held_out or []
+    if config.retain and retention is None:
+        raise ConfigError("retain: give fit(retention=prepare_retention(prepared))")
     padded = Collator(prepared.tokenizer.pad_token_id)
     collate: Collate = packer(prepared.model, rows, padded) if config.packing else padded
     bar = Progress()
-    all_callbacks = [*callbacks, bar, Divergence(), *_fusion(config)]
+    # It adds to what the others are told of a step.
+    first = [retention] if retention else []
+    all_callbacks = [*first, *callbacks, bar, Divergence(), *_fusion(config)]
     if config.patience:
         all_callbacks.append(EarlyStoppingCallback(config.patience))
     alone = processes() == 1
@@ -118,7 +129,7 @@ def fit(
             data_collator=collate,
             callbacks=[*all_callbacks, interrupt],
             padded=padded,
-            extra_loss=extra_loss,
+            extra_loss=_both(extra_loss, retention.loss) if retention else extra_loss,
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -148,6 +159,17 @@ def fit(
         tokens=int(state.num_input_tokens_seen),
         history=state.log_history,
     )
+
+
+def _both(first: ExtraLoss | None, second: ExtraLoss) -> ExtraLoss:
+    """Return the sum of two extra losses."""
+    if first is None:
+        return second
+
+    def total(model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
+        return first(model, batch, logits) + second(model, batch, logits)
+
+    return total
 
 
 def _scores_at(step: int, state: TrainerState) -> dict[str, float]:

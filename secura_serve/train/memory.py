@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.train.data import IGNORE, Rows
 from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.retention import Retention
 from secura_serve.train.settings import REPRODUCTION_ONLY
 
 __all__ = ["Memory", "available", "estimate", "peak", "resident"]
@@ -30,21 +31,24 @@ class Memory:
     training: int
     activations: int
     overhead: int
+    retention: int = 0
+    """The extra activations of ``--retain``, and the base's targets."""
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.weights + self.training + self.activations + self.overhead
+        return self.weights + self.training + self.activations + self.overhead + self.retention
 
     def __str__(self) -> str:
+        retention = f"retention {self.retention / GIB:.2f}, " if self.retention else ""
         return (
             f"{self.total / GIB:.2f} GiB (weights {self.weights / GIB:.2f}, gradients and Adam "
-            f"{self.training / GIB:.2f}, activations {self.activations / GIB:.2f}, libraries "
-            f"{self.overhead / GIB:.2f})"
+            f"{self.training / GIB:.2f}, activations {self.activations / GIB:.2f}, {retention}"
+            f"libraries {self.overhead / GIB:.2f})"
         )
 
 
-def estimate(prepared: PreparedModel, rows: Rows) -> Memory:
+def estimate(prepared: PreparedModel, rows: Rows, retention: Retention | None = None) -> Memory:
     """Estimate the memory of one step with the longest batch that ``rows`` can give.
 
     With b bytes per number of the base, B sequences of T tokens (the longest row), A answer
@@ -58,6 +62,8 @@ def estimate(prepared: PreparedModel, rows: Rows) -> Memory:
       (b + 8)·out·in for the largest; S-MagNorm on activations n·out·16; LoRA n·in·4 for its
       float32 copy of the input, about half where siblings share a float32 input. With ``full``:
       b·n·in per linear and a copy of W in b bytes.
+    - retention: the activations of its batch, which are kept beside those of the other; its
+      logits take B·A·V·(b + 20), because the bucket needs a masked copy; and the targets.
     - overhead: 1 GiB on CPUs, as measured; on GPUs only tensors are counted.
 
     A rule of thumb, not a promise: allocators, other architectures and kernels differ.
@@ -69,9 +75,25 @@ def estimate(prepared: PreparedModel, rows: Rows) -> Memory:
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = prepared.trainable_parameters
+    saved, largest = _activations(prepared, rows, config.per_device_train_batch_size, b + 12)
+    kept = 0
+    if retention:
+        kept, _ = _activations(prepared, retention.rows, retention.batch_size, b + 20)
+        kept += retention.targets.nbytes
+    overhead = 0 if torch.cuda.is_available() else _CPU_OVERHEAD
+    return Memory(weights, 12 * trained, saved + largest, overhead, kept)
+
+
+def _activations(
+    prepared: PreparedModel, rows: Rows, batch_size: int, per_logit: int
+) -> tuple[int, int]:
+    """Return the bytes kept for one backward pass, and those of the largest weight at work."""
+    config, full = prepared.config, prepared.method.trains_all_weights
+    inner = prepared.model if full else prepared.model.get_base_model()
+    b = 2 if full and config.dtype == "bfloat16" else inner.dtype.itemsize
     longest = max(len(row["input_ids"]) for row in rows)
     answer = max(sum(v != IGNORE for v in row["labels"]) for row in rows)
-    n, rank = config.per_device_train_batch_size * longest, config.rank
+    n, rank = batch_size * longest, config.rank
     saved = largest = 0
     for module in inner.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():
@@ -95,9 +117,8 @@ def estimate(prepared: PreparedModel, rows: Rows) -> Memory:
     if inner.config._attn_implementation == "eager":
         heads = inner.config.num_attention_heads * inner.config.num_hidden_layers
         saved += 2 * b * n * longest * heads
-    saved += config.per_device_train_batch_size * answer * inner.config.vocab_size * (b + 12)
-    overhead = 0 if torch.cuda.is_available() else _CPU_OVERHEAD
-    return Memory(weights, 12 * trained, saved + largest, overhead)
+    saved += batch_size * answer * inner.config.vocab_size * per_logit
+    return saved, largest
 
 
 def resident() -> int:

@@ -89,7 +89,7 @@ def _missing_files(recipe: dict[str, Any], over: Mapping[str, Any]) -> list[str]
     return [
         f"{key}: {name} does not exist; a train.json keeps no folders, so give "
         f"--{key.replace('_', '-')} FILE"
-        for key in ("data", "eval_data")
+        for key in ("data", "eval_data", "retain_data")
         if key not in over
         and isinstance(name := recipe.get(key), str)
         and name.endswith(_SUFFIXES)

@@ -21,7 +21,13 @@ from secura_serve.train.data import Record, Rows, digest, encode, parse_columns,
 from secura_serve.train.fit import fit
 from secura_serve.train.methods.base import load_tokenizer
 from secura_serve.train.methods.prepared import PreparedModel, prepare
-from secura_serve.train.settings import TrainConfig
+from secura_serve.train.retention import (
+    Retention,
+    mean_retention,
+    prepare_retention,
+    supplied_rows,
+)
+from secura_serve.train.settings import SELF, TrainConfig
 
 __all__ = ["Run", "check_out", "log", "log_plan", "train"]
 
@@ -82,13 +88,16 @@ def _train(
     # An example that cannot be used is reported before the weights are loaded.
     tokenizer = load_tokenizer(config.base)
     rows, eval_rows = (_rows(part, tokenizer, config) for part in (records, held_out))
+    supplied = supplied_rows(config) if config.retain_data != SELF else None
     before = memory.resident()
     prepared = prepare(config)
-    log_plan(prepared, rows, eval_rows, len(records), start)
+    retention = prepare_retention(prepared, supplied)
+    log_plan(prepared, rows, eval_rows, len(records), start, retention)
     result = fit(
         prepared,
         rows,
         held_out=eval_rows,
+        retention=retention,
         callbacks=[*callbacks, *pushes],
         run_dir=folder.path,
         resume=start,
@@ -99,10 +108,11 @@ def _train(
         )
     if result.best is not None:
         log(f"ended at step {result.steps}; step {result.best}, the best, is kept")
-    expected = memory.estimate(prepared, rows).total / memory.GIB
+    expected = memory.estimate(prepared, rows, retention).total / memory.GIB
     used = (memory.peak() - before) / memory.GIB
     log(f"memory: {used:.2f} GiB more at the peak than before the base; estimated {expected:.2f}")
     scores = {"train_loss": result.train_loss, "steps": float(result.steps)}
+    scores |= mean_retention(result.history)
     scores |= {f"held_out_{name}": value for name, value in result.held_out.items()}
     return Run(prepared, scores, result.seconds, result.history, folder)
 
@@ -148,7 +158,12 @@ def check_out(config: TrainConfig) -> None:
 
 
 def log_plan(
-    prepared: PreparedModel, rows: Rows, held_out: Rows, records: int, start: Path | None
+    prepared: PreparedModel,
+    rows: Rows,
+    held_out: Rows,
+    records: int,
+    start: Path | None,
+    retention: Retention | None = None,
 ) -> None:
     """Log what is about to be trained, and whether there is enough memory for it.
 
@@ -163,7 +178,9 @@ def log_plan(
         + (f", {processes()} processes" if processes() > 1 else "")
         + (f"; goes on from {start}" if start else "")
     )
-    expected = memory.estimate(prepared, rows)
+    if retention:
+        log(f"retention: {len(retention.rows)} rows, weight {retention.weight:g}")
+    expected = memory.estimate(prepared, rows, retention)
     log(f"memory: about {expected} per process")
     free = memory.available()
     if expected.training + expected.activations > free:

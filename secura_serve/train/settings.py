@@ -19,10 +19,12 @@ from secura_serve.train.checks import (
 )
 from secura_serve.train.methods.registry import METHODS
 
-__all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "TrainConfig", "not_taken_over"]
+__all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "SELF", "TrainConfig", "not_taken_over"]
 
 REPRODUCTION_ONLY = ("activation", "reference")
 """S-MagNorm modes that act on activations: trained and evaluated here, never merged or served."""
+SELF = "self"
+"""The ``retain_data`` that the base writes itself."""
 REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
 NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
@@ -155,6 +157,17 @@ class TrainConfig:
         "bfloat16",
         ("bfloat16", "float16", "float32"),
     )
+    retain: float = option(
+        "weight of the retention objective, the KL from base to adapted model per token of text "
+        "that the base wrote by itself; 0: off",
+        0.0,
+    )
+    retain_data: str = option(
+        "text of --retain: self, or a file like --data, whose answers are scored", SELF
+    )
+    retain_sequences: int = option("rows of that text; of a file at most so many", 256)
+    retain_length: int = option("tokens that the base writes in each row", 96)
+    retain_batch_size: int = option("rows of that text per batch and device", 4)
     device: str = option("where to train", "auto", ("auto", "cpu"))
     seed: int = option("seed of data order and initialisation", 0)
     save_steps: int = option(
@@ -203,19 +216,23 @@ class TrainConfig:
 
     def sources(self) -> dict[str, str]:
         """Return where the data come from: setting -> file or hub id."""
-        return {"data": self.data} | {
-            name: file
-            for name in ("eval_data", "basis")
-            if (file := getattr(self, name)) is not None and file
-        }
+        named = {"eval_data": self.eval_data, "basis": self.basis}
+        if self.retain_data != SELF:
+            named["retain_data"] = self.retain_data
+        return {"data": self.data} | {name: file for name, file in named.items() if file}
 
     @classmethod
     def upgrade(cls, written: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings that an earlier version wrote, under the names of this one."""
         names = {old: item.name for item in fields(cls) for old in item.metadata["aliases"]}
         current = {names.get(key, key): v for key, v in written.items() if key not in REMOVED}
-        # Earlier versions knew no basis files.
-        return {"basis": None} | current
+        # What a run did before there was a setting is what its default does.
+        later = {
+            item.name: item.default
+            for item in fields(cls)
+            if item.name == "basis" or item.name.startswith("retain")
+        }
+        return later | current
 
     def portable(self) -> dict[str, Any]:
         """Return the settings as a recipe keeps them, without what is of this machine alone."""

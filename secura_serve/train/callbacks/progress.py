@@ -47,6 +47,8 @@ class Progress(ProgressCallback):
         logs = logs or {}
         if "loss" in logs:
             self.loss = f", loss {logs['loss']:.4g}"
+            if "retention" in logs:
+                self.loss += f", retention {logs['retention']:.3g}"
         if "eval_loss" in logs and self.training_bar is not None:
             self.training_bar.write(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4g}, "

@@ -36,7 +36,9 @@ from secura_serve.train.loss import score_rows
 from secura_serve.train.methods.base import load_tokenizer
 from secura_serve.train.methods.prepared import PreparedModel, prepare
 from secura_serve.train.methods.tensors import checkpoint_tensors, restore
+from secura_serve.train.retention import mean_retention, prepare_retention, supplied_rows
 from secura_serve.train.run import Run, check_out, log, log_plan
+from secura_serve.train.settings import SELF
 
 __all__ = ["Scorer", "score_answers", "train_sequence", "write_sequence"]
 
@@ -103,7 +105,10 @@ def _train_sequence(
     hf_logging.set_verbosity_error()
     tokenizer = load_tokenizer(config.base)
     tasks = [_encoded(name, parts, tokenizer, config) for name, parts in records.items()]
+    supplied = supplied_rows(config) if config.retain_data != SELF else None
     prepared = prepare(config)
+    # Before a finished task is put back: with all weights trained, the base would be gone.
+    retention = prepare_retention(prepared, supplied)
     strategy = get_strategy(config.strategy).from_config(config, prepared)
     results = Results(tuple(records), config.score)
     if start is not None:
@@ -121,13 +126,16 @@ def _train_sequence(
         rows = strategy.rows(task.train)
         replayed = len(rows) - len(task.train)
         log(f"task {number} of {len(tasks)}, {task.name}: {replayed} replayed")
-        log_plan(prepared, rows, task.held_out, task.records, None)
+        log_plan(prepared, rows, task.held_out, task.records, None, retention)
+        if retention:
+            retention.stage = number
         try:
             fitted = fit(
                 prepared,
                 rows,
                 held_out=task.held_out,
                 extra_loss=strategy.extra_loss,
+                retention=retention,
                 callbacks=[*callbacks, *strategy.callbacks],
             )
         except Interrupted as stop:
@@ -158,6 +166,7 @@ def _run(prepared: PreparedModel, results: Results, summary: dict[str, float] | 
     last = results.stages[-1]
     scores = {f"{task}_{results.score}": s[results.score] for task, s in last.scores.items()}
     scores |= {"train_loss": last.train_loss, "steps": float(sum(s.steps for s in results.stages))}
+    scores |= mean_retention(results.history)
     seconds = sum(stage.seconds for stage in results.stages)
     return Run(prepared, (summary or {}) | scores, seconds, results.history)
 
