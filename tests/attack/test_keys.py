@@ -396,6 +396,19 @@ def test_a_start_with_a_missing_or_damaged_file_is_refused(
     assert f"--keys {path}" in shown.err and "Traceback" not in shown.err
 
 
+def test_stored_responses_that_every_key_could_read_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "keys.toml"
+    path.write_text(FILE)
+    path.chmod(0o600)
+    args = SimpleNamespace(api_key=None)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "0")
+    assert server_keys(args, admin=None, file=str(path)).file is not None
+    monkeypatch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+    with pytest.raises(ConfigError, match="apart by key"):
+        server_keys(args, admin=None, file=str(path))
+
+
 def test_a_file_that_others_may_read_is_a_warning(tmp_path):
     path, said = tmp_path / "keys.toml", []
     path.write_text(FILE)

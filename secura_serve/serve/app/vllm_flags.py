@@ -259,6 +259,12 @@ def server_keys(args: Any, *, admin: str | None, file: str | None = None) -> Key
         )
     if file is None:
         return keys
+    if os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0").strip() not in ("", "0"):
+        raise ConfigError(
+            "VLLM_ENABLE_RESPONSES_API_STORE is set in the environment: vLLM does not keep stored "
+            "responses apart by key, so every key of --keys could read and cancel those of the "
+            "others; unset it"
+        )
     key_file = KeyFile(Path(file).expanduser(), keys.plain)
     return Keys(keys.user, admin, key_file, internal=secrets.token_urlsafe(32))
 
