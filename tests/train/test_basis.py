@@ -233,7 +233,7 @@ def test_an_adapter_needs_the_file_only_to_be_trained(
     assert recipe["config"]["basis"] == file.name and recipe["data_sha256"]["basis"]
     assert recipe["config"]["selection"] == "calibrated"
     # One that an earlier version wrote has no basis.
-    assert TrainConfig.upgrade({"rank": 8}) == {"rank": 8, "basis": None}
+    assert TrainConfig.upgrade({"rank": 8})["basis"] is None
     # The same again changes nothing; it is finished.
     assert train([*argv, "--resume", "auto"]) == 0
     file.unlink()
