@@ -1,7 +1,7 @@
 """Proves that the served answers are those of W + C·U·R on every supported architecture.
 
 Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
-has four adapters that differ in rank, targets and basis and two plain LoRAs, asked in one
+has five adapters that differ in rank, targets and basis and two plain LoRAs, asked in one
 concurrent batch with the base; the oracle is transformers on weights folded in float64. Slow: the
 same on two ranks.
 """
@@ -19,6 +19,7 @@ def _adapters(base, folder):
     random_adapter(base, folder / "narrow", r=4, seed=2)
     random_adapter(base, folder / "attention-only", r=8, seed=3, only=("q_proj", "v_proj"))
     random_adapter(base, folder / "off-basis", r=4, seed=4, rule="lowest_norm")
+    random_adapter(base, folder / "calibrated", r=6, seed=7, rule="calibrated")
     random_lora(base, folder / "plain", r=4, seed=5, only="all-linear")
     random_lora(base, folder / "plain-narrow", r=3, seed=6, only=["q_proj", "down_proj"])
 
@@ -27,9 +28,8 @@ def _serve_and_compare(base, tmp_path, *more):
     _adapters(base, tmp_path / "adapters")
     flags = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", *more)
     with serving(base, tmp_path / "adapters", tmp_path / "log", *flags) as served:
-        assert sorted(served.adapters) == [
-            *("attention-only", "narrow", "off-basis", "plain", "plain-narrow", "wide")
-        ]
+        names = "attention-only calibrated narrow off-basis plain plain-narrow wide"
+        assert sorted(served.adapters) == names.split()
         found = agreement.compare(served)
     for name, result in found.items():
         assert result.worst < 1e-4, (name, result)

@@ -19,11 +19,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.method import MagNorm, auto_alpha, select
+from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, select
 from secura_serve.serve.names import ACTIVE
 
 # The console script, as vLLM's processes import the file that the first one runs.
@@ -152,15 +153,23 @@ def random_adapter(
     size: float = 0.4,
     magnorm: MagNorm | None = None,
 ) -> Path:
-    """An adapter with random cores on every linear, or on those whose name ends in ``only``."""
+    """An adapter with random cores on every linear, or on those whose name ends in ``only``.
+
+    With the rule ``calibrated`` its rows and columns are W's last ones, in an order of their own.
+    """
     checkpoint = Checkpoint(base)
+    selection: dict[str, object] = {"rule": rule, "seed": 0}
+    if rule == CALIBRATED:
+        selection["basis"] = "0" * 32
     generator = torch.Generator().manual_seed(seed)
     modules, prints = {}, {}
     for name in checkpoint.linears():
         if only and not name.endswith(tuple(only)):
             continue
         W = checkpoint.weight(name)
-        basis = select(W, r, module=name, rule=rule)
+        orders = [np.arange(n)[::-1] for n in W.shape]
+        ranking = Ranking(*orders, *W.shape) if rule == CALIBRATED else None
+        basis = select(W, r, module=name, rule=rule, ranking=ranking)
         U = torch.randn(r, r, generator=generator) * size * auto_alpha(W, basis)
         modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
         prints[name] = A.fingerprint(W, basis)
@@ -169,7 +178,7 @@ def random_adapter(
         r=r,
         target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
         base_fingerprint=prints,
-        selection={"rule": rule, "seed": 0},
+        selection=selection,
         magnorm=magnorm or MagNorm(),
     )
     return A.save(target, config, modules)
