@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from secura_serve.serve.app.http import model_name
+from secura_serve.serve.app.http import bodies
 from secura_serve.serve.app.http.admission import Admission, AdmissionMiddleware, Refusal
 
 
@@ -254,7 +254,7 @@ def test_a_websocket_whose_model_comes_later_is_refused():
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_whole(monkeypatch):
-    monkeypatch.setattr(model_name, "LARGEST_BODY", 100)
+    monkeypatch.setattr(bodies, "LARGEST_REQUEST", 100)
 
     async def run():
         house = House()

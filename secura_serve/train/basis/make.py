@@ -95,16 +95,11 @@ def _ranked(
 
 
 def basis_of_run(config: TrainConfig, model: Any, tokenizer: Any, model_id: str) -> CalibratedBasis:
-    """Return the basis of a run with ``--selection calibrated``.
+    """Return the basis of a run with ``--selection calibrated`` and without ``--basis``.
 
-    It is that of ``--basis``, else the shipped one of the base, else the one that an earlier run
-    put in the cache, else a new one, which is put there.
-
-    Raises:
-        ConfigError, BasisFormatError: ``--basis`` names no basis file.
+    It is the shipped one of the base, else the one that an earlier run put in the cache, else a
+    new one, which is put there.
     """
-    if config.basis:
-        return load_basis(config.basis)
     settings = BasisConfig(base=config.base, out="", seed=config.selection_seed, dtype=config.dtype)
     # Whatever the dtype of this run: a shipped basis is there to be shared.
     shipped = SHIPPED / f"{model_id}.safetensors"

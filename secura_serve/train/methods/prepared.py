@@ -48,9 +48,8 @@ def prepare(config: TrainConfig) -> PreparedModel:
         ConfigError: the targets do not fit the base.
     """
     method = METHODS[config.method]
-    if config.basis:
-        # A file that is missing or damaged is reported before the weights are loaded.
-        load_basis(config.basis)
+    # A file that is missing or damaged is reported before the weights are loaded.
+    basis = load_basis(config.basis) if config.basis else None
     # Full training keeps float32 weights: bfloat16 swallows steps under 1/256 of a weight.
     dtype = "float32" if method.trains_all_weights else config.dtype
     model, tokenizer, model_id = load_base(config.base, dtype, config.device)
@@ -66,7 +65,7 @@ def prepare(config: TrainConfig) -> PreparedModel:
     modules = [name for name, _ in model.named_modules()]
     common = _adapter_settings(config, model.name_or_path)
     if config.selection == CALIBRATED:
-        common["basis"] = basis_of_run(config, model, tokenizer, model_id)
+        common["basis"] = basis or basis_of_run(config, model, tokenizer, model_id)
     try:
         adapted = get_peft_model(model, method.peft_config(config, common))
     except ValueError as error:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from secura_serve.atomic import only_writer
+from secura_serve.atomic import only_writer, write_whole
 from secura_serve.bases import cache_root
 from secura_serve.train.data import (
     IGNORE,
@@ -84,9 +84,8 @@ def _cached(prepared: PreparedModel) -> BaseText:
             text = _read(file, prepared.config)
             if text is None:
                 text = _write(prepared)
-                draft = file.with_name(f".{file.name}.draft")
-                save_file({"tokens": text.tokens, "start": torch.tensor(text.start)}, draft)
-                draft.replace(file)
+                kept = {"tokens": text.tokens, "start": torch.tensor(text.start)}
+                write_whole(file, save(kept))
             return text
     # A cache that cannot be written costs the minutes again, and nothing else.
     except (OSError, SafetensorError):

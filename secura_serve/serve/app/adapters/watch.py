@@ -102,11 +102,10 @@ class FolderWatch:
                     await self._count(self.sync(name))
                 except SecuraError as error:
                     self._say(f"warning: {shown} is not served as its folder is now: {error}")
-                    if self._is_left_over(name):
-                        # Its folder is gone, and it goes once it is unfolded.
-                        while self._is_left_over(name) and self._updates.is_folded(name):
-                            await asyncio.sleep(SETTLE_S)
+                    # If its folder is gone, it goes once it is unfolded.
+                    while self._is_left_over(name) and self._updates.is_folded(name):
                         self._changed.add(name)
+                        await asyncio.sleep(SETTLE_S)
                 except Exception as error:
                     self._say(f"warning: {shown}: its folder cannot be followed: {error!r}")
         finally:

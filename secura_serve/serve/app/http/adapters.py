@@ -31,7 +31,7 @@ from secura_serve.errors import (
     StorageError,
 )
 from secura_serve.serve.app.adapters.describe import describe
-from secura_serve.serve.app.http.bodies import read_body, read_files
+from secura_serve.serve.app.http.bodies import read_files, read_upload
 from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.suggest import did_you_mean
@@ -156,7 +156,7 @@ async def put_weights(name: str, request: Request, context: Context) -> Any:
     """
     try:
         check_name(name)
-        body = await read_body(request)
+        body = await read_upload(request)
         basis, magnorm = (request.headers.get(f"x-secura-{key}") for key in ("basis", "magnorm"))
         await _finished(context.updates.push(name, body, basis, magnorm))
         return await _shown(context, name)

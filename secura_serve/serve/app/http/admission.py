@@ -15,14 +15,10 @@ from typing import NamedTuple
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from secura_serve.errors import LifecycleError
+from secura_serve.serve.app.http import bodies
 from secura_serve.serve.app.http.errors import error_response
-from secura_serve.serve.app.http.model_name import (
-    BodyTooLargeError,
-    InvalidModelName,
-    read_body,
-    replayed,
-    requested_model,
-)
+from secura_serve.serve.app.http.model_name import InvalidModelName, replayed, requested_model
 from secura_serve.serve.app.http.routes import WEBSOCKET, Route, find_route, routed_path
 
 __all__ = ["HOLD_SECONDS", "Admission", "AdmissionMiddleware", "Refusal"]
@@ -206,9 +202,9 @@ class AdmissionMiddleware:
 
     async def _admit(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await read_body(receive)
-        except BodyTooLargeError as error:
-            await Refusal(413, str(error)).response()(scope, receive, send)
+            body = await bodies.read_body(receive, bodies.LARGEST_REQUEST)
+        except LifecycleError as error:
+            await Refusal(error.status, str(error)).response()(scope, receive, send)
             return
         if body is None:
             return

@@ -1,33 +1,58 @@
-"""Bodies of uploads: read up to a limit, and no further."""
+"""Bodies of requests: read up to a limit, and no further."""
 
 from __future__ import annotations
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.uploaded import UPLOADED
 
-__all__ = ["LARGEST_BODY", "read_body", "read_files"]
+__all__ = ["LARGEST_REQUEST", "LARGEST_UPLOAD", "read_body", "read_files", "read_upload"]
 
-LARGEST_BODY = 2**30
+LARGEST_REQUEST = 2**27
+"""Bytes of a request for answers. A body takes a few times its size while it is read."""
+LARGEST_UPLOAD = 2**30
 """Bytes of an upload; an adapter of ours has a thousandth of that."""
 
 
-def _too_large() -> LifecycleError:
-    return LifecycleError(413, f"the body is larger than {LARGEST_BODY // 2**20} MiB")
+def _too_large(largest: int) -> LifecycleError:
+    return LifecycleError(413, f"the body is larger than {largest // 2**20} MiB")
 
 
-async def read_body(request: Request) -> bytes:
-    """Return the whole body. Raises LifecycleError (413) if it is too large."""
+async def read_body(receive: Receive, largest: int) -> bytes | None:
+    """Return the whole body; None if the client went away.
+
+    Raises:
+        LifecycleError: (413) it has more than ``largest`` bytes; the rest has not been read.
+    """
     parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_BODY:
-            raise _too_large()
-    return b"".join(parts)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > largest:
+            raise _too_large(largest)
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+async def read_upload(request: Request) -> bytes:
+    """Return the whole body of an upload.
+
+    Raises:
+        LifecycleError: (413) it is too large.
+        ClientDisconnect: the client went away.
+    """
+    body = await read_body(request.receive, LARGEST_UPLOAD)
+    if body is None:
+        raise ClientDisconnect
+    return body
 
 
 async def read_files(request: Request) -> dict[str, bytes]:
@@ -44,8 +69,8 @@ async def read_files(request: Request) -> dict[str, bytes]:
     length = request.headers.get("content-length", "")
     if not length.isdecimal():
         raise LifecycleError(411, "an upload must say its Content-Length")
-    if int(length) > LARGEST_BODY:
-        raise _too_large()
+    if int(length) > LARGEST_UPLOAD:
+        raise _too_large(LARGEST_UPLOAD)
     # With "app" in its scope Starlette answers a malformed form itself.
     apart = Request({k: v for k, v in request.scope.items() if k != "app"}, request.receive)
     files: dict[str, bytes] = {}

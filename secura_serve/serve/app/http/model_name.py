@@ -12,45 +12,11 @@ from starlette.types import Message, Receive, Scope
 
 from secura_serve.serve.app.http.routes import Route
 
-__all__ = [
-    "BodyTooLargeError",
-    "InvalidModelName",
-    "LARGEST_BODY",
-    "read_body",
-    "replayed",
-    "requested_model",
-]
-
-
-LARGEST_BODY = 2**27
-"""Bytes of a request: 128 MiB. A body takes a few times its size while it is read."""
-
-
-class BodyTooLargeError(ValueError):
-    """A body of more than :data:`LARGEST_BODY`."""
+__all__ = ["InvalidModelName", "replayed", "requested_model"]
 
 
 class InvalidModelName(ValueError):
     """A ``model`` that is no string, or a header and a body that name different models."""
-
-
-async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole body; None if the client went away.
-
-    Raises:
-        BodyTooLargeError: it is too large; the rest has not been read.
-    """
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > LARGEST_BODY:
-            raise BodyTooLargeError(f"the body is larger than {LARGEST_BODY // 2**20} MiB")
-        if not message.get("more_body"):
-            return b"".join(parts)
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
