@@ -24,6 +24,7 @@ _HOMES = {
     "plan_fold": "source",
     "plan_merge": "plan",
     "restore_base": "restore",
+    "update_stream": "update",
     "verify_base": "verify",
     "write_merge": "write",
 }

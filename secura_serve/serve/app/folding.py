@@ -146,9 +146,8 @@ class Folding:
                 return None
             return Refusal(
                 409,
-                f"{model} answers only while it is folded into the weights (S-MagNorm makes an "
-                "adapter full-rank, and not every architecture takes adapters per request): the "
-                f'operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
+                f"{model} answers only while it is folded into the weights ({self._why_folded()}): "
+                f'the operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
                 f"{model}; or ask for another model",
             )
         if model == self.folded:
@@ -164,6 +163,14 @@ class Folding:
             f"{self.folded} is folded into the weights, so only requests for it are answered, not "
             f"for {model or 'the base'}: ask for {self.folded}, or the operator can POST to "
             "/admin/unfold",
+        )
+
+    def _why_folded(self) -> str:
+        if not self.per_request:
+            return "vLLM takes no adapters per request for this architecture"
+        return (
+            "S-MagNorm makes it full-rank, and the server was started without a place for it in "
+            "every linear that it changes, see --resident"
         )
 
     def unknown(self, model: str | None) -> str:

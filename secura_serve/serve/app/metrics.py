@@ -75,6 +75,12 @@ METRICS = (
         buckets=_READ_S,
     ),
     Metric(
+        "secura_place_fill_seconds",
+        "histogram",
+        "Time in which all workers copied the update of a full-rank adapter into a place",
+        buckets=_READ_S,
+    ),
+    Metric(
         "secura_fold_seconds",
         "histogram",
         "Time of a fold or an unfold, the wait for running requests included",
@@ -169,6 +175,9 @@ class Metrics(Observer):
 
     def adapter_read(self, seconds: float) -> None:
         self._metrics["secura_adapter_load_seconds"].observe(seconds)
+
+    def place_filled(self, seconds: float) -> None:
+        self._metrics["secura_place_fill_seconds"].observe(seconds)
 
     def adapter_refused(self, error: SecuraError) -> None:
         reason = type(error).__name__

@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.lora.layers import (
-    ColumnParallelLinearWithLoRA,
-    MergedColumnParallelLinearWithLoRA,
-    QKVParallelLinearWithLoRA,
-    RowParallelLinearWithLoRA,
-)
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
 from secura_serve.serve import compat
 from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
+from secura_serve.serve.engine.delta_layer import DeltaLinearMixin
 from secura_serve.serve.kernels import Layout, choose_kernel
 from secura_serve.serve.names import CONFIG_KEY
 
@@ -53,7 +48,7 @@ class Shards(NamedTuple):
         return whole
 
 
-class CURLinearMixin:
+class CURLinearMixin(DeltaLinearMixin):
     """y' = y + C_s·(U_slot·(y_s − b_s)[rows]) for each slice s of a packed linear."""
 
     lora: Tensor | None = None
@@ -66,16 +61,10 @@ class CURLinearMixin:
     """``(slots + 1,)`` int32, given by the manager."""
 
     # Given by the vLLM class that this is mixed into.
-    base_layer: Any
     punica_wrapper: Any
-    device: torch.device
     lora_a_stacked: tuple[Tensor, ...]
     lora_b_stacked: tuple[Tensor, ...]
-    input_size: int
     output_size: int
-    n_slices: int
-    tp_size: int
-    tp_rank: int
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
@@ -86,14 +75,6 @@ class CURLinearMixin:
         self.lora_config = lora_config
         if "output_slices" not in self.__dict__:
             self.output_slices: tuple[int, ...] = (self.output_size,)
-
-    @property
-    def _sharded_out(self) -> bool:
-        return self.tp_size > 1 and isinstance(self, ColumnParallelLinearWithLoRA)
-
-    @property
-    def _sharded_in(self) -> bool:
-        return self.tp_size > 1 and isinstance(self, RowParallelLinearWithLoRA)
 
     @torch.no_grad()
     def install_basis(self, bases: Sequence[Basis | None]) -> Layout | None:
@@ -107,8 +88,7 @@ class CURLinearMixin:
             return None
         if len(bases) != self.n_slices:
             raise UnservableError(f"{len(bases)} modules for a linear of {self.n_slices} slices")
-        if self._sharded_out and isinstance(self, QKVParallelLinearWithLoRA):
-            raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
+        self._refuse_fused_shards()
         n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
         self.kernel = choose_kernel(self.device, dtype)
@@ -137,9 +117,7 @@ class CURLinearMixin:
         """Return where global ``rows`` are in this rank's slice, and which are its own."""
         if not self._sharded_out:
             return rows, torch.ones_like(rows)
-        shard = self.tp_rank
-        if isinstance(self, MergedColumnParallelLinearWithLoRA):
-            shard = self.output_ids[s]
+        shard = self._shard(s)
         mine = (rows >= shard * size) & (rows < (shard + 1) * size)
         # Ranks that hold copies of one KV head must not count its rows twice.
         if self.tp_rank % compat.kv_head_copies(self, s):
@@ -191,6 +169,7 @@ class CURLinearMixin:
         # The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
         # by the first one.
         into = x.reshape(-1, x.shape[-1])
+        self.apply_deltas(y, into, slots)
         if self.lora is not None and self.device.type == "cpu":
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
             torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)

@@ -26,6 +26,7 @@ from secura_serve.errors import UnservableError
 from secura_serve.serve import compat
 from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
+from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
 from secura_serve.serve.names import CONFIG_KEY
@@ -68,11 +69,14 @@ class CURModelManager(LRUCacheLoRAModelManager):
             compat.token_slots(wrapper).fill_(-1)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
+        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device)
+        resident = {_vllm_name(model, m): m for m in self.deltas.modules}
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
                 compat.check_layer(layer)
                 layer.lora = self.lora
                 parts = self.packed_modules.get(name, [name])
+                self.deltas.install(layer, [resident.pop(part, None) for part in parts])
                 bases = [wanted.pop(part, None) for part in parts]
                 if (layout := layer.install_basis(bases)) is not None:
                     names = [p if b else None for p, b in zip(parts, bases, strict=True)]
@@ -84,10 +88,10 @@ class CURModelManager(LRUCacheLoRAModelManager):
             logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
-        if wanted:
+        if missing := [*wanted, *resident]:
             raise UnservableError(
-                f"adapters change {len(wanted)} modules that {type(model).__name__} does not "
-                f"offer as adapter targets, for instance {next(iter(wanted))}"
+                f"adapters change {len(missing)} modules that {type(model).__name__} does not "
+                f"offer as adapter targets, for instance {missing[0]}"
             )
 
     def create_dummy_lora(
@@ -104,13 +108,15 @@ class CURModelManager(LRUCacheLoRAModelManager):
         if not super().activate_adapter(lora_id):
             return False
         slot = compat.slot_of(self, lora_id)
-        core = compat.registered_adapter(self, lora_id).loras.get(_CORE)
+        model = compat.registered_adapter(self, lora_id)
+        core = model.loras.get(_CORE)
+        self.deltas.places[slot] = model.place if isinstance(model, DeltaModel) else -1
         if core is not None and core.rank:
             self.bank.put(slot, core.lora_a, core.rank)
         else:
             self.bank.clear(slot)
         if self.lora is not None:
-            self.lora[slot] = core is None
+            self.lora[slot] = core is None and not isinstance(model, DeltaModel)
         # Adapters of rank 0 are those of vLLM's warm-up.
         if core is None or core.rank:
             self.loads += 1
@@ -185,6 +191,10 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
             self._kept[path] = (
                 self._read_lora(name, path) if plain else self._read(Path(path), norm_bounds or {})
             )
+
+    def keep_delta(self, path: str, place: int) -> None:
+        """Have the adapter of a delta image stand for the update in a place."""
+        self._kept[path] = partial(DeltaModel, place=place)
 
     def drop(self, path: str) -> None:
         """Forget what was kept of an adapter."""

@@ -35,6 +35,11 @@ class Catalog:
         return [e.adapter for e in self.entries if e.adapter is not None and e.per_request]
 
     @property
+    def full_rank(self) -> list[Adapter]:
+        """The adapters that S-MagNorm makes full-rank."""
+        return [e.adapter for e in self.entries if e.adapter is not None and not e.per_request]
+
+    @property
     def plain_loras(self) -> list[PlainLoRA]:
         """The plain LoRAs, chosen per request as well; these are not folded."""
         return [e.lora for e in self.entries if e.lora is not None]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.adapters.resident.slots import ADMITTED
 from secura_serve.serve.compat import lora_request
 
 __all__ = ["AdapterTable"]
@@ -43,6 +43,11 @@ class AdapterTable(dict[str, Any]):
     def __contains__(self, model: object) -> bool:
         return super().__contains__(model) or self._version(model) is not None
 
+    def __getitem__(self, model: str) -> Any:
+        if (admitted := ADMITTED.get()) is not None and admitted[0] == model:
+            return self._request(admitted[1])
+        return super().__getitem__(model)
+
     def __missing__(self, model: str) -> Any:
         if (version := self._version(model)) is None:
             raise KeyError(model)
@@ -54,8 +59,7 @@ class AdapterTable(dict[str, Any]):
 
     def _request(self, version: Version) -> Any:
         if version.number not in self._requests:
-            path: Path = version.snapshot.path
             self._requests[version.number] = lora_request(
-                version.engine_name, version.number, str(path)
+                version.engine_name, version.number, str(version.engine_path)
             )
         return self._requests[version.number]

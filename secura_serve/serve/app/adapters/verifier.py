@@ -42,7 +42,8 @@ class Entry:
 
     @property
     def per_request(self) -> bool:
-        """Whether it can be chosen per request, beside others; if not, it must be folded."""
+        """Whether it is C·U·R and needs no more than a slot; if not, it needs a place for its whole
+        update, or must be folded."""
         return self.adapter is not None and self.adapter.config.magnorm.additive
 
     @property
@@ -50,7 +51,7 @@ class Entry:
         """How it can be served, in a word or two."""
         if self.adapter is None:
             return "SKIPPED" if self.lora is None else "ok (plain LoRA)"
-        return "ok" if self.per_request else f"fold ({self.adapter.config.magnorm.mode})"
+        return "ok" if self.per_request else f"ok ({self.adapter.config.magnorm.mode})"
 
 
 @dataclass(frozen=True)

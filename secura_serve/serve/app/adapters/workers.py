@@ -98,6 +98,22 @@ class Workers:
             self._read.discard(path)
             await self._call("secura_forget", [], [str(path)])
 
+    async def fill(self, place: int, image: Path, first: int, last: int) -> str | None:
+        """Have every worker copy modules of a delta image into a place; return why one cannot."""
+        for refused in await self._call("secura_fill", place, str(image), first, last):
+            if refused is not None:
+                return str(refused)
+        return None
+
+    async def publish(self, place: int, image: Path) -> None:
+        """Have every worker answer the adapter of an image from the place that was filled."""
+        await self._call("secura_publish", place, str(image))
+
+    async def forget_place(self, number: int, image: Path | None) -> None:
+        """Free the slot of an adapter whose place is needed, and what points at the place."""
+        self._resident = (0.0, self._resident[1])
+        await self._call("secura_forget", [number], [str(image)])
+
     async def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version in a slot on every worker, or no longer.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from typing import NamedTuple
 
 from starlette.responses import JSONResponse
@@ -52,10 +52,16 @@ class Admission:
         hold_seconds: how long a request is held before it is refused.
 
     ``prepare`` may be set: model name -> what has to be awaited before its request may run (None
-    if nothing), and then gives why it may not, or None.
+    if nothing), and then gives why it may not, or None. ``hold`` may be set: model name -> the
+    context in which its request runs once it is prepared; ``hold_all`` that of what goes on after a
+    request was answered, whatever it asks for.
     """
 
     prepare: Callable[[str | None], Awaitable[str | None] | None] = staticmethod(lambda model: None)
+    hold: Callable[[str | None], AbstractContextManager[None]] = staticmethod(
+        lambda model: nullcontext()
+    )
+    hold_all: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
         self, judge: Callable[[str | None], Refusal | None], hold_seconds: float = HOLD_SECONDS
@@ -64,7 +70,7 @@ class Admission:
         self._open, self._idle = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
-        self._later: dict[asyncio.Task[object], asyncio.Future[None]] = {}
+        self._later: dict[asyncio.Task[object], ExitStack] = {}
         self._running: set[asyncio.Future[None]] = set()
 
     @property
@@ -104,7 +110,8 @@ class Admission:
         # No await since admission was seen open: whoever closes it will wait for this one.
         mine = self._begin()
         try:
-            yield None
+            with self.hold(model):
+                yield None
         finally:
             self._end(mine)
 
@@ -151,11 +158,13 @@ class Admission:
         """Count what goes on after its request was answered, until each task is done."""
         for task in tasks:
             if task not in self._later and not task.done():
-                self._later[task] = self._begin()
+                held = self._later[task] = ExitStack()
+                held.callback(self._end, self._begin())
+                held.enter_context(self.hold_all())
                 task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[object]) -> None:
-        self._end(self._later.pop(task))
+        self._later.pop(task).close()
 
     def _begin(self) -> asyncio.Future[None]:
         """Count a request as running; the future is what ends it."""
