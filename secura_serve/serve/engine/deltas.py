@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 
 from secura_serve.serve.delta_image import DTYPES, DeltaImage
 from secura_serve.serve.engine.delta_layer import DeltaLinearMixin
 
 __all__ = ["DeltaModel", "ResidentDeltas"]
 
+_NAME = "secura.delta"
+
 
 class DeltaModel(LoRAModel):
     """What vLLM registers for an adapter whose update is resident."""
 
     def __init__(self, lora_id: int, place: int) -> None:
-        super().__init__(lora_id, 1, {})
+        # vLLM looks at the first module that an adapter changes: one that no model has.
+        nothing = LoRALayerWeights(_NAME, 1, 1, torch.zeros(1), torch.zeros(1), scaling=1)
+        super().__init__(lora_id, 1, {_NAME: nothing})
         self.place = place
 
 
