@@ -24,7 +24,7 @@ import torch
 
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, select
+from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, gather, select
 from secura_serve.serve.names import ACTIVE
 
 # The console script, as vLLM's processes import the file that the first one runs.
@@ -171,7 +171,11 @@ def random_adapter(
         ranking = Ranking(*orders, *W.shape) if rule == CALIBRATED else None
         basis = select(W, r, module=name, rule=rule, ranking=ranking)
         U = torch.randn(r, r, generator=generator) * size * auto_alpha(W, basis)
-        modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
+        peak = None
+        if magnorm is not None and magnorm.needs_rho_max:
+            C, R = gather(W.float(), basis)
+            peak = float(magnorm.rho_max_of(W, C @ U @ R))
+        modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int(), peak)
         prints[name] = A.fingerprint(W, basis)
     config = A.AdapterConfig(
         base_model_name_or_path=str(base),

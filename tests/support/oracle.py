@@ -1,8 +1,7 @@
 """What an answer should be, computed without this package: transformers on W + C·U·R.
 
-Reads the adapter's files itself and builds C·U·R (and ``bounded``, and plain LoRA's B·A) in
-float64, so that agreement
-with the server checks selection, format, loading, layers and scheduling at once.
+Reads the adapter's files itself and builds C·U·R (and ``bounded`` and ``published``, and plain LoRA's B·A) in
+float64, so that agreement with the server checks selection, format, loading, layers and scheduling at once.
 """
 
 from __future__ import annotations
@@ -41,6 +40,11 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
         delta = C @ tensors[key].double() @ R
         if norm is None:
             new = (W + delta).float()
+        elif norm["mode"] == "published":
+            ratio = delta.abs() / (W.abs() + norm["eps"])
+            peak = tensors[stem + "rho_max"].double()
+            res = 2 - torch.sigmoid(norm["scale"] * (ratio / peak - 0.5))
+            new = ((2 * W + delta) / res).float()
         else:
             assert norm["mode"] == "bounded"
             reach = norm["tau"] * W.abs()
