@@ -21,7 +21,7 @@ from vllm.lora.layers import (
 )
 
 from secura_serve.errors import UnservableError
-from secura_serve.serve.kernels import PADDED, DeltaSlots, delta_step
+from secura_serve.serve.kernels import PADDED, DeltaSlots, delta_step, has_native_delta
 
 __all__ = ["DeltaLinearMixin"]
 
@@ -37,6 +37,7 @@ class DeltaLinearMixin:
     # Given by the vLLM class that this is mixed into.
     base_layer: Any
     device: torch.device
+    lora_config: Any
     input_size: int
     n_slices: int
     output_slices: tuple[int, ...]
@@ -89,6 +90,7 @@ class DeltaLinearMixin:
             torch.zeros(count, rows, device=self.device),
             torch.tensor(segments, dtype=torch.int64),
             torch.zeros(count, len(segments), dtype=torch.uint8, device=self.device),
+            has_native_delta(self.device, self.lora_config.lora_dtype),
         )
 
     def clear_delta(self, place: int) -> None:

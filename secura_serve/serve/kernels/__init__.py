@@ -18,7 +18,12 @@ calls :func:`register_kernel` from its ``vllm.general_plugins`` entry point.
 from __future__ import annotations
 
 from secura_serve.serve.kernels.base import Kernel, choose_kernel, kernel_names, register_kernel
-from secura_serve.serve.kernels.delta_step import PADDED, DeltaSlots, delta_step
+from secura_serve.serve.kernels.delta_step import (
+    PADDED,
+    DeltaSlots,
+    delta_step,
+    has_native_delta,
+)
 from secura_serve.serve.kernels.layout import Layout
 from secura_serve.serve.kernels.native_kernel import NativeKernel
 from secura_serve.serve.kernels.torch_kernel import TorchKernel
@@ -31,6 +36,7 @@ __all__ = [
     "Layout",
     "choose_kernel",
     "delta_step",
+    "has_native_delta",
     "kernel_names",
     "register_kernel",
 ]

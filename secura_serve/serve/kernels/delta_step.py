@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secura_serve.serve.kernels.native_library import DTYPES, native_library
 
-__all__ = ["PADDED", "DeltaSlots", "delta_step"]
+__all__ = ["PADDED", "DeltaSlots", "delta_step", "has_native_delta"]
 
 PADDED = 32
 """The rows of :attr:`DeltaSlots.weight` are padded to a multiple of this."""
@@ -35,6 +35,13 @@ class DeltaSlots:
     many."""
     used: Tensor
     """``(K, n)`` uint8: whether an update changes a slice."""
+    native: bool = False
+    """Whether the C++ op takes the step; see :func:`has_native_delta`."""
+
+
+def has_native_delta(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether ``secura::delta_`` was compiled and takes y and x of this kind."""
+    return device.type == "cpu" and dtype in DTYPES and native_library(_SOURCE) is not None
 
 
 def delta_step(y: Tensor, x: Tensor, slots: Tensor, places: Tensor, held: DeltaSlots) -> None:
@@ -47,8 +54,7 @@ def delta_step(y: Tensor, x: Tensor, slots: Tensor, places: Tensor, held: DeltaS
         places: ``(slots + 1,)`` int32: the place in ``held`` of the update of an adapter slot; −1
             where it has none, which the last entry always is.
     """
-    native = y.device.type == "cpu" and y.dtype in DTYPES and native_library(_SOURCE) is not None
-    step = torch.ops.secura.delta_ if native else torch.ops.secura_delta.step_
+    step = torch.ops.secura.delta_ if held.native else torch.ops.secura_delta.step_
     step(y, x, slots, places, held.weight, held.scale, held.segments, held.used)
 
 
