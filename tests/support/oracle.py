@@ -1,7 +1,8 @@
 """What an answer should be, computed without this package: transformers on W + C·U·R.
 
-Reads the adapter's files itself and builds C·U·R (and ``bounded`` and ``published``, and plain LoRA's B·A) in
-float64, so that agreement with the server checks selection, format, loading, layers and scheduling at once.
+Reads the adapter's files itself and builds C·U·R (and ``bounded`` and ``published``, and plain
+LoRA's B·A) in float64, so that agreement with the server checks selection, format, loading, layers
+and scheduling at once.
 """
 
 from __future__ import annotations
