@@ -11,7 +11,6 @@ import os
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from secura_serve.checkpoint import Checkpoint

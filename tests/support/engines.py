@@ -7,6 +7,7 @@ The processes are what a user starts; nothing of vLLM runs in the test process.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -186,6 +187,25 @@ def random_adapter(
         magnorm=magnorm or MagNorm(),
     )
     return A.save(target, config, modules)
+
+
+def random_fine_tune(
+    base: Path, target: Path, *, seed: int, only: Sequence[str] = (), size: float = 0.05
+) -> Path:
+    """A copy of the base with noise on every linear, or on those whose name ends in ``only``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, target)
+    checkpoint, generator = Checkpoint(base), torch.Generator().manual_seed(seed)
+    changed = {checkpoint.tensor_name(m) for m in checkpoint.linears() if m.endswith(tuple(only))}
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    for name, W in tensors.items():
+        if name in changed or (not only and name.removesuffix(".weight") in checkpoint.linears()):
+            noise = torch.randn(W.shape, generator=generator) * size
+            tensors[name] = (W + noise * W.float().std()).to(W.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
 
 
 def random_lora(base: Path, target: Path, *, r: int, seed: int, only: Sequence[str] | str) -> Path:

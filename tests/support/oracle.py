@@ -17,11 +17,17 @@ from transformers.pytorch_utils import Conv1D
 
 
 def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32):
-    """A transformers model with the adapter folded in; float64 arithmetic, one rounding."""
+    """A transformers model with the adapter folded in; float64 arithmetic, one rounding.
+
+    A folder with a whole checkpoint is that model.
+    """
+    whole = adapter if adapter and (adapter / "config.json").is_file() else None
     # Eager attention: transformers' SDPA path leaves Gemma 2's softcapping out.
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation="eager"
+        whole or base, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    if whole:
+        return model.to(dtype)
     tensors = load_file(adapter / "adapter_model.safetensors") if adapter else {}
     config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
     norm = config.get("magnorm")

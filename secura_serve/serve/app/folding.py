@@ -281,7 +281,8 @@ class Folding:
         if name in self.names:
             raise ConfigError(f"{name!r} is the base: POST to /admin/unfold puts it back")
         if version is not None:
-            raise ConfigError(f"{name!r} is a plain LoRA: it is chosen per request, and not folded")
+            kind = "plain LoRA" if version.entry.lora is not None else "whole fine-tune"
+            raise ConfigError(f"{name!r} is a {kind}: it is chosen per request, and not folded")
         foldable = self.foldable()
         raise ConfigError(
             f"no adapter {name[:100]!r} to fold; there are {', '.join(foldable) or 'none'}"

@@ -158,8 +158,7 @@ def _context(
     )
     updates.folded = folding.held
     if resident.count:
-        images = DeltaImages(cache_root() / "serve" / "deltas", base.path, resident.dtype)
-        updates.resident = ResidentSlots(resident, images, metrics)
+        updates.resident = ResidentSlots(resident, _images(config, base), metrics)
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)
@@ -216,7 +215,12 @@ def _verifier(config: ServeConfig, base: ResolvedBase) -> Verifier:
         return Verifier(checkpoint)
     serve = cache_root() / "serve"
     verified = Verified(serve / "verified", base.path)
-    return Verifier(checkpoint, SnapshotStore(serve / "adapters", verified), verified)
+    store = SnapshotStore(serve / "adapters", verified)
+    return Verifier(checkpoint, store, verified, _images(config, base))
+
+
+def _images(config: ServeConfig, base: ResolvedBase) -> DeltaImages:
+    return DeltaImages(cache_root() / "serve" / "deltas", base.path, config.resident_dtype)
 
 
 def _catalog(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
 from secura_serve.serve.app.adapters.catalog import Catalog
+from secura_serve.serve.app.adapters.fine_tune import FineTune
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
@@ -58,14 +60,17 @@ def warn_of_fewer_slots(
     )
 
 
-def tell_of_places(resident: ResidentSpec, full_rank: list[Adapter]) -> None:
+def tell_of_places(resident: ResidentSpec, full_rank: Sequence[Adapter | FineTune]) -> None:
     """Say how full-rank adapters are asked, where that is not simply one place for each."""
     if len(full_rank) <= resident.count:
         return
     names = ", ".join(adapter.name for adapter in full_rank[:5])
     more = f" and {len(full_rank) - 5} more" if len(full_rank) > 5 else ""
     if not resident.count:
-        how = "answer only while folded into the weights (--fold, or POST /admin/fold)"
+        how = (
+            "are asked only while folded into the weights (--fold, or POST /admin/fold), "
+            "fine-tunes not at all"
+        )
     else:
         how = (
             f"take turns in {resident.count} places: a request for one that is in none waits "

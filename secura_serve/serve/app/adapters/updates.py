@@ -32,7 +32,7 @@ from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.resident.slots import ResidentSlots
-from secura_serve.serve.app.adapters.snapshots import Snapshot
+from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
@@ -107,6 +107,11 @@ class AdapterUpdates:
         """Return a version of a copy in the store, checked. Raises SecuraError."""
         entry = entry or self.verifier.examine_copy(snapshot)
         image = self.resident.image_folder(entry) if self.resident is not None else None
+        if entry.fine_tune is not None and image is None:
+            raise UnservableError(
+                f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
+                "that it changes: restart it with the folder there, and with --resident above 0"
+            )
         card = read_card(snapshot.source)
         return Version(entry, next(self._numbers), origin, created, card, image)
 
@@ -123,12 +128,20 @@ class AdapterUpdates:
                     self.observer.adapter_refused(entry.error)
                 continue
             try:
-                created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
+                weights = files_of(entry.snapshot.source)[-1]
+                created = (entry.snapshot.source / weights).stat().st_mtime
             except OSError:  # It went after it was copied.
                 created = time.time()
-            self.library.add(
-                self.make_version(entry.snapshot, origin="folder", created=created, entry=entry)
-            )
+            try:
+                version = self.make_version(
+                    entry.snapshot, origin="folder", created=created, entry=entry
+                )
+            except UnservableError as error:
+                self.library.refuse(entry.name, str(error))
+                self.observer.adapter_refused(error)
+                self.say(f"warning: {error}")
+                continue
+            self.library.add(version)
         if self.state is not None and self.verifier.store is not None:
             for lost in self.state.restore(self.library, self.verifier.store, self.make_version):
                 self.say(lost)

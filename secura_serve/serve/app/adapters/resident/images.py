@@ -8,16 +8,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from secura_serve.atomic import only_writer
+from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import StorageError
 from secura_serve.merge import open_source, plan_fold, update_stream
+from secura_serve.serve.app.adapters.fine_tune import FineTune, updates_of
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes, write_image
 
 __all__ = ["KEPT_DAYS", "DeltaImages"]
@@ -52,10 +55,11 @@ class DeltaImages:
         return self.root / hashlib.sha256(what.encode()).hexdigest()[:32]
 
     async def make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
-        """Return the image in ``folder``, made now if it is not there.
+        """Return the image in ``folder``, made now in the background if it is not there.
 
         Args:
-            specs: what is folded, ``folder`` or ``folder*weight``.
+            specs: what is folded, ``folder`` or ``folder*weight``; that of a fine-tune, which was
+                made when it was verified, names the image itself.
 
         Raises:
             MergeError: see :func:`~secura_serve.merge.update_stream`.
@@ -64,11 +68,29 @@ class DeltaImages:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._make, folder, specs)
 
+    def of_fine_tune(self, folder: Path, tuned: FineTune, path: Path) -> DeltaImage:
+        """Return the image of a checkpoint in ``path``, made now if it is not there.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with suppress(StorageError):
+            return self.found(folder)
+        base = Checkpoint(self._base)
+        return self._write(folder, tuned.modules, updates_of(path, base, tuned.modules))
+
+    def found(self, folder: Path) -> DeltaImage:
+        """Return the image in ``folder``. Raises StorageError if there is none."""
+        image = DeltaImage.open(folder)
+        with suppress(OSError):
+            os.utime(folder)
+        return image
+
     def _make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         with suppress(StorageError):
-            image = DeltaImage.open(folder)
-            os.utime(folder)
-            return image
+            return self.found(folder)
+        if [str(folder)] == [*specs]:
+            return DeltaImage.open(folder)
         torch.set_num_threads(1)
         source = open_source(str(self._base), specs)
         plan = plan_fold(source)
@@ -76,11 +98,19 @@ class DeltaImages:
         stored = [n for n, _ in source.checkpoint.tensors(t.module for t in plan.targets.values())]
         modules = [plan.targets[name].module for name in stored if name in plan.targets]
         shapes = {module: source.checkpoint.shape(module) for module in modules}
+        return self._write(folder, shapes, update_stream(source, plan))
+
+    def _write(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, int]],
+        updates: Iterable[tuple[str, Tensor]],
+    ) -> DeltaImage:
         self._refuse_without_space(image_nbytes(shapes.values(), self.dtype))
         with only_writer(folder, wait=True):
             with suppress(StorageError):
                 return DeltaImage.open(folder)
-            return write_image(folder, shapes, update_stream(source, plan), self.dtype)
+            return write_image(folder, shapes, updates, self.dtype)
 
     def _refuse_without_space(self, nbytes: int) -> None:
         try:

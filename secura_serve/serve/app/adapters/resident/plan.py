@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.delta_image import image_nbytes
+
+
+class Changes(Protocol):
+    """What a place is for: an adapter or a fine-tune."""
+
+    @property
+    def modules(self) -> Mapping[str, Any]:
+        """The linears that it changes."""
+
 
 __all__ = ["place_nbytes", "plan_resident"]
 
@@ -15,7 +24,7 @@ _SHARE = 10
 
 
 def plan_resident(
-    count: int | None, dtype: str, full_rank: Sequence[Adapter], base: Checkpoint
+    count: int | None, dtype: str, full_rank: Sequence[Changes], base: Checkpoint
 ) -> ResidentSpec:
     """Return the places of an engine.
 

@@ -78,12 +78,12 @@ class ResidentSlots:
 
     def takes(self, entry: Entry) -> bool:
         """Return whether an adapter has to be, and can be, in a place to be asked per request."""
-        adapter = entry.adapter
+        changes = entry.adapter or entry.fine_tune
         return (
-            adapter is not None
+            changes is not None
             and not entry.per_request
             and self.spec.count > 0
-            and adapter.modules.keys() <= self._modules
+            and changes.modules.keys() <= self._modules
         )
 
     def image_folder(self, entry: Entry) -> Path | None:
