@@ -11,20 +11,16 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import prod
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-__all__ = ["TARGETS", "Built", "Launch", "build", "caught", "fake"]
+from benchmarks._launches import Launch, caught, fake
+
+__all__ = ["TARGETS", "Built", "Launch", "build", "caught", "fake", "faults"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -43,25 +39,6 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel."""
-
-    kernel: JITFunction
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    """Arguments by name and the compiler's options."""
-
-    @property
-    def programs(self) -> int:
-        return prod(self.grid)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Every argument by its name."""
-        return dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.options
 
 
 class Built(NamedTuple):
@@ -85,39 +62,20 @@ class Built(NamedTuple):
         return {name: count for name, count in counts.items() if count}
 
 
-class _Catcher:
-    def __init__(self, kernel: JITFunction, launches: list[Launch]) -> None:
-        self._kernel, self._launches = kernel, launches
+def faults(launch: Launch, target: str, wide: tuple[str, ...], *, stack: int = 0) -> list[str]:
+    """Compile a launch for a target of :data:`TARGETS`, and say what is wrong with the result.
 
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            self._launches.append(Launch(self._kernel, tuple(grid), args, options))
-
-        return launch
-
-
-@contextmanager
-def caught(*modules: ModuleType) -> Iterator[list[Launch]]:
-    """Yield a list that fills with the launches of the modules' kernels, none of which runs."""
-    launches: list[Launch] = []
-    kernels = [
-        (module, name, value)
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, JITFunction)
-    ]
-    for module, name, kernel in kernels:
-        setattr(module, name, _Catcher(kernel, launches))
-    try:
-        yield launches
-    finally:
-        for module, name, kernel in kernels:
-            setattr(module, name, kernel)
-
-
-def fake(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without memory, for launches that are only caught."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+    Args:
+        wide: the arguments that no thread may read fewer than 8 bytes at a time.
+        stack: how many bytes of spilled registers are allowed.
+    """
+    built = build(launch, TARGETS[target])
+    what = f"{target} {built.name} {list(launch.options.values())}"
+    found = [f"{what}: {built.spilled} bytes spilled"] if built.spilled > stack else []
+    lost = [name for name in wide if name in launch.given and name not in built.loads]
+    found += [f"{what}: no load of {name} was found" for name in lost]
+    narrow = built.narrow(*wide, below=8)
+    return found + [f"{what}: {count} narrow loads of {name}" for name, count in narrow.items()]
 
 
 def build(launch: Launch, target: GPUTarget) -> Built:
@@ -156,7 +114,7 @@ def build(launch: Launch, target: GPUTarget) -> Built:
         spilled = max(spilled, _number(r"\.private_segment_fixed_size:\s+(\d+)", code))
     else:
         code = made.asm["ptx"]
-        registers, spilled = _assembled(code, target)
+        registers, spilled = _used(made.asm["cubin"])
     return Built(
         metadata.name, registers, spilled, metadata.shared, metadata.num_warps, loads, code
     )
@@ -172,21 +130,14 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _assembled(ptx: str, target: GPUTarget) -> tuple[int, int]:
-    """Registers and bytes spilled, from NVIDIA's assembler."""
-    found = re.search(r"\.target (\w+)", ptx)
-    assert found is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        print(ptx, file=file, flush=True)
-        tool = get_ptxas(target.arch).path
-        ran = subprocess.run(
-            [tool, "-v", f"--gpu-name={found[1]}", file.name, "-o", "/dev/null"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", ran.stderr)))
-    return _number(r"Used (\d+) reg", ran.stderr), spilled
+def _used(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack, which is where spilled registers go, of a binary for NVIDIA."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        ran = subprocess.run(tool, check=True, capture_output=True, text=True)
+    return _number(r"REG:(\d+)", ran.stdout), _number(r"STACK:(\d+)", ran.stdout)
 
 
 # In LLVM's form every value has one name, so that a pointer leads back to its argument.

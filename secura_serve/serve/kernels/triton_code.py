@@ -36,7 +36,7 @@ def core(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    for first in tl.static_range(0, r, IN):
+    for first in range(0, r, IN):
         k = first + tl.arange(0, IN)
         at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
         g = tl.load(source + t.to(tl.int64) * stride + at, mask=at >= 0, other=0).to(tl.float32)
@@ -74,7 +74,7 @@ def core_grouped(
     while slot >= 0:
         now = left == slot
         rank = tl.minimum((tl.load(ranks + slot) + 7) // 8, r // 8) * 8
-        for first in tl.static_range(0, r, IN):
+        for first in range(0, r, IN):
             k = first + tl.arange(0, IN)
             at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
             some = now[:, None] & (at >= 0)[None, :]
@@ -111,20 +111,26 @@ def expand(
     last = tl.load(blocks + block + 1) // ALIGN * ALIGN
     s = tl.load(blocks + block + 2)
     j, k, mine = first + tl.arange(0, COLUMNS), tl.arange(0, K), slot >= 0
-    source = C + k[:, None] * out + j[None, :]
-    right = tl.load(source, mask=(k < r)[:, None] & (j < last)[None, :], other=0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     inside = mine[:, None] & (j < last)[None, :]
     place = y + t[:, None].to(tl.int64) * across + j[None, :]
-    total = tl.load(place, mask=inside, other=0).to(tl.float32)
     given = h + (t[:, None].to(tl.int64) * n + s) * r + k[None, :]
-    for begin in tl.static_range(0, r, K):
-        here = k < r - begin
-        if begin > 0:
+    source = C + k[:, None] * out + j[None, :]
+    if r <= K:
+        right = tl.load(source, mask=(k < r)[:, None] & (j < last)[None, :], other=0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        total = tl.load(place, mask=inside, other=0).to(tl.float32)
+        left = tl.load(given, mask=mine[:, None] & (k < r)[None, :], other=0)
+        total = tl.dot(left, right, acc=total, input_precision="ieee")
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        total = tl.load(place, mask=inside, other=0).to(tl.float32)
+        for begin in range(0, r, K):
+            here = k < r - begin
             right = tl.load(
                 source + begin * out, mask=here[:, None] & (j < last)[None, :], other=0
             )  # fmt: skip
-        left = tl.load(given + begin, mask=mine[:, None] & here[None, :], other=0)
-        total = tl.dot(left, right, acc=total, input_precision="ieee")
+            left = tl.load(given + begin, mask=mine[:, None] & here[None, :], other=0)
+            total = tl.dot(left, right, acc=total, input_precision="ieee")
     tl.store(place, total.to(y.dtype.element_ty), mask=inside)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secura_serve.serve.kernels import triton_code
 
-__all__ = ["COLUMNS", "alignment", "blocks", "launch"]
+__all__ = ["COLUMNS", "alignment", "blocks", "dependent_launch", "launch"]
 
 COLUMNS = 128
 """Columns of y that one program of the second kernel adds to."""
@@ -51,8 +51,8 @@ def alignment(starts: list[int]) -> int:
 
 
 @cache
-def _dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may start before the one ahead of them has ended: NVIDIA, sm_90 and later."""
+def dependent_launch(device: torch.device) -> bool:
+    """Return whether a kernel may start before the one ahead has ended: NVIDIA, from sm_90 on."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -92,14 +92,17 @@ def launch(
     h = torch.empty(tokens, n, r, dtype=y.dtype, device=y.device)
     given = y if source is None else source
     padded = max(16, triton.next_power_of_2(r))
-    early = _dependent_launch(y.device)
+    early = dependent_launch(y.device)
     extra: dict[str, Any] = {"launch_pdl": True} if early else {}
     common = (slots, rows, bank, ranks, offset)
-    if tokens > _DECODE and r >= _GROUPED_RANK:
+    # Without tensor cores a product is unrolled into registers, and large tiles spill.
+    half = y.dtype != torch.float32
+    if half and tokens > _DECODE and r >= _GROUPED_RANK:
         tile, wide = 32, min(padded, 64)
         triton_code.core_grouped[(triton.cdiv(tokens, tile), n * triton.cdiv(r, wide))](
             h, given, *common, tokens, given.stride(0), bank.stride(0), n, r,
-            BIASED=offset is not None, T=tile, OUT=wide, IN=wide, PDL=early, num_warps=4, **extra,
+            BIASED=offset is not None, T=tile, OUT=wide, IN=wide, PDL=early, num_warps=8,
+            num_stages=1, **extra,
         )  # fmt: skip
     else:
         tall, wide = min(padded, 32), min(padded, 128)
@@ -108,11 +111,11 @@ def launch(
             BIASED=offset is not None, OUT=tall, IN=wide, PDL=early,
             num_warps=max(tall * wide // 1024, 1), **extra,
         )  # fmt: skip
-    tile = 16 if tokens < 64 else 64
+    tile = 64 if half and tokens >= 64 else 16
     triton_code.expand[(triton.cdiv(tokens, tile), table.shape[0])](
         y, h, slots, C, table, tokens, y.stride(0), C.shape[1], n, r,
-        T=tile, COLUMNS=COLUMNS, K=min(padded, 64), ALIGN=align, PDL=early,
-        num_warps=4 if tile == 16 else 8, **extra,
+        T=tile, COLUMNS=COLUMNS, K=min(padded, 64 if half else 16), ALIGN=align, PDL=early,
+        num_warps=4 if half and tile == 16 else 8, num_stages=2, **extra,
     )  # fmt: skip
 
 
