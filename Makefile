@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push lock clean bench-train
+.PHONY: triton help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,16 @@ test-fast: setup ## the quick part: no vLLM engine, nothing that trains or compi
 
 test-slow: setup ## only the tests marked slow
 	$(PY) -m pytest -m slow $(ARGS)
+
+# GPU installs use them: 3.6 with torch 2.11, 3.7.1 with 2.13, 3.8 with 2.14.
+TRITON := 3.6.0 3.7.1 3.8.0
+
+triton: setup $(TRITON:%=build/triton/%) ## the compilers that the GPU kernels' tests try, besides .venv's (2 GB)
+
+build/triton/%:
+	@rm -rf $@.new && mkdir -p build/triton
+	$(PIP) --quiet --no-deps --target $@.new triton==$*
+	@mv $@.new $@
 
 lint: setup ## ruff and mypy
 	$(PY) -m ruff check .

@@ -43,8 +43,8 @@ def ours(size: int, r: int, tokens: int, adapters: int, device: torch.device) ->
     state = kernel.prepare(rows, C, None, [0, size])
     y = torch.zeros(tokens, size, dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
-    part = bank.part(0)
-    return lambda: kernel.step(y, None, slots, part, bank.ranks, state)
+    part, active = bank.part(0), torch.tensor(True)
+    return lambda: kernel.step(y, None, slots, part, bank.ranks, state, active)
 
 
 def lora(

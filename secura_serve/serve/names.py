@@ -12,4 +12,5 @@ ACTIVE = "SECURA_SERVE_ACTIVE"
 stays as it is."""
 
 CONFIG_KEY = "secura"
-"""Under vLLM's ``additional_config``: ``{"basis": path, "base": folder, "plain_lora": bool}``."""
+"""Under vLLM's ``additional_config``: ``{"basis": path, "base": folder, "plain_lora": bool,
+"kernel": name}``."""

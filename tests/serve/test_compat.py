@@ -15,9 +15,10 @@ import torch
 import secura_serve
 from secura_serve.errors import ConfigError, IncompatibleVLLMError
 from secura_serve.serve import compat, plugin
-from secura_serve.serve.app.vllm_flags import refuse_hiding_settings
+from secura_serve.serve.app.vllm_flags import _kernel, refuse_hiding_settings
+from secura_serve.serve.compat import names as compat_names
 from secura_serve.serve.engine.layers import CURLinearMixin
-from secura_serve.serve.names import ACTIVE
+from secura_serve.serve.names import ACTIVE, CONFIG_KEY
 
 
 def test_the_installed_vllm_fits():
@@ -101,6 +102,28 @@ def test_stock_lora_gets_flat_inputs_from_the_transformers_backend():
 
     y = Layer().apply_adapter(torch.zeros(1, 3, 5), torch.zeros(1, 3, 7))
     assert y.shape == (1, 3, 7) and bool((y == 1).all())
+
+
+def test_code_compiled_for_one_kernel_is_not_found_by_another(monkeypatch):
+    from vllm.config import VllmConfig
+
+    monkeypatch.setenv("SECURA_KERNEL", "torch")
+    kernels = [_kernel("auto"), "triton", "native"]
+    configs = [VllmConfig(additional_config={CONFIG_KEY: {"kernel": name}}) for name in kernels]
+    assert kernels[0] == "torch" and len({config.compute_hash() for config in configs}) == 3
+    monkeypatch.setenv("SECURA_KERNEL", "triton")
+    with pytest.raises(ConfigError, match="SECURA_KERNEL=triton: not supported on this machine"):
+        _kernel("half")
+
+
+def test_the_copies_of_a_kv_head_are_not_guessed():
+    class QKVParallelLinear:
+        input_size_per_partition = params_dtype = skip_bias_add = bias = 0
+
+    layer = type("Layer", (), dict.fromkeys(compat_names.LAYER, 1))()
+    layer.base_layer = QKVParallelLinear()
+    with pytest.raises(IncompatibleVLLMError, match="QKVParallelLinear.num_kv_head_replicas"):
+        compat.check_layer(layer)
 
 
 def test_attributes_of_instances_that_moved_are_named():

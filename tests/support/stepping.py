@@ -46,8 +46,9 @@ class Linear:
     def pick(self, count, r):
         return torch.randperm(count, generator=self.gen)[:r]
 
-    def step(self, y, slots, source=None):
-        return self.kernel.step(y, source, slots, self.part, self.ranks, self.state)
+    def step(self, y, slots, source=None, active=True):
+        flag = torch.tensor(active)
+        return self.kernel.step(y, source, slots, self.part, self.ranks, self.state, flag)
 
     def wanted(self, y, slots):
         """Float64 loops over tokens and slices."""
@@ -62,9 +63,10 @@ class Linear:
                 want[t, self.firsts[s] : self.firsts[s + 1]] += self.C[s][:, :k].double() @ (U @ g)
         return want
 
-    def check(self, tokens):
+    def check(self, tokens, slots=None):
         """Raise AssertionError unless the kernel does what the loops do."""
-        slots = torch.randint(-1, len(self.U), (tokens,), generator=self.gen)
+        if slots is None:
+            slots = torch.randint(-1, len(self.U), (tokens,), generator=self.gen)
         y = self.noise(tokens, self.out)
         want, device = self.wanted(y, slots), self.part.device
         got = self.step(y.clone().to(device), slots.to(device)).cpu()

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from secura_serve.adapter import Adapter
 from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
@@ -19,6 +21,7 @@ from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.http.key_file import KeyFile
 from secura_serve.serve.app.memory import Memory, default_cached, default_slots
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.serve.kernels import choose_kernel
 from secura_serve.serve.logs import LOGGING_FILE, is_json
 from secura_serve.serve.names import CONFIG_KEY, LOAD_FORMAT
 
@@ -157,7 +160,7 @@ def parse_vllm_flags(
         vLLM's ``serve`` namespace, validated by vLLM.
 
     Raises:
-        ConfigError: a flag that contradicts ours.
+        ConfigError: a flag that contradicts ours, or a kernel that does not run here.
     """
     from secura_serve.serve import compat
 
@@ -213,10 +216,28 @@ def parse_vllm_flags(
         plain = any(isinstance(a, PlainLoRA) for a in served)
         ours: dict[str, Any] = {"basis": str(basis.save(cache)), "base": str(path)}
         ours |= {"plain_lora": plain, "resident": resident.to_json() if resident.count else None}
+        # Only for vLLM's key of compiled code, which holds this: another kernel is other code.
+        ours["kernel"] = _kernel(args.dtype)
         args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: ours}
     args.middleware = [*args.middleware, _GUARD]
     validate(args)
     return args
+
+
+def _kernel(dtype: str) -> str:
+    """Return the name of the kernel that the workers will choose.
+
+    Raises:
+        ConfigError: ``SECURA_KERNEL`` names one that does not run here.
+    """
+    from vllm.plugins import load_general_plugins
+
+    from secura_serve.serve import compat
+
+    # A package of the user's own registers its kernel there.
+    load_general_plugins()
+    named = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
+    return choose_kernel(torch.device(compat.device_type()), named).name
 
 
 def _log_as_json(args: Any) -> None:

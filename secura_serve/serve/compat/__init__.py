@@ -24,8 +24,8 @@ What is used, and why there is no public way:
   requests and tokens by adapter; ``RequestOutput.metrics.first_token_latency`` is read there.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
-* ``Worker.reload_weights``: weights in place; its warnings about linears that are not in the
-  stream are silenced.
+* ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
+  linears that are not in the stream are silenced.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
     background_tasks,
+    device_type,
     first_token_seconds,
     log_by_file,
     make_arg_parser,
@@ -76,6 +77,7 @@ __all__ = [
     "check_layer",
     "check_manager",
     "check_worker",
+    "device_type",
     "install",
     "first_token_seconds",
     "kv_head_copies",

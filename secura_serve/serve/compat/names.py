@@ -17,6 +17,7 @@ __all__ = [
     "LINEARS",
     "MANAGER",
     "NAMES",
+    "QKV",
     "SUPPORTED",
     "check",
     "find",
@@ -97,6 +98,11 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "weights_iterator",
         "is_checkpoint_format",
     ),
+    # Model runner V2: 0.33 takes it on a GPU unless told otherwise.
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.reload_weights": (
+        "weights_iterator",
+        "is_checkpoint_format",
+    ),
 }
 LINEARS = (
     "ColumnParallelLinearWithLoRA",
@@ -119,6 +125,7 @@ LAYER = (
     *("n_slices", "tp_size", "tp_rank", "_get_quant_method"),
 )
 BASE_LINEAR = ("input_size_per_partition", "params_dtype", "skip_bias_add", "bias")
+QKV = ("num_kv_head_replicas",)
 
 
 def vllm_version() -> str:

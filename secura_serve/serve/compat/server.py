@@ -15,6 +15,7 @@ __all__ = [
     "ListedModel",
     "ServedModels",
     "background_tasks",
+    "device_type",
     "first_token_seconds",
     "make_arg_parser",
     "log_by_file",
@@ -161,6 +162,13 @@ def log_by_file(args: Any, file: str) -> None:
         args.log_config_file = file
         return
     args.logging_config = LoggingConfig(pylogging_config_file=file)
+
+
+def device_type() -> str:
+    """Return what torch calls the kind of device that vLLM's workers run on, such as ``"cuda"``."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def supports_adapters(architectures: list[str]) -> bool:

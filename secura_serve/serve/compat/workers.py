@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, find, require
+from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, QKV, find, require
 
 __all__ = [
     "adapters_in_slots",
@@ -78,7 +78,8 @@ def check_manager(manager: Any) -> None:
 def check_layer(layer: Any) -> None:
     """Raise IncompatibleVLLMError, naming every attribute that a linear LoRA layer lacks."""
     require(type(layer).__name__, layer, LAYER)
-    require(type(layer.base_layer).__name__, layer.base_layer, BASE_LINEAR)
+    base = layer.base_layer
+    require(type(base).__name__, base, BASE_LINEAR + QKV if _is_qkv(base) else BASE_LINEAR)
 
 
 def check_worker(worker: Any) -> None:
@@ -166,9 +167,12 @@ def base_linear(layer: Any, x: Tensor) -> Tensor:
 
 def kv_head_copies(layer: Any, s: int) -> int:
     """Return how many ranks hold the same rows of slice ``s``; more than 1 for copied KV heads."""
+    return int(layer.base_layer.num_kv_head_replicas) if s and _is_qkv(layer.base_layer) else 1
+
+
+def _is_qkv(linear: Any) -> bool:
     # Not every linear of this kind derives from QKVParallelLinear; all are called so.
-    packed = any("QKV" in cls.__name__ for cls in type(layer.base_layer).__mro__)
-    return int(layer.base_layer.num_kv_head_replicas) if s and packed else 1
+    return any("QKV" in cls.__name__ for cls in type(linear).__mro__)
 
 
 def packed_modules(model: Any) -> dict[str, list[str]]:

@@ -21,7 +21,13 @@ from vllm.lora.layers import (
 )
 
 from secura_serve.errors import UnservableError
-from secura_serve.serve.kernels import PADDED, DeltaSlots, delta_step, has_native_delta
+from secura_serve.serve.kernels import (
+    PADDED,
+    DeltaSlots,
+    choose_delta_step,
+    delta_blocks,
+    delta_step,
+)
 
 __all__ = ["DeltaLinearMixin"]
 
@@ -33,6 +39,9 @@ class DeltaLinearMixin:
     places: Tensor
     """``(slots + 1,)`` int32, given by the manager: of each adapter slot the place of its update,
     −1 for none."""
+
+    wants_delta: Tensor
+    """``()`` bool on the CPU, given by the manager: whether any token of a batch wants one."""
 
     # Given by the vLLM class that this is mixed into.
     base_layer: Any
@@ -89,8 +98,9 @@ class DeltaLinearMixin:
             torch.zeros(count, rows, -(-inner // PADDED) * PADDED, dtype=dtype, device=self.device),
             torch.zeros(count, rows, device=self.device),
             torch.tensor(segments, dtype=torch.int64),
+            delta_blocks(segments, self.device),
             torch.zeros(count, len(segments), dtype=torch.uint8, device=self.device),
-            has_native_delta(self.device, self.lora_config.lora_dtype),
+            choose_delta_step(self.device, self.lora_config.lora_dtype),
         )
 
     def clear_delta(self, place: int) -> None:
@@ -129,4 +139,4 @@ class DeltaLinearMixin:
     def apply_deltas(self, y: Tensor, x: Tensor, slots: Tensor) -> None:
         """Add to ``y`` ``(T, out)`` what the tokens' updates make of ``x`` ``(T, in)``."""
         if self.deltas is not None:
-            delta_step(y, x, slots, self.places, self.deltas)
+            delta_step(y, x, slots, self.places, self.deltas, self.wants_delta)

@@ -38,11 +38,17 @@ class ResidentDeltas:
         settings: ``resident`` of the server's settings: ``count``, ``dtype`` and ``modules``, by
             their names in the checkpoint; None where there are no places.
         slots: vLLM's adapter slots.
+        active: ``()`` bool on the CPU: whether any token of a batch wants an update.
     """
 
     def __init__(
-        self, settings: Mapping[str, Any] | None, slots: int, device: torch.device
+        self,
+        settings: Mapping[str, Any] | None,
+        slots: int,
+        device: torch.device,
+        active: torch.Tensor,
     ) -> None:
+        self._active = active
         self.count = settings["count"] if settings else 0
         self.modules: list[str] = settings["modules"] if settings else []
         self._dtype = DTYPES[settings["dtype"]] if settings else torch.int8
@@ -52,7 +58,7 @@ class ResidentDeltas:
 
     def install(self, layer: DeltaLinearMixin, slices: Sequence[str | None]) -> None:
         """Make room in a linear, whose slices are these modules; None for one that stays."""
-        layer.places = self.places
+        layer.places, layer.wants_delta = self.places, self._active
         layer.install_deltas(slices, self.count, self._dtype)
         self._layers |= {module: layer for module in slices if module is not None}
 

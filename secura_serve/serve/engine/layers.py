@@ -59,6 +59,8 @@ class CURLinearMixin(DeltaLinearMixin):
     """This linear's part of the bank, ``(slots + 1, *layout)``, given by the manager."""
     ranks: Tensor
     """``(slots + 1,)`` int32, given by the manager."""
+    active: Tensor
+    """``()`` bool on the CPU, given by the manager: whether any token has a CUR adapter."""
 
     # Given by the vLLM class that this is mixed into.
     punica_wrapper: Any
@@ -165,7 +167,8 @@ class CURLinearMixin(DeltaLinearMixin):
         slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
         if self.bank is not None:
             source = None if self.shards is None else self.shards.gather(y)
-            y = self.kernel.step(y, source, slots, self.bank, self.ranks, self.state)
+            held = (self.bank, self.ranks, self.state, self.active)
+            y = self.kernel.step(y, source, slots, *held)
         # The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
         # by the first one.
         into = x.reshape(-1, x.shape[-1])

@@ -26,6 +26,7 @@ from secura_serve.errors import UnservableError
 from secura_serve.serve import compat
 from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
+from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, BatchKinds
 from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
@@ -58,6 +59,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         """The adapters that leave a slot only if a batch needs every other one."""
         self.in_batch: frozenset[int] = frozenset()
         """The adapters of the step that is being prepared, which must not leave theirs."""
+        self.kinds = BatchKinds()
         self.lora: torch.Tensor | None = None
         if ours["plain_lora"]:
             self.lora = torch.zeros(slots + 1, dtype=torch.bool)
@@ -69,7 +71,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
             compat.token_slots(wrapper).fill_(-1)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
-        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device)
+        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device, self.kinds[DELTA])
         resident = {_vllm_name(model, m): m for m in self.deltas.modules}
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
@@ -88,6 +90,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
             logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
+            layer.active = self.kinds[CUR]
         if missing := [*wanted, *resident]:
             raise UnservableError(
                 f"adapters change {len(missing)} modules that {type(model).__name__} does not "
@@ -122,6 +125,17 @@ class CURModelManager(LRUCacheLoRAModelManager):
             self.loads += 1
             self.evictions += full
         return True
+
+    def kinds_of(self, lora_id: int) -> tuple[str, ...]:
+        """Return which kinds of steps an adapter's tokens need."""
+        model = compat.registered_adapter(self, lora_id)
+        if isinstance(model, DeltaModel):
+            return (DELTA,)
+        core = model.loras.get(_CORE)
+        if core is None:
+            return (LORA,)
+        # vLLM captures one CUDA graph for all adapters, with those of its warm-up, of rank 0.
+        return (CUR,) if core.rank else KINDS
 
     def remove_oldest_adapter(self) -> bool:
         """Forget one adapter, so that another can be registered."""
@@ -168,6 +182,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         manager = compat.model_manager(self)
         manager.in_batch = frozenset(request.lora_int_id for request in requests if request)
         super().set_active_adapters(requests, mapping)
+        manager.kinds.set(kind for n in manager.in_batch for kind in manager.kinds_of(n))
 
     def load_adapter(self, lora_request: Any) -> LoRAModel:
         """Return the adapter of a registered path, or register it. Raises AdapterError."""

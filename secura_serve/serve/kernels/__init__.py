@@ -21,8 +21,9 @@ from secura_serve.serve.kernels.base import Kernel, choose_kernel, kernel_names,
 from secura_serve.serve.kernels.delta_step import (
     PADDED,
     DeltaSlots,
+    choose_delta_step,
+    delta_blocks,
     delta_step,
-    has_native_delta,
 )
 from secura_serve.serve.kernels.layout import Layout
 from secura_serve.serve.kernels.native_kernel import NativeKernel
@@ -34,9 +35,10 @@ __all__ = [
     "DeltaSlots",
     "Kernel",
     "Layout",
+    "choose_delta_step",
     "choose_kernel",
+    "delta_blocks",
     "delta_step",
-    "has_native_delta",
     "kernel_names",
     "register_kernel",
 ]

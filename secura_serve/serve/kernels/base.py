@@ -59,6 +59,7 @@ class Kernel(ABC, Generic[State]):
         bank: Tensor,
         ranks: Tensor,
         state: State,
+        active: Tensor,
     ) -> Tensor:
         """Return the adapted output, which may be ``y`` itself, changed in place.
 
@@ -71,6 +72,7 @@ class Kernel(ABC, Generic[State]):
             bank: ``(slots + 1, *layout.shape)``.
             ranks: ``(slots + 1,)`` int32.
             state: what :meth:`prepare` returned for this linear.
+            active: ``()`` bool on the CPU; False where no token of the batch has an adapter.
         """
 
 

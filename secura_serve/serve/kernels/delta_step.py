@@ -2,24 +2,40 @@
 
 D = W' − W of a linear, whole, so the step reads ``x`` where the adapter step reads ``y``. Tokens
 are grouped by update: each that a batch asks for is read once, whatever number of tokens wants it.
-A batch that asks for none costs one look at the slots.
+A batch that asks for none costs one look at the slots, or on a GPU at a flag.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from secura_serve.serve.kernels.native_library import DTYPES, native_library
 
-__all__ = ["PADDED", "DeltaSlots", "delta_step", "has_native_delta"]
+__all__ = [
+    "BLOCK",
+    "PADDED",
+    "DeltaSlots",
+    "Form",
+    "choose_delta_step",
+    "delta_blocks",
+    "delta_step",
+]
 
 PADDED = 32
 """The rows of :attr:`DeltaSlots.weight` are padded to a multiple of this."""
+BLOCK = 32
+"""Rows of one entry of :func:`delta_blocks`."""
 
 _SOURCE = "native_delta.cpp"
+
+Form = Literal["native", "triton", "torch"]
+"""What takes the step: a C++ op on CPUs, a Triton kernel on GPUs, torch anywhere."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +49,37 @@ class DeltaSlots:
     segments: Tensor
     """``(n, 3)`` int64 on the CPU: of each slice the first column in y, the first row, and how
     many."""
+    blocks: Tensor
+    """See :func:`delta_blocks`."""
     used: Tensor
     """``(K, n)`` uint8: whether an update changes a slice."""
-    native: bool = False
-    """Whether the C++ op takes the step; see :func:`has_native_delta`."""
+    form: Form = "torch"
 
 
-def has_native_delta(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether ``secura::delta_`` was compiled and takes y and x of this kind."""
-    return device.type == "cpu" and dtype in DTYPES and native_library(_SOURCE) is not None
+def choose_delta_step(device: torch.device, dtype: torch.dtype) -> Form:
+    """Return what takes the step for y and x of this kind."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from secura_serve.serve.kernels import triton_delta  # noqa: F401  (registers its op)
+
+        return "triton"
+    if device.type == "cpu" and dtype in DTYPES and native_library(_SOURCE) is not None:
+        return "native"
+    return "torch"
 
 
-def delta_step(y: Tensor, x: Tensor, slots: Tensor, places: Tensor, held: DeltaSlots) -> None:
+def delta_blocks(segments: Iterable[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """Return blocks of rows of one slice: ``(m, 4)`` int32 of column, row, count and slice."""
+    table = [
+        (column + at, first + at, min(BLOCK, count - at), s)
+        for s, (column, first, count) in enumerate(segments)
+        for at in range(0, count, BLOCK)
+    ]
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def delta_step(
+    y: Tensor, x: Tensor, slots: Tensor, places: Tensor, held: DeltaSlots, active: Tensor
+) -> None:
     """Add D_i·x to ``y``, in place; torch.compile traces it as one call.
 
     Args:
@@ -53,9 +88,15 @@ def delta_step(y: Tensor, x: Tensor, slots: Tensor, places: Tensor, held: DeltaS
         slots: ``(T,)`` int64, each token's adapter slot; −1 for none.
         places: ``(slots + 1,)`` int32: the place in ``held`` of the update of an adapter slot; −1
             where it has none, which the last entry always is.
+        active: ``()`` bool on the CPU: False where no token of the batch wants an update.
     """
-    step = torch.ops.secura.delta_ if held.native else torch.ops.secura_delta.step_
-    step(y, x, slots, places, held.weight, held.scale, held.segments, held.used)
+    common = (y, x, slots, places, held.weight, held.scale)
+    if held.form == "triton":
+        torch.ops.secura_gpu.delta_(*common, held.blocks, held.used, active)
+    elif held.form == "native":
+        torch.ops.secura.delta_(*common, held.segments, held.used)
+    else:
+        torch.ops.secura_delta.step_(*common, held.segments, held.used)
 
 
 @torch.library.custom_op("secura_delta::step_", mutates_args=("y",))

@@ -59,6 +59,7 @@ class NativeKernel(Kernel[NativeState]):
         bank: Tensor,
         ranks: Tensor,
         state: NativeState,
+        active: Tensor,
     ) -> Tensor:
         """Change ``y`` in place and return it; see :class:`Kernel`."""
         torch.ops.secura.step_(

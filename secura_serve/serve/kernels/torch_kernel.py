@@ -56,6 +56,7 @@ class TorchKernel(Kernel[TorchState]):
         bank: Tensor,
         ranks: Tensor,
         state: TorchState,
+        active: Tensor,
     ) -> Tensor:
         """Return the adapted output as a new tensor; see :class:`Kernel`."""
         g = (y if source is None else source).index_select(1, state.rows)

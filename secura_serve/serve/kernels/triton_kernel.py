@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secura_serve.serve.kernels.base import Kernel
+from secura_serve.serve.kernels.layout import Layout
 
 __all__ = ["TritonKernel", "TritonState"]
 
@@ -29,6 +30,8 @@ class TritonState:
     """``(n·r,)``."""
     column_blocks: Tensor
     """``(m, 3)`` int32: first column, end and slice of each block of columns."""
+    align: int
+    """Divides where slices begin and end."""
 
 
 class TritonKernel(Kernel[TritonState]):
@@ -41,14 +44,20 @@ class TritonKernel(Kernel[TritonState]):
         """Return whether this is a GPU and Triton can be imported."""
         return device.type == "cuda" and find_spec("triton") is not None
 
+    def layout(self, n: int, r: int, dtype: torch.dtype) -> Layout:
+        """Return a layout whose rows can be read 16 bytes at a time."""
+        return Layout(n, -(-r // 8) * 8)
+
     def prepare(
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
     ) -> TritonState:
         """Return C and the indices in the kernel's own layout; see :class:`Kernel`."""
         from secura_serve.serve.kernels import triton_step
 
-        column_blocks = triton_step.blocks(list(starts), C.device)
-        return TritonState(rows.to(C.device, torch.int32), C, offset, column_blocks)
+        edges = list(starts)
+        column_blocks = triton_step.blocks(edges, C.device)
+        rows = rows.to(C.device, torch.int32)
+        return TritonState(rows, C, offset, column_blocks, triton_step.alignment(edges))
 
     def step(
         self,
@@ -58,9 +67,20 @@ class TritonKernel(Kernel[TritonState]):
         bank: Tensor,
         ranks: Tensor,
         state: TritonState,
+        active: Tensor,
     ) -> Tensor:
         """Change ``y`` in place and return it; see :class:`Kernel`."""
         torch.ops.secura_gpu.step_(
-            y, source, slots, state.rows, bank, ranks, state.C, state.offset, state.column_blocks
+            y,
+            source,
+            slots,
+            state.rows,
+            bank,
+            ranks,
+            state.C,
+            state.offset,
+            state.column_blocks,
+            active,
+            state.align,
         )
         return y

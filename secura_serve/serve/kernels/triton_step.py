@@ -1,75 +1,34 @@
-"""The adapter step on a GPU in two Triton kernels, as the torch op ``secura_gpu::step_``.
+"""The adapter step on a GPU in two Triton launches, as the torch op ``secura_gpu::step_``.
 
-The first makes h = U_slot·g of every token and slice, g gathered from the base linear's own
-output; the second adds C·h to that output, a block of tokens and columns at a time. A token without
-an adapter costs a comparison, a narrow adapter its own rank. Grids depend on shapes alone, so that
-CUDA graphs and torch.compile take the op as it is. Imported on GPUs only (and, with
-``TRITON_INTERPRET=1``, by the tests).
+The first makes h = U_slot·g of every token and slice, g gathered from the base linear's own output;
+the second adds C·h to that output, a block of tokens and columns at a time. A token without an
+adapter costs a comparison, a narrow adapter its own rank, a batch without any adapter no launch at
+all: a flag on the CPU says so, and a CUDA graph that was captured for such batches has no step in
+it. Grids depend on shapes alone. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by the
+tests).
 """
 
 from __future__ import annotations
 
+from functools import cache
+from math import gcd
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-__all__ = ["COLUMNS", "blocks"]
+from secura_serve.serve.kernels import triton_code
+
+__all__ = ["COLUMNS", "alignment", "blocks", "dependent_launch", "launch"]
 
 COLUMNS = 128
 """Columns of y that one program of the second kernel adds to."""
-_TOKENS = 16
-
-
-@triton.jit
-def _core(
-    h, source, slots, rows, bank, ranks, offset,
-    stride, apart, n, r, BIASED: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """h[t, s] = U[slot, s]·(source[t, rows[s]] − offset[s]): one program per token and slice."""
-    t, s = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + t)
-    if slot < 0:
-        return
-    # An adapter may be wider on other linears.
-    rank = tl.minimum(tl.load(ranks + slot), r)
-    k = tl.arange(0, R)
-    at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
-    g = tl.load(source + t.to(tl.int64) * stride + at, mask=at >= 0, other=0).to(tl.float32)
-    if BIASED:
-        g -= tl.load(offset + s * r + k, mask=at >= 0, other=0).to(tl.float32)
-    inside = (k[:, None] < rank) & (k[None, :] < rank)
-    place = slot.to(tl.int64) * apart + s * r * r + k[:, None] * r + k[None, :]
-    U = tl.load(bank + place, mask=inside, other=0).to(tl.float32)
-    made = tl.sum(U * g[None, :], axis=1)
-    tl.store(h + (t * n + s) * r + k, made.to(h.dtype.element_ty), mask=k < r)
-
-
-@triton.jit
-def _expand(
-    y, h, slots, C, where, tokens, across, out, n, r,
-    T: tl.constexpr, COLS: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """y[t, j] += Σ_k h[t, s(j), k]·C[k, j]: one program per block of tokens and columns."""
-    t = tl.program_id(0) * T + tl.arange(0, T)
-    slot = tl.load(slots + t, mask=t < tokens, other=-1)
-    if tl.max(slot, axis=0) < 0:
-        return
-    block = tl.program_id(1) * 3
-    first, last, s = tl.load(where + block), tl.load(where + block + 1), tl.load(where + block + 2)
-    j, k = first + tl.arange(0, COLS), tl.arange(0, R)
-    mine, held = slot >= 0, k < r
-    left = tl.load(
-        h + (t[:, None] * n + s) * r + k[None, :], mask=mine[:, None] & held[None, :], other=0
-    )
-    right = tl.load(
-        C + k[:, None] * out + j[None, :], mask=held[:, None] & (j < last)[None, :], other=0
-    )
-    place = y + t[:, None].to(tl.int64) * across + j[None, :]
-    inside = mine[:, None] & (j < last)[None, :]
-    total = tl.load(place, mask=inside, other=0).to(tl.float32)
-    total = tl.dot(left, right, acc=total, input_precision="ieee")
-    tl.store(place, total.to(y.dtype.element_ty), mask=inside)
+# The largest batch for which vLLM captures a graph: larger ones are mostly prompts, whose tokens
+# share an adapter with their neighbours.
+_DECODE = 512
+# From here on U is worth a matrix product of its own.
+_GROUPED_RANK = 64
 
 
 def blocks(starts: list[int], device: torch.device) -> Tensor:
@@ -86,8 +45,20 @@ def blocks(starts: list[int], device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.int32, device=device)
 
 
-@torch.library.custom_op("secura_gpu::step_", mutates_args=("y",))
-def step_(
+def alignment(starts: list[int]) -> int:
+    """Return the largest power of two, up to 8, that divides where slices begin and end."""
+    return gcd(8, *starts)
+
+
+@cache
+def dependent_launch(device: torch.device) -> bool:
+    """Return whether a kernel may start before the one ahead has ended: NVIDIA, from sm_90 on."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
     y: Tensor,
     source: Tensor | None,
     slots: Tensor,
@@ -96,7 +67,9 @@ def step_(
     ranks: Tensor,
     C: Tensor,
     offset: Tensor | None,
-    where: Tensor,
+    table: Tensor,
+    active: Tensor,
+    align: int,
 ) -> None:
     """y += C·(U_slot·(source − offset)[rows]) in place.
 
@@ -109,19 +82,49 @@ def step_(
         ranks: ``(slots + 1,)`` int32.
         C: ``(r, out)``, the slices' C side by side, transposed.
         offset: ``(n·r,)``, the bias at ``rows``.
-        where: see :func:`blocks`.
+        table: see :func:`blocks`.
+        active: ``()`` bool on the CPU: whether any token has an adapter.
+        align: see :func:`alignment`.
     """
     tokens, (n, r) = y.shape[0], rows.shape
-    if not tokens:
+    if not tokens or not active.item():
         return
     h = torch.empty(tokens, n, r, dtype=y.dtype, device=y.device)
     given = y if source is None else source
-    R = max(16, triton.next_power_of_2(r))
-    _core[(tokens, n)](
-        h, given, slots, rows, bank, ranks, offset, given.stride(0), bank.stride(0), n, r,
-        BIASED=offset is not None, R=R, num_warps=4 if R >= 64 else 1,
+    padded = max(16, triton.next_power_of_2(r))
+    early = dependent_launch(y.device)
+    extra: dict[str, Any] = {"launch_pdl": True} if early else {}
+    common = (slots, rows, bank, ranks, offset)
+    # Without tensor cores a product is unrolled into registers, and large tiles spill.
+    half = y.dtype != torch.float32
+    if half and tokens > _DECODE and r >= _GROUPED_RANK:
+        tile, wide = 32, min(padded, 64)
+        triton_code.core_grouped[(triton.cdiv(tokens, tile), n * triton.cdiv(r, wide))](
+            h, given, *common, tokens, given.stride(0), bank.stride(0), n, r,
+            BIASED=offset is not None, T=tile, OUT=wide, IN=wide, PDL=early, num_warps=8,
+            num_stages=1, **extra,
+        )  # fmt: skip
+    else:
+        tall, wide = min(padded, 32), min(padded, 128)
+        triton_code.core[(tokens, n * triton.cdiv(r, tall))](
+            h, given, *common, given.stride(0), bank.stride(0), n, r,
+            BIASED=offset is not None, OUT=tall, IN=wide, PDL=early,
+            num_warps=max(tall * wide // 1024, 1), **extra,
+        )  # fmt: skip
+    tile = 64 if half and tokens >= 64 else 16
+    triton_code.expand[(triton.cdiv(tokens, tile), table.shape[0])](
+        y, h, slots, C, table, tokens, y.stride(0), C.shape[1], n, r,
+        T=tile, COLUMNS=COLUMNS, K=min(padded, 64 if half else 16), ALIGN=align, PDL=early,
+        num_warps=4 if half and tile == 16 else 8, num_stages=2, **extra,
     )  # fmt: skip
-    _expand[(triton.cdiv(tokens, _TOKENS), where.shape[0])](
-        y, h, slots, C, where, tokens, y.stride(0), C.shape[1], n, r,
-        T=_TOKENS, COLS=COLUMNS, R=R,
-    )  # fmt: skip
+
+
+# Not torch.library.custom_op, which costs 26 instead of 7 µs a call where no graph is captured.
+_LIBRARY = torch.library.Library("secura_gpu", "DEF")
+_LIBRARY.define(
+    "step_(Tensor(a!) y, Tensor? source, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, "
+    "Tensor C, Tensor? offset, Tensor table, Tensor active, int align) -> ()"
+)
+for _key in ("CUDA", "CPU"):
+    _LIBRARY.impl("step_", launch, _key)
+torch.library.register_fake("secura_gpu::step_", lambda *args: None, lib=_LIBRARY)

@@ -7,17 +7,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secura_serve.serve.kernels import PADDED, DeltaSlots, delta_step, has_native_delta
+from secura_serve.serve.kernels import (
+    PADDED,
+    DeltaSlots,
+    choose_delta_step,
+    delta_blocks,
+    delta_step,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 PLACES = torch.tensor([2, -1, 0, 1, -1, -1], dtype=torch.int32)
 SLOTS = len(PLACES) - 1
 
-NATIVE = has_native_delta(torch.device("cpu"), torch.float32)
-needs_native = pytest.mark.skipif(not NATIVE, reason="no C++ compiler, or torch before 2.10")
+CPU = torch.device("cpu")
+FORM = choose_delta_step(CPU, torch.float32)
+needs_native = pytest.mark.skipif(FORM != "native", reason="no C++ compiler, or torch before 2.10")
 
 
-def torch_step(y, x, slots, places, held):
+ALWAYS = torch.tensor(True)
+
+
+def torch_step(y, x, slots, places, held, active):
     torch.ops.secura_delta.step_(
         y, x, slots, places, held.weight, held.scale, held.segments, held.used
     )
@@ -38,8 +48,9 @@ def case(outs, inner, dtype, weight, tokens):
         torch.zeros(K, row, padded, dtype=weight),
         torch.rand(K, row, generator=gen) * 0.02 if weight == torch.int8 else torch.ones(K, row),
         torch.tensor(segments),
+        delta_blocks(segments, CPU),
         torch.ones(K, len(segments), dtype=torch.uint8),
-        NATIVE,
+        FORM,
     )
     values = torch.randint(-127, 128, (K, row, inner), generator=gen)
     if weight == torch.float32:
@@ -82,7 +93,7 @@ def test_equals_loops(outs, inner, dtype, weight, step):
     for tokens in (1, 3, 5, 12, 70):
         held, y, x, slots = case(outs, inner, dtype, weight, tokens)
         want, untouched = loops(held, y, x, slots), y.clone()
-        step(y, x, slots, PLACES, held)
+        step(y, x, slots, PLACES, held, ALWAYS)
         assert_near(y, want)
         idle = PLACES[slots] < 0
         assert torch.equal(y[idle], untouched[idle])
@@ -96,7 +107,7 @@ def test_rows_of_wider_matrices_and_a_token_that_is_not_finite(step):
     sheet[:, 8:32], left[:, 5:45] = y, x
     left[3] = float("nan")
     want, before = loops(held, y, left[:, 5:45], slots), sheet.clone()
-    step(sheet[:, 8:32], left[:, 5:45], slots, PLACES, held)
+    step(sheet[:, 8:32], left[:, 5:45], slots, PLACES, held, ALWAYS)
     fine = torch.arange(9) != 3
     assert_near(sheet[fine, 8:32], want[fine])
     assert torch.equal(sheet[:, :8], before[:, :8]) and torch.equal(sheet[:, 32:], before[:, 32:])
@@ -105,9 +116,9 @@ def test_rows_of_wider_matrices_and_a_token_that_is_not_finite(step):
 def test_a_batch_without_updates_is_untouched_and_empty_batches_pass():
     held, y, x, slots = case((24,), 40, torch.bfloat16, torch.int8, 9)
     before = y.clone()
-    delta_step(y, x, torch.full_like(slots, 1), PLACES, held)
+    delta_step(y, x, torch.full_like(slots, 1), PLACES, held, ALWAYS)
     assert torch.equal(y, before)
-    delta_step(y[:0], x[:0], slots[:0], PLACES, held)
+    delta_step(y[:0], x[:0], slots[:0], PLACES, held, ALWAYS)
 
 
 @pytest.mark.long
@@ -117,7 +128,7 @@ def test_compiled_with_the_linear_before_it():
 
     def layer(x, slots):
         y = x @ W.T
-        delta_step(y, x, slots[: y.shape[0]], PLACES, held)
+        delta_step(y, x, slots[: y.shape[0]], PLACES, held, ALWAYS)
         return torch.relu(y)
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)

@@ -1,0 +1,136 @@
+"""The adapter step's Triton kernels; :mod:`~secura_serve.serve.kernels.triton_step` launches them.
+
+``r`` is a multiple of 8 and a constant, and so are the edges of tiles, so that the compiler sees
+that U, C and y can be read 16 bytes at a time. A slot is zero beyond its adapter's rank: reading on
+to the next multiple of 8 changes nothing.
+
+Where ``PDL`` is set, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
+launch): before ``gdc_wait`` it may only read what was written long before, so neither y nor h. The
+first kernel lets the second start after its own wait, when y is complete.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["core", "core_grouped", "expand"]
+
+
+@triton.jit(do_not_specialize=["stride"])
+def core(
+    h, source, slots, rows, bank, ranks, offset, stride, apart,
+    n: tl.constexpr, r: tl.constexpr, BIASED: tl.constexpr,
+    OUT: tl.constexpr, IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """h[t, s] = U[slot, s]·(source[t, rows[s]] − offset[s]): OUT entries for each program."""
+    parts: tl.constexpr = (r + OUT - 1) // OUT
+    t, s = tl.program_id(0), tl.program_id(1) // parts
+    slot = tl.load(slots + t)
+    if slot < 0:
+        return
+    # An adapter may be wider on other linears.
+    rank = tl.minimum((tl.load(ranks + slot) + 7) // 8, r // 8) * 8
+    i = tl.program_id(1) % parts * OUT + tl.arange(0, OUT)
+    total = tl.zeros((OUT,), dtype=tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for first in range(0, r, IN):
+        k = first + tl.arange(0, IN)
+        at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
+        g = tl.load(source + t.to(tl.int64) * stride + at, mask=at >= 0, other=0).to(tl.float32)
+        if BIASED:
+            g -= tl.load(offset + s * r + k, mask=at >= 0, other=0).to(tl.float32)
+        place = slot.to(tl.int64) * apart + s * r * r + i[:, None] * r + k[None, :]
+        inside = (i[:, None] < rank) & (k[None, :] < rank)
+        U = tl.load(bank + place, mask=inside, other=0).to(tl.float32)
+        total += tl.sum(U * g[None, :], axis=1)
+    tl.store(h + (t * n + s) * r + i, total.to(h.dtype.element_ty), mask=i < r)
+
+
+@triton.jit(do_not_specialize=["tokens", "stride"])
+def core_grouped(
+    h, source, slots, rows, bank, ranks, offset, tokens, stride, apart,
+    n: tl.constexpr, r: tl.constexpr, BIASED: tl.constexpr,
+    T: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same for T tokens at once: one product for each adapter among them.
+
+    The tokens of a prompt are neighbours, so that U is read once for most tiles.
+    """
+    parts: tl.constexpr = (r + OUT - 1) // OUT
+    t, s = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1) // parts
+    left = tl.load(slots + t, mask=t < tokens, other=-1)
+    i = tl.program_id(1) % parts * OUT + tl.arange(0, OUT)
+    mine = left >= 0
+    slot = tl.max(left, axis=0)
+    if slot < 0:
+        return
+    total = tl.zeros((T, OUT), dtype=tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    while slot >= 0:
+        now = left == slot
+        rank = tl.minimum((tl.load(ranks + slot) + 7) // 8, r // 8) * 8
+        for first in range(0, r, IN):
+            k = first + tl.arange(0, IN)
+            at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
+            some = now[:, None] & (at >= 0)[None, :]
+            place = t[:, None].to(tl.int64) * stride + at[None, :]
+            g = tl.load(source + place, mask=some, other=0)
+            if BIASED:
+                b = tl.load(offset + s * r + k, mask=at >= 0, other=0)
+                g = tl.where(some, g.to(tl.float32) - b[None, :].to(tl.float32), 0)
+                g = g.to(h.dtype.element_ty)
+            U = tl.load(
+                bank + slot.to(tl.int64) * apart + s * r * r + i[:, None] * r + k[None, :],
+                mask=(i[:, None] < rank) & (k[None, :] < rank), other=0,
+            )  # fmt: skip
+            total = tl.dot(g, tl.trans(U), acc=total, input_precision="ieee")
+        left = tl.where(now, -1, left)
+        slot = tl.max(left, axis=0)
+    place = h + (t[:, None].to(tl.int64) * n + s) * r + i[None, :]
+    tl.store(place, total.to(h.dtype.element_ty), mask=mine[:, None] & (i < r)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand(
+    y, h, slots, C, blocks, tokens, across, out,
+    n: tl.constexpr, r: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    ALIGN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[t, j] += Σ_k h[t, s(j), k]·C[k, j]: one program per block of tokens and columns."""
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    slot = tl.load(slots + t, mask=t < tokens, other=-1)
+    if tl.max(slot, axis=0) < 0:
+        return
+    block = tl.program_id(1) * 3
+    first = tl.load(blocks + block) // ALIGN * ALIGN
+    last = tl.load(blocks + block + 1) // ALIGN * ALIGN
+    s = tl.load(blocks + block + 2)
+    j, k, mine = first + tl.arange(0, COLUMNS), tl.arange(0, K), slot >= 0
+    inside = mine[:, None] & (j < last)[None, :]
+    place = y + t[:, None].to(tl.int64) * across + j[None, :]
+    given = h + (t[:, None].to(tl.int64) * n + s) * r + k[None, :]
+    source = C + k[:, None] * out + j[None, :]
+    if r <= K:
+        right = tl.load(source, mask=(k < r)[:, None] & (j < last)[None, :], other=0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        total = tl.load(place, mask=inside, other=0).to(tl.float32)
+        left = tl.load(given, mask=mine[:, None] & (k < r)[None, :], other=0)
+        total = tl.dot(left, right, acc=total, input_precision="ieee")
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        total = tl.load(place, mask=inside, other=0).to(tl.float32)
+        for begin in range(0, r, K):
+            here = k < r - begin
+            right = tl.load(
+                source + begin * out, mask=here[:, None] & (j < last)[None, :], other=0
+            )  # fmt: skip
+            left = tl.load(given + begin, mask=mine[:, None] & here[None, :], other=0)
+            total = tl.dot(left, right, acc=total, input_precision="ieee")
+    tl.store(place, total.to(y.dtype.element_ty), mask=inside)

@@ -1,0 +1,79 @@
+"""Proves that the GPU kernels compile for GPUs that are not here, without spilled registers and
+with wide loads of U, C and y, from the launches of the adapter step itself.
+
+Needs the package ``triton``; no GPU. Each release that supported installs use is tried where `make
+triton` has put it (3.6 for torch 2.11, 3.7.1 for 2.13, 3.8 for vLLM 0.33's torch 2.14), besides
+the installed one. In processes of their own, since one process can hold one Triton.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytest.importorskip("triton", reason="no triton package")
+
+RELEASES = ROOT / "build" / "triton"
+STEP = """
+import itertools, torch
+from benchmarks._launches import step_launches
+from tests.support.triton_aot import TARGETS, faults
+import triton
+
+assert triton.__version__.startswith({release!r}), triton.__version__
+found = []
+for r, tokens in itertools.product({ranks}, (1, 64, 1024)):
+    for target in TARGETS:
+        early = target in ("sm_90", "sm_100")
+        for launch in step_launches((4096, 1024, 1024), r, tokens, biased=True, early=early):
+            # At most one 16-byte value, and beyond the ranks that adapters have by far.
+            found += faults(launch, target, ("bank", "C", "y"), stack=16 if r > 256 else 0)
+# Numbers of 4 bytes, of which none may be read alone either.
+for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
+    found += faults(launch, "sm_90", ("bank", "C", "y"))
+assert not found, "\\n".join(found)
+"""
+
+
+def compiled(code, release, tmp_path):
+    """Run code under a release of Triton; "" is the installed one."""
+    paths = [str(ROOT)]
+    if release:
+        if not (RELEASES / release).is_dir():
+            pytest.skip(f"no triton {release} in build/triton: make triton")
+        paths.insert(0, str(RELEASES / release))
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("release", ["", "3.6.0", "3.7.1", "3.8.0"])
+def test_the_step_compiles_for_every_gpu(release, tmp_path):
+    compiled(STEP.format(release=release, ranks=(8, 32, 128, 512)), release, tmp_path)
+
+
+NARROW = """
+from benchmarks._launches import step_launches
+from tests.support.triton_aot import TARGETS, build, faults
+for target in TARGETS:
+    (_, expand) = step_launches((4097,), 32, 1, early=target in ("sm_90", "sm_100"))
+    # y and C have rows of an odd length: nothing is aligned.
+    assert any("narrow loads of C" in fault for fault in faults(expand, target, ("C", "y")))
+(_, expand) = step_launches((4097,), 32, 1)
+assert "griddepcontrol.wait" in build(expand, TARGETS["sm_90"]).code
+assert step_launches((4096,), 32, 64, active=False) == []
+"""
+
+
+@pytest.mark.long
+def test_narrow_loads_are_seen(tmp_path):
+    compiled(NARROW, "", tmp_path)
