@@ -23,6 +23,7 @@ from tests.support.engines import random_adapter, random_lora, serving
 pytestmark = pytest.mark.engine
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (
+    *("--resident", "0"),
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
     *("--max-loras", "1", "--max-cpu-loras", "1", "--no-watch"),
 )

@@ -54,18 +54,21 @@ class DeltaLinearMixin:
     tp_rank: int
 
     @property
-    def _sharded_out(self) -> bool:
+    def sharded_out(self) -> bool:
+        """Whether each rank holds some of the outputs."""
         return self.tp_size > 1 and isinstance(self, ColumnParallelLinearWithLoRA)
 
     @property
-    def _sharded_in(self) -> bool:
+    def sharded_in(self) -> bool:
+        """Whether each rank holds some of the inputs."""
         return self.tp_size > 1 and isinstance(self, RowParallelLinearWithLoRA)
 
-    def _refuse_fused_shards(self) -> None:
-        if self._sharded_out and isinstance(self, QKVParallelLinearWithLoRA):
+    def refuse_fused_shards(self) -> None:
+        """Raise UnservableError where q, k and v are one module that is split over ranks."""
+        if self.sharded_out and isinstance(self, QKVParallelLinearWithLoRA):
             raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
 
-    def _shard(self, s: int) -> int:
+    def shard_of(self, s: int) -> int:
         """Return which part of slice ``s`` this rank holds, in units of its own size."""
         if isinstance(self, MergedColumnParallelLinearWithLoRA):
             return int(self.output_ids[s])
@@ -83,8 +86,8 @@ class DeltaLinearMixin:
             return
         if len(slices) != self.n_slices:
             raise UnservableError(f"{len(slices)} modules for a linear of {self.n_slices} slices")
-        self._refuse_fused_shards()
-        inner = self.base_layer.input_size_per_partition if self._sharded_in else self.input_size
+        self.refuse_fused_shards()
+        inner = self.base_layer.input_size_per_partition if self.sharded_in else self.input_size
         starts = [0, *accumulate(self.output_slices)]
         segments, rows = list[tuple[int, int, int]](), 0
         self._delta_slices: dict[str, tuple[int, int]] = {}
@@ -121,10 +124,10 @@ class DeltaLinearMixin:
         assert self.deltas is not None
         s, segment = self._delta_slices[module]
         _, first, count = self.deltas.segments[segment].tolist()
-        if self._sharded_out:
-            rows = slice(self._shard(s) * count, (self._shard(s) + 1) * count)
+        if self.sharded_out:
+            rows = slice(self.shard_of(s) * count, (self.shard_of(s) + 1) * count)
             weight, scale = weight[rows], scale[rows]
-        if self._sharded_in:
+        if self.sharded_in:
             weight = weight[:, self.tp_rank * self._inner : (self.tp_rank + 1) * self._inner]
         if weight.shape != (count, self._inner):
             raise UnservableError(

@@ -90,7 +90,7 @@ class CURLinearMixin(DeltaLinearMixin):
             return None
         if len(bases) != self.n_slices:
             raise UnservableError(f"{len(bases)} modules for a linear of {self.n_slices} slices")
-        self._refuse_fused_shards()
+        self.refuse_fused_shards()
         n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
         self.kernel = choose_kernel(self.device, dtype)
@@ -108,7 +108,7 @@ class CURLinearMixin(DeltaLinearMixin):
                 C[: len(basis.cols), at] = self._columns(basis.cols)[:, at]
         offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
         self.shards = None
-        if self._sharded_out:
+        if self.sharded_out:
             # The entries are gathered here and summed over ranks before they meet U.
             self.shards = Shards(rows.to(self.device), offset, owned.to(self.device))
             rows, offset = torch.arange(n * layout.r).view(n, -1), None
@@ -117,9 +117,9 @@ class CURLinearMixin(DeltaLinearMixin):
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Return where global ``rows`` are in this rank's slice, and which are its own."""
-        if not self._sharded_out:
+        if not self.sharded_out:
             return rows, torch.ones_like(rows)
-        shard = self._shard(s)
+        shard = self.shard_of(s)
         mine = (rows >= shard * size) & (rows < (shard + 1) * size)
         # Ranks that hold copies of one KV head must not count its rows twice.
         if self.tp_rank % compat.kv_head_copies(self, s):
@@ -131,8 +131,8 @@ class CURLinearMixin(DeltaLinearMixin):
 
         Packed, quantised and prepacked weights have no plain columns to read.
         """
-        width = self.base_layer.input_size_per_partition if self._sharded_in else self.input_size
-        first = self.tp_rank * width if self._sharded_in else 0
+        width = self.base_layer.input_size_per_partition if self.sharded_in else self.input_size
+        first = self.tp_rank * width if self.sharded_in else 0
         one_hot = torch.zeros(
             len(cols), width, dtype=self.base_layer.params_dtype, device=self.device
         )
@@ -140,14 +140,14 @@ class CURLinearMixin(DeltaLinearMixin):
         held = ((place >= 0) & (place < width)).nonzero().squeeze(-1)
         one_hot[held.to(self.device), place[held].to(self.device)] = 1
         columns = compat.base_linear(self, one_hot)
-        if self._sharded_in:
+        if self.sharded_in:
             columns = tensor_model_parallel_all_reduce(columns)
         return columns
 
     def _bias_at(self, rows: Tensor) -> Tensor | None:
         """Return the bias that the base output holds at ``rows``, to be taken off again."""
         bias = self.base_layer.bias
-        if bias is None or self.base_layer.skip_bias_add or (self._sharded_in and self.tp_rank):
+        if bias is None or self.base_layer.skip_bias_add or (self.sharded_in and self.tp_rank):
             return None
         at_rows: Tensor = bias.detach()[rows].to(self.lora_config.lora_dtype)
         return at_rows
