@@ -56,14 +56,31 @@ def groups(size: int, levels: int) -> Format:
     return encoded
 
 
-FORMATS: dict[str, tuple[Format, float]] = {
+def low_rank(k: int) -> Format:
+    """Return the nearest D of rank k, which a LoRA of that rank can be (truncated SVD)."""
+
+    def encoded(W: Tensor, D: Tensor) -> Tensor:
+        U, S, V = torch.linalg.svd(D, full_matrices=False)
+        return (U[:, :k] * S[:k]) @ V[:k]
+
+    return encoded
+
+
+def factor_bytes(k: int) -> Callable[[int, int], float]:
+    """Return the bytes of two bfloat16 factors of rank k, by the shape of D."""
+    return lambda out, inner: 2.0 * k * (out + inner)
+
+
+FORMATS: dict[str, tuple[Format, float | Callable[[int, int], float]]] = {
     "exact (float32)": (lambda W, D: D, 4),
     "fold in bfloat16": (bfloat16_fold, 2),
     "int8, a scale a row": (rows, 1),
     "int8, a scale for 64": (groups(64, 127), 1 + 4 / 64),
     "int4, a scale for 32": (groups(32, 7), 0.5 + 4 / 32),
+    "LoRA of rank 16": (low_rank(16), factor_bytes(16)),
+    "LoRA of rank 64": (low_rank(64), factor_bytes(64)),
 }
-"""Name -> the format, and its bytes for each number (without a row's scale)."""
+"""Name -> the format, and its bytes for each number (without a row's scale), or for a D."""
 
 
 def updates(base: Checkpoint, named: Path) -> Iterator[tuple[str, Tensor]]:
@@ -91,12 +108,14 @@ def measure(named: Path, base: Checkpoint, model: Any, tokenizer: Any) -> list[d
     exact: list[Tensor] = []
     measured = []
     for name, (form, width) in FORMATS.items():
-        lost = whole = 0.0
+        lost = whole = size = numbers = 0.0
         for module, D in changes.items():
             W = pristine[module]
             kept = form(W, D)
             lost += float((kept - D).norm()) ** 2
             whole += float(D.norm()) ** 2
+            size += width(*D.shape) if callable(width) else width * D.numel()
+            numbers += D.numel()
             model.get_submodule(module).weight.data.copy_(W + kept)
         after = logprobs(model, tokenizer, texts)
         exact = exact or after
@@ -104,7 +123,7 @@ def measure(named: Path, base: Checkpoint, model: Any, tokenizer: Any) -> list[d
             {
                 "adapter": named.name,
                 "format": name,
-                "bytes_per_number": width,
+                "bytes_per_number": round(size / numbers, 3),
                 "share_of_update_lost": math.sqrt(lost / whole),
                 "kl_from_exact": kl(exact, after),
                 "kl_from_base": kl(plain, after),
