@@ -32,9 +32,8 @@ def base(tiny_base):
 
 
 @pytest.fixture
-def parts(base, tmp_path, monkeypatch):
+def parts(base, tmp_path):
     """A house with two places and three adapters that want one, and one that needs none."""
-    monkeypatch.setattr(module, "_WAIT_S", 0.2)
     made = house(tmp_path, base)
     for seed, name in enumerate(NAMES):
         random_adapter(base, made.folder / name, r=2, seed=seed, magnorm=BOUNDED)
@@ -43,6 +42,13 @@ def parts(base, tmp_path, monkeypatch):
     made.updates.resident = ResidentSlots(spec, DeltaImages(tmp_path / "deltas", base, "int8"))
     made.updates.resident.workers = made.updates.workers
     made.updates.fill(made.updates.verifier.examine(made.folder / n) for n in [*NAMES, "plain"])
+
+    async def make_images():
+        for name in NAMES:
+            v = made.library.find(name)
+            assert await made.updates.resident.make_image(v.snapshot.path, v.image) is None
+
+    asyncio.run(make_images())
     return made
 
 
@@ -85,8 +91,9 @@ def test_the_least_recently_asked_one_leaves_its_place(parts):
     assert len(parts.updates.resident.numbers) == 2
 
 
-def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts):
+def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkeypatch):
     async def work():
+        monkeypatch.setattr(module, "_WAIT_S", 0.2)
         with ExitStack() as running:
             for name in ("a", "b"):
                 assert await ready(parts, name) is None
@@ -95,6 +102,7 @@ def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts):
                 await ready(parts, "c")
             assert late.value.status == 503
             assert images(parts) == sorted(str(version(parts, n).image) for n in ("a", "b"))
+            monkeypatch.setattr(module, "_WAIT_S", 30)
             waiting = asyncio.ensure_future(ready(parts, "c"))
             await asyncio.sleep(0.05)
             assert not waiting.done()
@@ -158,12 +166,14 @@ def test_an_engine_that_raises_leaves_the_place_free(parts):
     assert len(parts.engine.places) == 2
 
 
-def test_what_goes_on_in_the_background_holds_everything(parts):
+def test_what_goes_on_in_the_background_holds_everything(parts, monkeypatch):
     async def work():
         for name in ("a", "b"):
             await ready(parts, name)
+        monkeypatch.setattr(module, "_WAIT_S", 0.2)
         with parts.updates.resident.all_held(), pytest.raises(LifecycleError):
             await ready(parts, "c")
+        monkeypatch.setattr(module, "_WAIT_S", 30)
         assert await ready(parts, "c") is None
 
     asyncio.run(work())

@@ -31,7 +31,7 @@ from secura_serve.errors import (
 from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
 from secura_serve.serve.app.adapters.pushed import with_new_cores
-from secura_serve.serve.app.adapters.resident.slots import ResidentSlots
+from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
 from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
@@ -341,7 +341,7 @@ class AdapterUpdates:
     def _preparation(self, version: Version) -> Awaitable[str | None] | None:
         assert self.workers is not None
         if version.image is not None and self.resident is not None:
-            return self.resident.preparation(version)
+            return self.resident.preparation(Occupant.of(version))
         return self.workers.preparation(version)
 
     def admit(self, model: str | None) -> AbstractContextManager[None]:
@@ -490,7 +490,7 @@ class AdapterUpdates:
                 if not self._retiring[path]:
                     del self._retiring[path]
                 if version.image is not None and self.resident is not None:
-                    await self.resident.forget(version, keep_content=again)
+                    await self.resident.forget(Occupant.of(version), keep_content=again)
                 elif self.workers is not None:
                     await self.workers.forget(version, keep_content=again)
                 if not again and self.verifier.store is not None:

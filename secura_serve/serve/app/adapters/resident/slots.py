@@ -26,7 +26,7 @@ from secura_serve.serve.app.adapters.workers import Workers
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.delta_image import DeltaImage
 
-__all__ = ["ADMITTED", "ResidentSlots", "ResidentSpec"]
+__all__ = ["ADMITTED", "Occupant", "ResidentSlots", "ResidentSpec"]
 
 ADMITTED: ContextVar[tuple[str, Version] | None] = ContextVar("admitted", default=None)
 """Model name and version of the request that is being answered, where it holds a place. What the
@@ -51,6 +51,27 @@ class ResidentSpec:
         return {"count": self.count, "dtype": self.dtype, "modules": list(self.modules)}
 
 
+@dataclass(frozen=True)
+class Occupant:
+    """What is, or wants to be, in a place."""
+
+    number: int
+    """What vLLM knows it by (``lora_int_id``)."""
+    name: str
+    image: Path
+    specs: tuple[str, ...]
+    """What its image is made of, see :meth:`DeltaImages.make`."""
+    kept: bool = True
+    """Whether its image stays on the disk when it leaves."""
+
+    @classmethod
+    def of(cls, version: Version) -> Occupant:
+        """Return what stands for a version that needs a place."""
+        assert version.image is not None
+        specs = (str(version.snapshot.path),)
+        return cls(version.number, version.name, version.image, specs)
+
+
 class ResidentSlots:
     """The places, and who is in them.
 
@@ -68,8 +89,8 @@ class ResidentSlots:
         self._observer = observer or Observer()
         self._modules = frozenset(spec.modules)
         self._free = list(range(spec.count))
-        self._filled: OrderedDict[int, tuple[Version, int]] = OrderedDict()
-        """Version number -> version and place, least recently asked first."""
+        self._filled: OrderedDict[int, tuple[Occupant, int]] = OrderedDict()
+        """Number -> who it is and the place, least recently asked first."""
         self._loading: dict[int, asyncio.Task[str | None]] = {}
         self._users: Counter[int] = Counter()
         self._pinned: set[int] = set()
@@ -99,20 +120,20 @@ class ResidentSlots:
 
     # What a request goes through: wait until its version is in a place, hold it there, let go.
 
-    def preparation(self, version: Version) -> Awaitable[str | None] | None:
-        """Return what has to be awaited before a version may run; None if it is in a place."""
-        if version.number in self._filled:
-            self._filled.move_to_end(version.number)
+    def preparation(self, who: Occupant) -> Awaitable[str | None] | None:
+        """Return what has to be awaited before it may run; None if it is in a place."""
+        if who.number in self._filled:
+            self._filled.move_to_end(who.number)
             return None
-        return self._wait_for(version)
+        return self._wait_for(who)
 
-    async def _wait_for(self, version: Version) -> str | None:
-        task = self._loading.get(version.number)
+    async def _wait_for(self, who: Occupant) -> str | None:
+        task = self._loading.get(who.number)
         if task is None:
-            task = asyncio.ensure_future(self._load(version))
-            self._loading[version.number] = task
-            task.add_done_callback(lambda _: self._loading.pop(version.number, None))
-        with self.held(version.number):
+            task = asyncio.ensure_future(self._load(who))
+            self._loading[who.number] = task
+            task.add_done_callback(lambda _: self._loading.pop(who.number, None))
+        with self.held(who.number):
             try:
                 return await asyncio.wait_for(asyncio.shield(task), _WAIT_S)
             except TimeoutError as error:
@@ -171,11 +192,11 @@ class ResidentSlots:
             return str(error)
         return None
 
-    async def _load(self, version: Version) -> str | None:
-        """Put a version into a place; return why that cannot be done, or None."""
-        assert self.workers is not None and version.image is not None
+    async def _load(self, who: Occupant) -> str | None:
+        """Put it into a place; return why that cannot be done, or None."""
+        assert self.workers is not None
         try:
-            image = await self.images.make(version.image, [str(version.snapshot.path)])
+            image = await self.images.make(who.image, who.specs)
         except SecuraError as error:
             return str(error)
         async with self._one_at_a_time:
@@ -185,8 +206,8 @@ class ResidentSlots:
             try:
                 refused = await self._fill(place, image) or ""
                 if not refused:
-                    await self.workers.publish(place, version.image)
-                    self._filled[version.number] = (version, place)
+                    await self.workers.publish(place, who.image)
+                    self._filled[who.number] = (who, place)
             finally:
                 if refused:
                     self._free.append(place)
@@ -217,9 +238,11 @@ class ResidentSlots:
 
     async def _evict(self, number: int) -> None:
         assert self.workers is not None
-        version, place = self._filled.pop(number)
-        await self.workers.forget_place(number, version.image)
+        who, place = self._filled.pop(number)
+        await self.workers.forget_place(number, who.image)
         self._free.append(place)
+        if not who.kept:
+            await asyncio.to_thread(self.images.remove, who.image)
 
     # What an operator decides.
 
@@ -243,26 +266,26 @@ class ResidentSlots:
                 "full-rank adapters must stay free for the others; unpin one, or restart with more "
                 "--resident",
             )
-        work = self.preparation(version)
+        work = self.preparation(Occupant.of(version))
         if work is not None and (refused := await work) is not None:
             raise LifecycleError(409, f"{version.name} cannot be pinned: {refused}")
         self._pinned.add(version.number)
 
-    async def forget(self, version: Version, *, keep_content: bool) -> None:
-        """Empty the place of a version that nobody can ask for any more, and remove its image.
+    async def forget(self, who: Occupant, *, keep_content: bool = False) -> None:
+        """Empty the place of what nobody can ask for any more, and remove its image.
 
         Args:
-            keep_content: another version has the same content.
+            keep_content: something else has the same content.
         """
-        self._pinned.discard(version.number)
-        if (task := self._loading.get(version.number)) is not None:
+        self._pinned.discard(who.number)
+        if (task := self._loading.get(who.number)) is not None:
             with suppress(Exception):
                 await asyncio.shield(task)
         async with self._one_at_a_time:
-            if version.number in self._filled:
-                await self._evict(version.number)
-        if not keep_content and version.image is not None:
-            await asyncio.to_thread(self.images.remove, version.image)
+            if who.number in self._filled:
+                await self._evict(who.number)
+        if not keep_content:
+            await asyncio.to_thread(self.images.remove, who.image)
 
     # The last guard, in front of the engine.
 
