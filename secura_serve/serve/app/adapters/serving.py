@@ -47,6 +47,7 @@ async def serve_adapters(context: ServerContext, engine: Any, models: Any) -> No
         library.changed = table.update_name
         updates.workers = Workers(engine, lambda: updates.verifier.norm_bounds, updates.observer)
         folding.admission.prepare = updates.preparation
+        folding.admission.asked = updates.mixes.asked
         if context.strict:
             await updates.prepare_all(strict=True)
         else:

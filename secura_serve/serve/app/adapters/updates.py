@@ -29,6 +29,7 @@ from secura_serve.errors import (
 )
 from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
+from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.state import StateFile
@@ -91,6 +92,7 @@ class AdapterUpdates:
         versions."""
         self._ended = ended
         self._numbers = itertools.count(1)
+        self.mixes = Mixes(library, lambda: self.workers, self._numbers.__next__, ended)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving = asyncio.Lock()
         self._later: set[asyncio.Task[None]] = set()
@@ -311,6 +313,8 @@ class AdapterUpdates:
 
         Awaited, it gives None or why the adapter cannot be served after all.
         """
+        if model is not None and self.mixes.means_mix(model):
+            return self.mixes.preparation(model)
         version = self.library.find(model) if model and self.workers is not None else None
         if version is None or not version.per_request or self.workers is None:
             return None
@@ -420,6 +424,7 @@ class AdapterUpdates:
 
     def _retire(self, versions: list[Version]) -> None:
         if versions:
+            self.mixes.drop(versions)
             self._retiring.update(version.snapshot.path for version in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)
