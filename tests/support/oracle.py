@@ -49,6 +49,24 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
     return model.to(dtype)
 
 
+def mixed(base: Path, parts: list[tuple[Path, float]]):
+    """A transformers model on W + Σ wᵢ·Cᵢ·Uᵢ·Rᵢ, summed in float64, rounded once."""
+    model = adapted(base, None)
+    sums: dict[str, torch.Tensor] = {}
+    for path, weight in parts:
+        tensors = load_file(path / "adapter_model.safetensors")
+        for key in [k for k in tensors if k.endswith(".secura_U")]:
+            stem = key.removesuffix("U")
+            module = stem.removeprefix("base_model.model.")[: -len(".secura_")]
+            W = model.get_submodule(module).weight.data.double()
+            C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
+            sums[module] = sums.get(module, 0) + weight * (C @ tensors[key].double() @ R)
+    for module, delta in sums.items():
+        linear = model.get_submodule(module)
+        linear.weight.data = (linear.weight.data.double() + delta).float()
+    return model
+
+
 @torch.no_grad()
 def logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """log p of every vocabulary entry at each answer position: ``(len(answer), vocab)``."""
