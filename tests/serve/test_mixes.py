@@ -9,7 +9,9 @@ same expression.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -104,6 +106,53 @@ def test_mixes_parts_and_base_in_one_batch_agree_with_float64(started):
     ids = AutoTokenizer.from_pretrained(served.base_path)("One two three")["input_ids"]
     last = [oracle.logprobs(model, ids, ids)[-1] for model in models.values()]
     assert min(float((a - b).abs().max()) for i, a in enumerate(last) for b in last[:i]) > 0.05
+
+
+@pytest.mark.slow
+def test_a_hundred_random_batches_agree_with_float64(started):
+    """Base, adapters, a plain LoRA and random mixes of random parts, as they come."""
+    served, rng = started.served, random.Random(16)
+    tokenizer = AutoTokenizer.from_pretrained(served.base_path)
+    models = {served.base: oracle.adapted(served.base_path, None)}
+    models |= {
+        name: oracle.adapted(served.base_path, served.path(name))
+        for name in ("one", "two", "three", "few", "lora")
+    }
+    for _ in range(24):
+        names = rng.sample(["one", "two", "three", "few"], rng.randint(1, 4))
+        parts = [(name, round(rng.uniform(-1, 1.5), 3)) for name in names]
+        text = "+".join(f"{name}*{weight}" for name, weight in parts)
+        models[text] = oracle.mixed(served.base_path, [(served.path(n), w) for n, w in parts])
+    words = ["the", "of", "film", "capital", "rice", "energy", "was", "and", "7", "42"]
+    batches = [
+        (rng.sample(list(models), 6), " ".join(rng.choices(words, k=9)), rng.randint(1, 12))
+        for _ in range(100)
+    ]
+
+    async def ask() -> list[tuple[str, list[int], object]]:
+        return [
+            (name, prompt, choice)
+            for names, text, tokens in batches
+            for prompt in [tokenizer(text)["input_ids"]]
+            for (name, _), choice in (
+                await agreement._ask(served, names, {text: prompt}, tokens)
+            ).items()
+        ]
+
+    # A random model magnifies rounding: transformers in float32 is the measure of what is right.
+    exact = {name: copy.deepcopy(model).double() for name, model in models.items()}
+    worst, rounding = (0.0, ""), 0.0
+    for name, prompt, choice in asyncio.run(ask()):
+        tokens = list(choice.token_ids)
+        want = oracle.logprobs(exact[name], prompt, tokens)
+        coarse = oracle.logprobs(models[name], prompt, tokens)
+        for i, alternatives in enumerate(choice.logprobs.top_logprobs):
+            for token, value in alternatives.items():
+                j = int(token.removeprefix("token_id:"))
+                worst = max(worst, (abs(value - want[i, j].item()), name))
+                rounding = max(rounding, (coarse[i, j] - want[i, j]).abs().item())
+    print(f"worst {worst}, transformers in float32 {rounding}")
+    assert worst[0] < max(1e-4, 2 * rounding), (worst, rounding)
 
 
 def test_secura_merge_of_the_same_expression_answers_alike(started, tmp_path):
