@@ -1,9 +1,9 @@
 """Proves that the served answers are those of W + C·U·R on every supported architecture.
 
 Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
-has five adapters that differ in rank, targets and basis and two plain LoRAs, asked in one
-concurrent batch with the base; the oracle is transformers on weights folded in float64. Slow: the
-same on two ranks.
+has five adapters that differ in rank, targets and basis, two plain LoRAs and two mixes, asked in
+one concurrent batch with the base; the oracle is transformers on weights folded in float64. Slow:
+the same on two ranks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ import pytest
 
 from tests.support import agreement
 from tests.support.engines import random_adapter, random_lora, serving
+
+MIXES = {
+    "wide*0.5+narrow": {"wide": 0.5, "narrow": 1.0},
+    "off-basis*-0.6+attention-only+calibrated*0.3": {
+        "off-basis": -0.6,
+        "attention-only": 1.0,
+        "calibrated": 0.3,
+    },
+}
 
 
 def _adapters(base, folder):
@@ -30,7 +39,7 @@ def _serve_and_compare(base, tmp_path, *more):
     with serving(base, tmp_path / "adapters", tmp_path / "log", *flags) as served:
         names = "attention-only calibrated narrow off-basis plain plain-narrow wide"
         assert sorted(served.adapters) == names.split()
-        found = agreement.compare(served)
+        found = agreement.compare(served, mixes=MIXES)
     for name, result in found.items():
         assert result.worst < 1e-4, (name, result)
         assert result.greedy == len(agreement.PROMPTS), (name, result)

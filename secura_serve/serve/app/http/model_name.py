@@ -77,7 +77,10 @@ def _json_field(body: bytes, bases: Collection[str]) -> tuple[str | None, bytes]
         raise InvalidModelName(f"model must be a string, got {type(name).__name__}")
     if FIELD in asked:
         take_adapters(asked, bases)
-        name, body = asked.get("model"), json.dumps(asked).encode()
+        try:
+            name, body = asked.get("model"), json.dumps(asked).encode()
+        except RecursionError:
+            raise InvalidModelName("the body is nested too deeply") from None
     return name or None, body
 
 
