@@ -11,6 +11,7 @@ from secura_serve.lazy import lazy
 _HOMES = {
     "Change": "fold",
     "FoldPlan": "stream",
+    "MAX_WEIGHT": "spec",
     "MergePlan": "plan",
     "Part": "fold",
     "Source": "source",

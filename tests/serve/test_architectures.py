@@ -2,8 +2,8 @@
 
 Needs vLLM on a CPU. One real server per architecture, tiny random weights, float32, eager. Each
 has five adapters that differ in rank, targets and basis, two plain LoRAs, three adapters that
-S-MagNorm makes full-rank and a whole fine-tune, asked in one concurrent batch with the base; the
-oracle is transformers on weights folded in float64. Slow: the same on two ranks.
+S-MagNorm makes full-rank, a whole fine-tune and three mixes, asked in one concurrent batch with the
+base; the oracle is transformers on weights folded in float64. Slow: the same on two ranks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from tests.support import agreement
 from tests.support.engines import random_adapter, random_fine_tune, random_lora, serving
 
 BOUNDED = MagNorm("bounded", tau=0.3)
+
+MIXES = {
+    "wide*0.5+narrow": {"wide": 0.5, "narrow": 1.0},
+    "off-basis*-0.6+attention-only+calibrated*0.3": {
+        "off-basis": -0.6,
+        "attention-only": 1.0,
+        "calibrated": 0.3,
+    },
+    "full-rank*0.4+full-rank-narrow*-0.7": {"full-rank": 0.4, "full-rank-narrow": -0.7},
+}
 
 
 def _adapters(base, folder):
@@ -41,7 +51,7 @@ def _serve_and_compare(base, tmp_path, *more):
         names = "attention-only calibrated full-rank full-rank-narrow full-rank-published narrow "
         names += "off-basis plain plain-narrow tuned wide"
         assert sorted(served.adapters) == names.split()
-        found = agreement.compare(served)
+        found = agreement.compare(served, mixes=MIXES)
     for name, result in found.items():
         assert result.worst < 1e-4, (name, result)
         assert result.greedy == len(agreement.PROMPTS), (name, result)

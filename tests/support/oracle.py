@@ -53,11 +53,38 @@ def adapted(base: Path, adapter: Path | None, dtype: torch.dtype = torch.float32
             res = 2 - torch.sigmoid(norm["scale"] * (ratio / peak - 0.5))
             new = ((2 * W + delta) / res).float()
         else:
-            assert norm["mode"] == "bounded"
-            reach = norm["tau"] * W.abs()
-            new = torch.where(reach > 0, W + reach * torch.tanh(delta / reach), W).float()
+            new = _bounded(W, delta, norm).float()
         linear.weight.data = new.T.contiguous() if transposed else new
     return model.to(dtype)
+
+
+def mixed(base: Path, parts: list[tuple[Path, float]]):
+    """A transformers model on W + Σ wᵢ·Cᵢ·Uᵢ·Rᵢ, summed in float64, rounded once.
+
+    With ``bounded`` adapters, which must all have one tau, the bound acts on the sum.
+    """
+    model, norm = adapted(base, None), None
+    sums: dict[str, torch.Tensor] = {}
+    for path, weight in parts:
+        tensors = load_file(path / "adapter_model.safetensors")
+        norm = json.loads((path / "adapter_config.json").read_text()).get("magnorm")
+        for key in [k for k in tensors if k.endswith(".secura_U")]:
+            stem = key.removesuffix("U")
+            module = stem.removeprefix("base_model.model.")[: -len(".secura_")]
+            W = model.get_submodule(module).weight.data.double()
+            C, R = W[:, tensors[stem + "cols"].long()], W[tensors[stem + "rows"].long()]
+            sums[module] = sums.get(module, 0) + weight * (C @ tensors[key].double() @ R)
+    for module, delta in sums.items():
+        linear = model.get_submodule(module)
+        W = linear.weight.data.double()
+        linear.weight.data = (W + delta if norm is None else _bounded(W, delta, norm)).float()
+    return model
+
+
+def _bounded(W: torch.Tensor, delta: torch.Tensor, norm: dict) -> torch.Tensor:
+    assert norm["mode"] == "bounded"
+    reach = norm["tau"] * W.abs()
+    return torch.where(reach > 0, W + reach * torch.tanh(delta / reach), W)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from typing import Any
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
+from secura_serve.serve.app.adapters.mixes.grammar import is_expression
+from secura_serve.serve.app.adapters.mixes.refusals import refuse_mix
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.access import ASKING_KEY
 from secura_serve.serve.app.http.admission import Admission, Refusal
@@ -139,6 +141,8 @@ class Folding:
         """Return why a request for ``model`` cannot be answered now, or None if it can."""
         if self.broken is not None:
             return Refusal(503, f"the server is stopping: {self.broken}")
+        if model is not None and is_expression(model) and not self.known(model):
+            return refuse_mix(self, model)
         if not self.may_ask(model) or (model is not None and not self.known(model)):
             return Refusal(404, self.unknown(model))
         if self.folded is None:
@@ -150,8 +154,11 @@ class Folding:
                 f'the operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
                 f"{model}; or ask for another model",
             )
-        if model == self.folded:
-            return None
+        return None if model == self.folded else self.blocked(model)
+
+    def blocked(self, model: str | None) -> Refusal:
+        """Return why a request for ``model`` is not answered while another one is folded."""
+        assert self.folded is not None
         if not self.may_ask(self.folded):
             return Refusal(
                 409,

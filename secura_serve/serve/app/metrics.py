@@ -18,12 +18,14 @@ from secura_serve.serve.app.observer import Observer, WatchEvent
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-__all__ = ["LIMIT", "METRICS", "OTHER", "STATES", "AdapterMetrics", "Metric", "Metrics"]
+__all__ = ["LIMIT", "METRICS", "MIXES", "OTHER", "STATES", "AdapterMetrics", "Metric", "Metrics"]
 
 LIMIT = 200
 """How many adapters have a label of their own."""
 OTHER = "other"
 """The label of all adapters that came later."""
+MIXES = "(mixes)"
+"""The label of all mixes together: whoever asks can make any number of them."""
 STATES = ("known", "resident", "pinned", "refused")
 
 _READ_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

@@ -159,6 +159,7 @@ def _context(
     updates.folded = folding.held
     if resident.count:
         updates.resident = ResidentSlots(resident, _images(config, base), metrics)
+        updates.mixes.resident = updates.resident
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)

@@ -30,6 +30,8 @@ from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, Batch
 from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
+from secura_serve.serve.engine.mixing import KeptRow, check_mix, mixed_row
+from secura_serve.serve.mix_path import is_mix_path, split_mix_path
 from secura_serve.serve.names import CONFIG_KEY
 
 # A child of vLLM's logger, which alone has a handler in a worker.
@@ -176,6 +178,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
         # By path, which names the content: see SnapshotStore.
         self._kept: dict[str, Callable[[int], LoRAModel]] = {}
+        self._rows: dict[str, KeptRow] = {}
 
     def set_active_adapters(self, requests: Any, mapping: Any) -> None:
         """Put the adapters of a batch into slots."""
@@ -201,7 +204,9 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         Raises:
             AdapterError: this engine cannot serve it.
         """
-        if path not in self._kept:
+        if path not in self._kept and is_mix_path(path):
+            self._kept[path] = self._mix(path)
+        elif path not in self._kept:
             plain = adapters.is_plain_lora(Path(path))
             self._kept[path] = (
                 self._read_lora(name, path) if plain else self._read(Path(path), norm_bounds or {})
@@ -214,6 +219,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
     def drop(self, path: str) -> None:
         """Forget what was kept of an adapter."""
         self._kept.pop(path, None)
+        self._rows.pop(path, None)
 
     def _read(
         self, path: Path, norm_bounds: Mapping[str, Mapping[str, float]]
@@ -236,7 +242,20 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         }
         row, used = manager.bank.pack(cores)
         (row,) = map_tensors([row], _kept_in())
+        sizes = adapters.update_sizes(adapter, known)
+        self._rows[str(path)] = KeptRow(row, used, adapter.config.r, sizes)
         return partial(_packed, rank=adapter.config.r, row=row, used=used)
+
+    def _mix(self, path: str) -> Callable[[int], LoRAModel]:
+        """Make a mix of the rows of its parts, which it holds on to; it keeps no row itself."""
+        parts = []
+        for part, weight in split_mix_path(path):
+            if part not in self._rows:
+                raise UnservableError(f"{part} is no CUR adapter that this worker keeps")
+            parts.append((self._rows[part], weight))
+        check_mix(parts)
+        rank, used = max(k.rank for k, _ in parts), max(k.used for k, _ in parts)
+        return lambda lora_id: _packed(lora_id, rank, mixed_row(parts), used)
 
     def _read_lora(self, name: str, path: str) -> Callable[[int], LoRAModel]:
         """Read a plain LoRA as vLLM does, its scale multiplied in."""

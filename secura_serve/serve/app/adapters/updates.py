@@ -30,6 +30,7 @@ from secura_serve.errors import (
 )
 from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
+from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
 from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
@@ -95,6 +96,7 @@ class AdapterUpdates:
         versions."""
         self._ended = ended
         self._numbers = itertools.count(1)
+        self.mixes = Mixes(library, lambda: self.workers, self._numbers.__next__, ended)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving = asyncio.Lock()
         self._later: set[asyncio.Task[None]] = set()
@@ -329,6 +331,8 @@ class AdapterUpdates:
 
         Awaited, it gives None or why the adapter cannot be served after all.
         """
+        if model is not None and self.mixes.means_mix(model):
+            return self.mixes.preparation(model)
         version = self.library.find(model) if model and self.workers is not None else None
         if version is None or not version.per_request or self._answered_by_weights():
             return None
@@ -346,6 +350,8 @@ class AdapterUpdates:
 
     def admit(self, model: str | None) -> AbstractContextManager[None]:
         """Return the context in which a request for ``model`` runs."""
+        if model is not None and self.mixes.means_mix(model):
+            return self.mixes.asked(model)
         version = self.library.find(model) if model else None
         if model is None or version is None or version.image is None or self.resident is None:
             return nullcontext()
@@ -471,6 +477,7 @@ class AdapterUpdates:
 
     def _retire(self, versions: list[Version]) -> None:
         if versions:
+            self.mixes.drop(versions)
             self._retiring.update(version.snapshot.path for version in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,21 @@ class Workers:
         await self._call("secura_forget", [version.number], paths)
         self._read -= {Path(path) for path in paths}
         self._prepared.pop(version.number, None)
+
+    async def tell(self, name: str, path: str) -> str | None:
+        """Have every worker make a mix of adapters that it has read; return why one refuses it, or
+        None.
+
+        Args:
+            path: see :func:`~secura_serve.serve.mix_path.mix_path`.
+        """
+        ranks = await self._call("secura_prepare", [(name, path)], {})
+        return next((why for rank in ranks for why in rank if why is not None), None)
+
+    async def release(self, numbers: Sequence[int], paths: Sequence[str]) -> None:
+        """Have the workers forget mixes, by their numbers and paths."""
+        self._resident = (0.0, self._resident[1])
+        await self._call("secura_forget", list(numbers), list(paths))
 
     async def drop(self, path: Path) -> None:
         """Have the workers forget what they keep of a folder that no version uses."""

@@ -8,15 +8,16 @@ and are judged by what is folded then. Knows ASGI only, nothing of vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from typing import NamedTuple
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from secura_serve.errors import LifecycleError
+from secura_serve.errors import LifecycleError, MixError
 from secura_serve.serve.app.http import bodies
+from secura_serve.serve.app.http.adapters_field import FIELD
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.model_name import InvalidModelName, replayed, requested_model
 from secura_serve.serve.app.http.routes import WEBSOCKET, Route, find_route, routed_path
@@ -186,6 +187,7 @@ class AdmissionMiddleware:
     Args:
         background: the tasks that vLLM has started for requests it answered already
             (``/v1/responses`` with ``"background": true``).
+        bases: what the base is called.
     """
 
     def __init__(
@@ -193,8 +195,10 @@ class AdmissionMiddleware:
         app: ASGIApp,
         admission: Admission,
         background: Callable[[], Iterable[asyncio.Task[object]]] = tuple,
+        bases: Collection[str] = (),
     ) -> None:
         self.app, self.admission, self.background = app, admission, background
+        self.bases = bases
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = None
@@ -217,12 +221,15 @@ class AdmissionMiddleware:
             return
         if body is None:
             return
-        again = replayed(body, receive)
         try:
-            model = await requested_model(route, scope, body)
+            model, body = await requested_model(route, scope, body, self.bases)
         except InvalidModelName as error:
-            await Refusal(400, str(error)).response()(scope, again, send)
+            await Refusal(400, str(error)).response()(scope, receive, send)
             return
+        except MixError as error:
+            await Refusal(error.status, str(error), FIELD).response()(scope, receive, send)
+            return
+        again = replayed(body, receive)
         async with self.admission.admitted(model) as refusal:
             if refusal is not None:
                 await refusal.response()(scope, again, send)
