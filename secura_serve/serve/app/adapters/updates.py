@@ -98,13 +98,17 @@ class AdapterUpdates:
         self._later: set[asyncio.Task[None]] = set()
         self._retiring: Counter[Path] = Counter()
         """Copies of versions that nobody can ask for any more, while requests may still run."""
+        self._retiring_numbers: dict[Path, int] = {}
 
     def make_version(
         self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
     ) -> Version:
         """Return a version of a copy in the store, checked. Raises SecuraError."""
         entry = entry or self.verifier.examine_copy(snapshot)
-        return Version(entry, next(self._numbers), origin, created, read_card(snapshot.source))
+        # Requests may still run on the same content, and the engine must not have it under two
+        # numbers: it tells adapters apart by name in one place and by number in another.
+        number = self._retiring_numbers.get(snapshot.path) or next(self._numbers)
+        return Version(entry, number, origin, created, read_card(snapshot.source))
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""
@@ -426,6 +430,7 @@ class AdapterUpdates:
         if versions:
             self.mixes.drop(versions)
             self._retiring.update(version.snapshot.path for version in versions)
+            self._retiring_numbers.update((v.snapshot.path, v.number) for v in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)
             task.add_done_callback(self._later.discard)
@@ -442,9 +447,9 @@ class AdapterUpdates:
                 self._retiring[path] -= 1
                 again = self._in_use(version.name, path)
                 if not self._retiring[path]:
-                    del self._retiring[path]
-                if self.workers is not None:
-                    await self.workers.forget(version, keep_content=again)
+                    del self._retiring[path], self._retiring_numbers[path]
+                if not again and self.workers is not None:
+                    await self.workers.forget(version)
                 if not again and self.verifier.store is not None:
                     await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
