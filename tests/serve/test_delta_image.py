@@ -26,7 +26,7 @@ NORMS = {"bounded": MagNorm("bounded", tau=0.1), "published": MagNorm("published
 
 def _made(root, base, adapter, dtype):
     images = DeltaImages(root / "images", base, dtype)
-    folder = images.folder("0" * 32)
+    folder = images.folder("a", "0" * 32)
     return images, asyncio.run(images.make(folder, [str(adapter)]))
 
 
@@ -68,12 +68,12 @@ def test_it_is_made_once_and_found_again(tiny_base, tmp_path):
     assert again == first
     assert (first.folder / "delta.safetensors").stat().st_ino == before.st_ino
     other = {
-        images.folder("1" * 32),
-        DeltaImages(images.root, base, "float32").folder("0" * 32),
+        images.folder("a", "1" * 32),
+        DeltaImages(images.root, base, "float32").folder("a", "0" * 32),
         first.folder,
     }
     os.utime(base / "model.safetensors", ns=(1, 1))
-    assert len(other | {images.folder("0" * 32)}) == 4
+    assert len(other | {images.folder("a", "0" * 32)}) == 4
 
 
 def _truncate(folder):
@@ -121,7 +121,7 @@ def test_another_base_is_refused_and_leaves_nothing_behind(tiny_base, tmp_path):
     save_file({name: t * 1.5 for name, t in tensors.items()}, other / "model.safetensors")
     images = DeltaImages(tmp_path / "images", other, "int8")
     with pytest.raises(MergeError, match="trained on another base"):
-        asyncio.run(images.make(images.folder("0" * 32), [str(adapter)]))
+        asyncio.run(images.make(images.folder("a", "0" * 32), [str(adapter)]))
     assert not [p for p in images.root.glob("*") if p.is_dir()]
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tiny_base, tmp_path, mon
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="MiB free, the changes of the adapter's weights need"):
-        asyncio.run(images.make(images.folder("0" * 32), [str(adapter)]))
+        asyncio.run(images.make(images.folder("a", "0" * 32), [str(adapter)]))
     assert not any(images.root.iterdir())
 
 

@@ -6,6 +6,7 @@ Needs no engine: the slots are real, their images are made, and the worker's hal
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -287,3 +288,17 @@ def test_a_place_takes_a_byte_a_number_and_a_scale_a_row(base):
     shapes = [checkpoint.shape(m) for m in linears]
     assert place_nbytes(linears, "int8", checkpoint) == sum(o * i + 4 * o for o, i in shapes)
     assert place_nbytes(linears, "float32", checkpoint) == sum(4 * o * (i + 1) for o, i in shapes)
+
+
+def test_two_adapters_of_one_content_have_a_place_each(parts):
+    shutil.copytree(parts.folder / "a", parts.folder / "twin")
+    parts.updates.fill([parts.updates.verifier.examine(parts.folder / "twin")])
+
+    async def work():
+        for name in ("a", "twin"):
+            assert await ready(parts, name) is None
+        assert len(set(images(parts))) == 2
+        assert await ready(parts, "b") is None
+        assert str(version(parts, "twin").image) in images(parts)
+
+    asyncio.run(work())

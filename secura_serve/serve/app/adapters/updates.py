@@ -102,6 +102,7 @@ class AdapterUpdates:
         self._later: set[asyncio.Task[None]] = set()
         self._retiring: Counter[Path] = Counter()
         """Copies of versions that nobody can ask for any more, while requests may still run."""
+        self._retiring_numbers: dict[Path, int] = {}
 
     def make_version(
         self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
@@ -114,8 +115,10 @@ class AdapterUpdates:
                 f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
                 "that it changes: restart it with the folder there, and with --resident above 0"
             )
-        card = read_card(snapshot.source)
-        return Version(entry, next(self._numbers), origin, created, card, image)
+        # Requests may still run on the same content, and the engine must not have it under two
+        # numbers: it tells adapters apart by name in one place and by number in another.
+        number = self._retiring_numbers.get(snapshot.path) or next(self._numbers)
+        return Version(entry, number, origin, created, read_card(snapshot.source), image)
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""
@@ -479,6 +482,7 @@ class AdapterUpdates:
         if versions:
             self.mixes.drop(versions)
             self._retiring.update(version.snapshot.path for version in versions)
+            self._retiring_numbers.update((v.snapshot.path, v.number) for v in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)
             task.add_done_callback(self._later.discard)
@@ -495,12 +499,14 @@ class AdapterUpdates:
                 self._retiring[path] -= 1
                 again = self._in_use(version.name, path)
                 if not self._retiring[path]:
-                    del self._retiring[path]
+                    del self._retiring[path], self._retiring_numbers[path]
+                if again:
+                    continue
                 if version.image is not None and self.resident is not None:
-                    await self.resident.forget(Occupant.of(version), keep_content=again)
+                    await self.resident.forget(Occupant.of(version))
                 elif self.workers is not None:
-                    await self.workers.forget(version, keep_content=again)
-                if not again and self.verifier.store is not None:
+                    await self.workers.forget(version)
+                if self.verifier.store is not None:
                     await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
     async def _save(self) -> None:

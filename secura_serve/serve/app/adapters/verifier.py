@@ -140,7 +140,7 @@ class Verifier:
         except OSError as error:
             raise UnservableError(f"{path.name} cannot be read: {error}") from error
         tuned = FineTune.load(path, self._base())
-        folder = self._images.folder(digest)
+        folder = self._images.folder(path.name, digest)
         self._images.of_fine_tune(folder, tuned, path)
         if stamps_of(path) != stamps:
             self._images.remove(folder)

@@ -80,16 +80,12 @@ class Workers:
         done.set_result(None)
         self._prepared[version.number] = done
 
-    async def forget(self, version: Version, *, keep_content: bool = False) -> None:
-        """Free the slot of a version, and what the workers keep of it.
-
-        Args:
-            keep_content: another version has the same content, so that only the slot is freed.
-        """
+    async def forget(self, version: Version) -> None:
+        """Free the slot of a version, and what the workers keep of it."""
         self._resident = (0.0, self._resident[1])
-        paths = [] if keep_content else [str(version.snapshot.path)]
-        await self._call("secura_forget", [version.number], paths)
-        self._read -= {Path(path) for path in paths}
+        path = version.snapshot.path
+        await self._call("secura_forget", [version.number], [str(path)])
+        self._read.discard(path)
         self._prepared.pop(version.number, None)
 
     async def tell(self, name: str, path: str) -> str | None:

@@ -45,13 +45,16 @@ class DeltaImages:
         self._thread = ThreadPoolExecutor(1, "delta-image", _step_back)
         self._checked: dict[Path, DeltaImage] = {}
 
-    def folder(self, digest: str) -> Path:
-        """Return where the image of an adapter's content is, or will be."""
+    def folder(self, name: str, digest: str) -> Path:
+        """Return where the image of an adapter's content is, or will be.
+
+        Workers know an adapter by this folder, so that two of one content have one each.
+        """
         facts = [
             (f.name, (s := f.stat()).st_size, s.st_mtime_ns)
             for f in sorted(self._base.glob("*.safetensors"))
         ]
-        what = f"{_FORMAT}|{self._base.resolve()}|{facts}|{self.dtype}|{digest}"
+        what = f"{_FORMAT}|{self._base.resolve()}|{facts}|{self.dtype}|{name}|{digest}"
         return self.root / hashlib.sha256(what.encode()).hexdigest()[:32]
 
     async def make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:

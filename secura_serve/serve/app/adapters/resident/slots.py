@@ -111,7 +111,7 @@ class ResidentSlots:
         """Return where the image of an adapter is, or will be; None if it takes no place."""
         if entry.snapshot is None or not self.takes(entry):
             return None
-        return self.images.folder(entry.snapshot.digest)
+        return self.images.folder(entry.name, entry.snapshot.digest)
 
     @property
     def numbers(self) -> Collection[int]:
@@ -271,12 +271,8 @@ class ResidentSlots:
             raise LifecycleError(409, f"{version.name} cannot be pinned: {refused}")
         self._pinned.add(version.number)
 
-    async def forget(self, who: Occupant, *, keep_content: bool = False) -> None:
-        """Empty the place of what nobody can ask for any more, and remove its image.
-
-        Args:
-            keep_content: something else has the same content.
-        """
+    async def forget(self, who: Occupant) -> None:
+        """Empty the place of what nobody can ask for any more, and remove its image."""
         self._pinned.discard(who.number)
         if (task := self._loading.get(who.number)) is not None:
             with suppress(Exception):
@@ -284,8 +280,7 @@ class ResidentSlots:
         async with self._one_at_a_time:
             if who.number in self._filled:
                 await self._evict(who.number)
-        if not keep_content:
-            await asyncio.to_thread(self.images.remove, who.image)
+        await asyncio.to_thread(self.images.remove, who.image)
 
     # The last guard, in front of the engine.
 
