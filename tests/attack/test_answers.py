@@ -109,6 +109,7 @@ def test_invocations_refuses_what_it_cannot_honour(http):
         ({"model": "nobody"}, {}, 404),
         ({}, {HEADER: "nobody"}, 404),
         ({"model": "bounded"}, {}, 409),
+        ({"model": "bounded*0.5"}, {}, 409),
         ({"model": "one"}, {HEADER: "two"}, 400),
         ({"model": 5}, {}, 400),
         ({"model": ["one"]}, {}, 400),

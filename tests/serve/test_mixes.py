@@ -26,9 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secura_serve.merge import plan_merge, write_merge
 from secura_serve.method import MagNorm
 from tests.support import agreement, oracle
-from tests.support.engines import Served, random_adapter, random_lora, serving
+from tests.support.engines import Served, random_adapter, random_fine_tune, random_lora, serving
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-loras", "4")
+# Fewer places than full-rank adapters and mixes of them.
+FLAGS += ("--resident", "3", "--resident-dtype", "float32")
 MIXES = {
     "one*0.5+two": [("one", 0.5), ("two", 1.0)],
     "two*-0.75+one*1.5": [("two", -0.75), ("one", 1.5)],
@@ -69,8 +71,14 @@ def started(tiny_base, tmp_path_factory) -> Iterator[Running]:
     random_adapter(base, folder / "three", r=5, seed=3, rule="lowest_norm")
     random_adapter(base, folder / "few", r=4, seed=4, only=["q_proj", "down_proj"], size=2.0)
     random_adapter(base, folder / "large", r=4, seed=5, size=40.0)
-    for name, tau in (("bounded", 0.02), ("bounded-too", 0.02), ("bounded-other", 0.05)):
-        random_adapter(base, folder / name, r=4, seed=6, magnorm=MagNorm("bounded", tau=tau))
+    for seed, name, tau in (
+        (6, "bounded", 0.2),
+        (7, "bounded-too", 0.2),
+        (8, "bounded-other", 0.3),
+    ):
+        norm = MagNorm("bounded", tau=tau)
+        random_adapter(base, folder / name, r=4, seed=seed, magnorm=norm, size=8)
+    random_fine_tune(base, folder / "tuned", seed=9, only=["v_proj", "up_proj"])
     random_lora(base, folder / "lora", r=4, seed=7, only=["q_proj"])
     with (
         serving(base, folder, root / "log", *FLAGS) as server,
@@ -110,17 +118,22 @@ def test_mixes_parts_and_base_in_one_batch_agree_with_float64(started):
 
 @pytest.mark.slow
 def test_a_hundred_random_batches_agree_with_float64(started):
-    """Base, adapters, a plain LoRA and random mixes of random parts, as they come."""
+    """Base, adapters low-rank and full-rank, a plain LoRA, a fine-tune and random mixes of random
+    parts, as they come: not more than there are places for at a time."""
     served, rng = started.served, random.Random(16)
     tokenizer = AutoTokenizer.from_pretrained(served.base_path)
     models = {served.base: oracle.adapted(served.base_path, None)}
     models |= {
         name: oracle.adapted(served.base_path, served.path(name))
-        for name in ("one", "two", "three", "few", "lora")
+        for name in ("one", "two", "three", "few", "lora", "bounded", "bounded-other", "tuned")
     }
     for _ in range(24):
         names = rng.sample(["one", "two", "three", "few"], rng.randint(1, 4))
         parts = [(name, round(rng.uniform(-1, 1.5), 3)) for name in names]
+        text = "+".join(f"{name}*{weight}" for name, weight in parts)
+        models[text] = oracle.mixed(served.base_path, [(served.path(n), w) for n, w in parts])
+    for _ in range(4):
+        parts = [(n, round(rng.uniform(-1, 1.5), 3)) for n in ("bounded", "bounded-too")]
         text = "+".join(f"{name}*{weight}" for name, weight in parts)
         models[text] = oracle.mixed(served.base_path, [(served.path(n), w) for n, w in parts])
     words = ["the", "of", "film", "capital", "rice", "energy", "was", "and", "7", "42"]
@@ -153,6 +166,22 @@ def test_a_hundred_random_batches_agree_with_float64(started):
                 rounding = max(rounding, (coarse[i, j] - want[i, j]).abs().item())
     print(f"worst {worst}, transformers in float32 {rounding}")
     assert worst[0] < max(1e-4, 2 * rounding), (worst, rounding)
+
+
+def test_the_bound_acts_on_a_mix_of_bounded_adapters(started):
+    served, mixes = started.served, {}
+    for text, parts in {
+        "bounded*0.5": [("bounded", 0.5)],
+        "bounded+bounded-too*-0.75": [("bounded", 1.0), ("bounded-too", -0.75)],
+        "bounded-too*0.3 + bounded*0.3": [("bounded", 0.3), ("bounded-too", 0.3)],
+        "bounded-other*2": [("bounded-other", 2.0)],
+    }.items():
+        mixes[text] = oracle.mixed(served.base_path, [(served.path(n), w) for n, w in parts])
+    # Four of them, and three places.
+    for text, model in mixes.items():
+        check(started, {text: model})
+    assert started.answer("bounded*1") == started.answer("bounded")
+    assert started.answer("bounded-too+bounded*0")[0] == started.answer("bounded-too")[0]
 
 
 def test_secura_merge_of_the_same_expression_answers_alike(started, tmp_path):
@@ -257,9 +286,7 @@ def test_every_route_that_names_a_model_takes_a_mix(started, path, body):
         ("one+" + "{base}", 400, "is the base"),
         ("one+lora", 400, "is a plain LoRA"),
         ("lora*0.5", 400, "is a plain LoRA"),
-        ("bounded*1", 409, "only while it is folded"),
-        ("bounded*0.5", 409, "secura-merge"),
-        ("bounded+bounded-too", 409, "secura-merge"),
+        ("one+tuned", 400, "is a whole fine-tune"),
         ("bounded+bounded-other", 400, "the same mode and parameters"),
         ("bounded+one", 400, "the same mode and parameters"),
         ("large*999+large*-0.5+one", 409, "Use smaller weights"),
