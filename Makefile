@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: triton help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push bench-mix bench-resident bench-delta-format lock clean bench-train
+.PHONY: triton bench-gpu help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push bench-mix bench-resident bench-delta-format lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -79,6 +79,9 @@ bench-serve: setup ## base engine, stock vLLM LoRA and ours at 1 to 256 adapters
 
 bench-step: setup ## the adapter step of one linear against LoRA's and the base GEMM
 	$(PY) -m benchmarks.step $(ARGS)
+
+bench-gpu: ## everything that wants an NVIDIA GPU, 30 minutes at most, one JSON; PY=python3 where there is no .venv
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 bench-cycle: setup ## a thousand adapters at random: errors, memory, time to load one
 	$(PY) -m benchmarks.cycle $(ARGS)

@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,26 +30,39 @@ DTYPE = torch.bfloat16
 BUDGET = 0.4
 
 
-def ours(size: int, r: int, tokens: int, adapters: int, device: torch.device) -> Callable[[], Any]:
-    kernel = choose_kernel(device, DTYPE)
-    layout = kernel.layout(1, r, DTYPE)
-    bank = Bank(adapters, [(["linear"], layout)], DTYPE, device)
+def packed(
+    outs: Sequence[int],
+    r: int,
+    tokens: int,
+    adapters: int,
+    device: torch.device,
+    *,
+    active: bool = True,
+) -> Callable[[], Any]:
+    """The adapter step of a linear whose outputs are those of several, side by side."""
+    kernel, n = choose_kernel(device, DTYPE), len(outs)
+    starts = [0, *itertools.accumulate(outs)]
+    layout = kernel.layout(n, r, DTYPE)
+    names = [f"linear{s}" for s in range(n)]
+    bank = Bank(adapters, [(names, layout)], DTYPE, device)
     for slot in range(adapters):
-        bank.put(slot, *bank.pack({"linear": torch.randn(r, r) * 0.01}))
-    rows = torch.full((1, layout.r), -1)
-    rows[0, :r] = torch.randperm(size)[:r]
-    C = torch.zeros(layout.r, size, dtype=DTYPE, device=device)
-    C[:r] = torch.randn(r, size).to(device, DTYPE) * 0.01
-    state = kernel.prepare(rows, C, None, [0, size])
-    y = torch.zeros(tokens, size, dtype=DTYPE, device=device)
+        bank.put(slot, *bank.pack({name: torch.randn(r, r) * 0.01 for name in names}))
+    rows = torch.full((n, layout.r), -1)
+    for s, out in enumerate(outs):
+        rows[s, :r] = starts[s] + torch.randperm(out)[:r]
+    C = torch.zeros(layout.r, starts[-1], dtype=DTYPE, device=device)
+    C[:r] = torch.randn(r, starts[-1]).to(device, DTYPE) * 0.01
+    state = kernel.prepare(rows, C, None, starts)
+    y = torch.zeros(tokens, starts[-1], dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
-    part, active = bank.part(0), torch.tensor(True)
-    return lambda: kernel.step(y, None, slots, part, bank.ranks, state, active)
+    held = (bank.part(0), bank.ranks, state, torch.tensor(active))
+    return lambda: kernel.step(y, None, slots, *held)
 
 
-def lora(
-    size: int, r: int, tokens: int, adapters: int, device: torch.device
+def lora_packed(
+    width: int, outs: Sequence[int], r: int, tokens: int, adapters: int, device: torch.device
 ) -> Callable[[], Any] | None:
+    """LoRA's step by vLLM's own kernels; None without vLLM."""
     try:
         from vllm.lora.layers import LoRAMapping
         from vllm.lora.punica_wrapper import get_punica_wrapper
@@ -67,11 +80,12 @@ def lora(
     wanted = tuple(i % adapters + 1 for i in range(tokens))
     mapping = LoRAMapping(wanted, wanted, is_prefill=True)
     wrapper.update_metadata(mapping, [*range(1, adapters + 1)], adapters + 1, 32000)
-    x = torch.randn(tokens, size).to(device, DTYPE)
-    y = torch.zeros(tokens, size, dtype=DTYPE, device=device)
-    A = (torch.randn(adapters, 1, r, size, dtype=DTYPE, device=device) * 0.01,)
-    B = (torch.randn(adapters, 1, size, r, dtype=DTYPE, device=device) * 0.01,)
-    return lambda: wrapper.add_lora_linear(y, x, A, B, 1.0, (size,))
+    x = torch.randn(tokens, width).to(device, DTYPE)
+    y = torch.zeros(tokens, sum(outs), dtype=DTYPE, device=device)
+    scaled = {"dtype": DTYPE, "device": device}
+    A = tuple(torch.randn(adapters, 1, r, width, **scaled) * 0.01 for _ in outs)
+    B = tuple(torch.randn(adapters, 1, out, r, **scaled) * 0.01 for out in outs)
+    return lambda: wrapper.add_lora_linear(y, x, A, B, 1.0, tuple(outs))
 
 
 def gemm(size: int, tokens: int, device: torch.device) -> Callable[[], Any]:
@@ -139,8 +153,8 @@ def main() -> None:
     ):
         calls = {
             "base_gemm_us": gemm(size, tokens, device),
-            "ours_us": ours(size, r, tokens, adapters, device),
-            "lora_us": lora(size, r, tokens, adapters, device),
+            "ours_us": packed((size,), r, tokens, adapters, device),
+            "lora_us": lora_packed(size, (size,), r, tokens, adapters, device),
         }
         samples: dict[str, list[float]] = {name: [] for name, call in calls.items() if call}
         for _ in range(given.repeat):

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -61,6 +62,15 @@ def gather_target(
     return gathered, problems
 
 
+def takes_triton(tensor: Tensor, target: Target, norm: MagNorm) -> bool:
+    """Return whether a tensor lies on a GPU where Triton folds it, in two launches."""
+    if tensor.device.type != "cuda" or tensor.ndim != 2 or find_spec("triton") is None:
+        return False
+    from secura_serve.merge.triton_fold import supports
+
+    return supports(tensor, target, norm)
+
+
 class _Done(NamedTuple):
     """One tensor of the stream after its turn; ``tensor`` is None where there were problems."""
 
@@ -97,7 +107,7 @@ def fold_stream(
     Tensors that are not targets pass through untouched. Each target is checked against the
     adapters' fingerprints first, unless the plan says that it was. After the first problem
     nothing more is yielded, but the rest of the stream is still checked, so that one error names
-    everything.
+    everything. On a GPU numbers that are not finite show when all has been yielded.
 
     Args:
         tensors: (name, pristine tensor), whole (not sliced for a rank); any device.
@@ -113,15 +123,26 @@ def fold_stream(
     between tensors.
     """
     waiting, problems = set(plan.targets), list[str]()
+    flags = dict[str, Tensor]()
 
     def fold_one(item: tuple[str, Tensor]) -> _Done:
         name, tensor = item
         if (target := plan.targets.get(name)) is None:
             return _Done(name, tensor, None, [])
-        gathered, faults = gather_target(tensor, target, checked=plan.checked)
+        dtype = plan.dtype or tensor.dtype
+        quick = observe is None and takes_triton(tensor, target, plan.norm)
+        gathered, faults = list[tuple[Tensor, Tensor]](), list[str]()
+        if not (quick and plan.checked):
+            gathered, faults = gather_target(tensor, target, checked=plan.checked)
         if faults or problems:
             return _Done(name, None, None, faults)
-        dtype = plan.dtype or tensor.dtype
+        if quick:
+            from secura_serve.merge.triton_fold import fold_on_gpu
+
+            # Read when all is done: to look at each would make the device wait.
+            flags[target.module] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+            new = fold_on_gpu(tensor, target, plan.norm, dtype, flags[target.module])
+            return _Done(name, new, None, [])
         new, change = fold_weight(
             tensor,
             target,
@@ -147,6 +168,11 @@ def fold_stream(
             observe(plan.targets[name].module, change)
         yield name, new
         del new
+    problems += [
+        f"{module}: NaN or Inf in the base, or beyond its dtype"
+        for module, flag in flags.items()
+        if flag.item()
+    ]
     problems += [f"{name}: is to be folded, but was not in the stream" for name in sorted(waiting)]
     if problems:
         raise MergeError(

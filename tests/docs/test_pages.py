@@ -29,6 +29,8 @@ EACH_PAGE = pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.r
 FOREIGN = {
     "--no-deps", "--index-url", "--strict", "--check", "--multi_gpu", "--num_processes", "--cpu",
     "--lora-modules", "--sleep", "--no-merges", "--from-literal", "--for", "--timeout",
+    # of python -m benchmarks.gpu
+    "--parts", "--rehearse",
 }  # fmt: skip
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 _MODULE = re.compile(r"\bsecura_serve(?:\.\w+)+")

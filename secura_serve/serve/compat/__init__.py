@@ -12,7 +12,8 @@ What is used, and why there is no public way:
 * ``BaseLinearLayerWithLoRA._apply_lora_to_output`` and ``_get_quant_method``: the hook after a
   base linear, and the kernel of that linear.
 * ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
-* ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address.
+* ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address;
+  ``update_metadata``, which fills it, is replaced where no LoRA layer of vLLM reads the rest.
 * ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters``, ``._active_adapters``
   and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
   they are made.
@@ -65,6 +66,7 @@ from secura_serve.serve.compat.workers import (
     slot_of,
     token_slots,
     worker_adapters,
+    write_slots_only,
 )
 
 __all__ = [
@@ -100,5 +102,6 @@ __all__ = [
     "token_slots",
     "vllm_version",
     "worker_adapters",
+    "write_slots_only",
     "yields_deltas",
 ]

@@ -54,6 +54,10 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     ),
     "vllm.lora.layers:BaseLayerWithLoRA.set_lora": ("index", "lora_a", "lora_b"),
     "vllm.lora.layers:BaseLayerWithLoRA.reset_lora": ("index",),
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": (
+        "mapping",
+        "lora_index_to_id",
+    ),
     "vllm.lora.lora_model:LoRAModel": ("lora_model_id", "rank", "loras"),
     "vllm.lora.lora_weights:LoRALayerWeights": (
         "module_name",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER, QKV, find, require
@@ -33,6 +36,7 @@ __all__ = [
     "registered_adapter",
     "slot_of",
     "token_slots",
+    "write_slots_only",
 ]
 
 
@@ -72,7 +76,7 @@ def check_manager(manager: Any) -> None:
     """Raise IncompatibleVLLMError, naming every attribute that vLLM's manager of slots lacks."""
     require("LRUCacheLoRAModelManager", manager, MANAGER)
     for wrapper in manager.punica_wrapper_mapping.values():
-        require("PunicaWrapperBase", wrapper, ("_token_lora_indices",))
+        require("PunicaWrapperBase", wrapper, ("_token_lora_indices", "indices_len"))
 
 
 def check_layer(layer: Any) -> None:
@@ -92,6 +96,49 @@ def token_slots(wrapper: Any) -> Tensor:
     """Return the slot of every token of the batch, -1 for none, in a buffer of fixed address."""
     slots: Tensor = wrapper._token_lora_indices
     return slots
+
+
+def write_slots_only(wrapper: Any) -> None:
+    """Have vLLM's wrapper hold each token's slot and nothing else, by one copy for each batch.
+
+    The rest of what it works out (8,192 tokens one by one, sorted twice, with a wait for the
+    device) is for vLLM's own LoRA layers: use this where there are none.
+    """
+    buffer, written = token_slots(wrapper), 0
+
+    def update_metadata(
+        mapping: Any, lora_index_to_id: Sequence[int | None], *args: Any, **kwargs: Any
+    ) -> None:
+        nonlocal written
+        ids, count = mapping.index_mapping, len(mapping.index_mapping)
+        # Padding tokens read past the batch; what an earlier one left there would cost work.
+        slots = np.full(max(count, written), -1, dtype=np.int64)
+        slots[:count] = slots_of_tokens(ids, lora_index_to_id)
+        written, whole = count, torch.from_numpy(slots)
+        if buffer.device.type == "cuda":
+            whole = whole.pin_memory()
+        buffer[: len(whole)].copy_(whole, non_blocking=True)
+        wrapper.indices_len[0] = count
+
+    wrapper.update_metadata = update_metadata
+
+
+def slots_of_tokens(
+    ids: Sequence[int], lora_index_to_id: Sequence[int | None]
+) -> npt.NDArray[np.int64]:
+    """Return the slot of every token, -1 for none, from each token's ``lora_int_id`` (0 for none).
+
+    Raises:
+        KeyError: an adapter that is in no slot.
+    """
+    wanted = np.fromiter(ids, np.int64, len(ids))
+    held = np.array([number or 0 for number in lora_index_to_id], np.int64)
+    order = np.argsort(held)
+    place = order[np.searchsorted(held, wanted, sorter=order).clip(max=len(held) - 1)]
+    found = held[place] == wanted
+    if lost := sorted({int(number) for number in wanted[~found & (wanted > 0)]}):
+        raise KeyError(f"adapters {lost} are in no slot")
+    return np.where(wanted > 0, place, -1)
 
 
 def slot_of(manager: Any, lora_id: int) -> int:

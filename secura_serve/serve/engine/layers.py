@@ -4,14 +4,14 @@ Mixed into each of vLLM's linear LoRA classes (see ``compat.install``), whose ow
 made only where plain LoRA is served as well. A layer is inert until
 :meth:`CURLinearMixin.install_basis`; without a basis it costs nothing. Memory of a layer besides
 its part of the bank: C, ``r·out`` numbers, or ``n·r·out`` where torch takes the step, with n packed
-linears (q, k and v; gate and up).
+linears (q, k and v; gate and up); and, where ranks share its outputs, R, ``n·r·in`` numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
 from secura_serve.serve import compat
-from secura_serve.serve.engine import lora_step  # noqa: F401  (registers its op)
+from secura_serve.serve.engine import lora_step, row_product  # noqa: F401  (register ops)
 from secura_serve.serve.engine.delta_layer import DeltaLinearMixin
 from secura_serve.serve.kernels import Layout, choose_kernel
 from secura_serve.serve.names import CONFIG_KEY
@@ -29,23 +29,8 @@ from secura_serve.serve.names import CONFIG_KEY
 __all__ = ["CURLinearMixin"]
 
 
-class Shards(NamedTuple):
-    """A column-parallel linear's entries: each rank has some of them."""
-
-    rows: Tensor
-    """``(n, r)`` int64, columns of this rank's y."""
-    offset: Tensor | None
-    """``(n·r,)``, the bias there."""
-    owned: Tensor
-    """``(n, r)``: 1 where this rank answers for the entry, else 0."""
-
-    def gather(self, y: Tensor) -> Tensor:
-        """Return (y − b) at the rows, complete on every rank: ``(T, n·r)``."""
-        g = y.index_select(1, self.rows.flatten().clamp(min=0))
-        if self.offset is not None:
-            g = g - self.offset
-        whole: Tensor = tensor_model_parallel_all_reduce(g * self.owned.flatten())
-        return whole
+# Inputs that are pushed through a base linear at once, to read its rows.
+_ONE_HOTS = 512
 
 
 class CURLinearMixin(DeltaLinearMixin):
@@ -59,6 +44,8 @@ class CURLinearMixin(DeltaLinearMixin):
     """This linear's part of the bank, ``(slots + 1, *layout)``, given by the manager."""
     ranks: Tensor
     """``(slots + 1,)`` int32, given by the manager."""
+    R: Tensor | None
+    """``(n·r, in)``, the rows of a linear whose outputs are split over ranks; else None."""
     active: Tensor
     """``()`` bool on the CPU, given by the manager: whether any token has a CUR adapter."""
 
@@ -97,21 +84,22 @@ class CURLinearMixin(DeltaLinearMixin):
         layout = self.kernel.layout(n, r, dtype)
         starts = [0, *accumulate(self.output_slices)]
         rows = torch.full((n, layout.r), -1)
-        owned = torch.zeros(n, layout.r, dtype=dtype)
+        owned = torch.zeros(n, layout.r, dtype=torch.bool)
         C = torch.zeros(layout.r, starts[-1], dtype=dtype, device=self.device)
         for s, basis in enumerate(bases):
             if basis is not None:
                 local, mine = self._local_rows(s, basis.rows, self.output_slices[s])
                 rows[s, : len(local)] = starts[s] + local
-                owned[s, : len(local)] = mine.to(dtype)
+                owned[s, : len(local)] = mine
                 at = slice(starts[s], starts[s + 1])
                 C[: len(basis.cols), at] = self._columns(basis.cols)[:, at]
-        offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
-        self.shards = None
+        self.R = None
         if self.sharded_out:
-            # The entries are gathered here and summed over ranks before they meet U.
-            self.shards = Shards(rows.to(self.device), offset, owned.to(self.device))
+            # A row is another rank's: R x is worked out here, without asking for it at every step.
+            self.R = self._rows(rows.flatten(), owned.flatten()).to(dtype)
             rows, offset = torch.arange(n * layout.r).view(n, -1), None
+        else:
+            offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
         self.state = self.kernel.prepare(rows, C, offset, starts)
         return layout
 
@@ -125,6 +113,19 @@ class CURLinearMixin(DeltaLinearMixin):
         if self.tp_rank % compat.kv_head_copies(self, s):
             mine = torch.zeros_like(mine)
         return torch.where(mine, rows - shard * size, 0), mine
+
+    def _rows(self, rows: Tensor, owned: Tensor) -> Tensor:
+        """Return rows of W on every rank, each from the rank that owns it: ``(len(rows), in)``."""
+        width, device = self.input_size, self.device
+        R = torch.zeros(len(rows), width, dtype=self.base_layer.params_dtype, device=device)
+        held, at = owned.nonzero().squeeze(-1).to(device), rows[owned].to(device)
+        for first in range(0, width, _ONE_HOTS):
+            inputs = torch.arange(first, min(first + _ONE_HOTS, width), device=device)
+            one_hot = torch.nn.functional.one_hot(inputs, width).to(R.dtype)
+            columns = compat.base_linear(self, one_hot)
+            R[held, first : first + _ONE_HOTS] = columns[:, at].T.to(R.dtype)
+        whole: Tensor = tensor_model_parallel_all_reduce(R)
+        return whole
 
     def _columns(self, cols: Tensor) -> Tensor:
         """Return columns of W as ``(len(cols), out)``, by one-hot inputs to the base's kernel.
@@ -164,14 +165,17 @@ class CURLinearMixin(DeltaLinearMixin):
     def apply_adapter(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the base linear's output with each token's adapter applied."""
         y = output.reshape(-1, output.shape[-1])
-        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
-        if self.bank is not None:
-            source = None if self.shards is None else self.shards.gather(y)
-            held = (self.bank, self.ranks, self.state, self.active)
-            y = self.kernel.step(y, source, slots, *held)
         # The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
         # by the first one.
         into = x.reshape(-1, x.shape[-1])
+        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
+        if self.bank is not None:
+            source = None
+            if self.R is not None:
+                clear = not self.kernel.skips
+                source = torch.ops.secura_rows.product(into, self.R, self.active, clear)
+            held = (self.bank, self.ranks, self.state, self.active)
+            y = self.kernel.step(y, source, slots, *held)
         self.apply_deltas(y, into, slots)
         if self.lora is not None and self.device.type == "cpu":
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)

@@ -68,9 +68,14 @@ class CURModelManager(LRUCacheLoRAModelManager):
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
         compat.check_manager(self)
         self.shared_basis = SharedBasis.load(ours["basis"])
+        ours_alone = self.lora is None and all(
+            isinstance(layer, CURLinearMixin) for layer in self.modules.values()
+        )
         for wrapper in self.punica_wrapper_mapping.values():
             # Padding tokens read past what vLLM writes; -1 is the empty slot.
             compat.token_slots(wrapper).fill_(-1)
+            if ours_alone:
+                compat.write_slots_only(wrapper)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
         self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device, self.kinds[DELTA])

@@ -1,9 +1,10 @@
-"""The worker's half of a fold in the running engine: weights change in place, no copy is kept.
+"""The worker's half of a fold in the running engine: weights change in place.
 
 Mixed into vLLM's worker (``--worker-extension-cls``) and called on every rank while the engine is
-paused. Folded weights always come from the pristine base on disk, through the stream that merging
-uses, and reach the model through vLLM's own reload: it slices for the rank, repacks for the
-kernel, and copies into the tensors that compiled code and CUDA graphs hold.
+paused. Folded weights always come from the pristine base on disk (for a GPU, from what was kept of
+it in memory: :mod:`~secura_serve.serve.engine.pristine`), through the stream that merging uses, and
+reach the model through vLLM's own reload: it slices for the rank, repacks for the kernel, and
+copies into the tensors that compiled code and CUDA graphs hold.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secura_serve.checkpoint import Checkpoint
@@ -24,6 +26,7 @@ from secura_serve.merge import FoldPlan, base_stamp, fold_stream, open_source, p
 from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 from secura_serve.serve.engine.adapter_calls import AdapterCalls
+from secura_serve.serve.engine.pristine import PristineCopies
 
 __all__ = ["WorkerExtension", "with_siblings"]
 
@@ -96,7 +99,11 @@ class WorkerExtension(AdapterCalls):
         packed = compat.packed_modules(model)
         modules = with_siblings(self._secura_dirty, packed, base.linears())
         device = self.model_runner.device
-        tensors = ((name, tensor.to(device)) for name, tensor in base.tensors(modules))
+        tensors = base.tensors(modules)
+        if device.type != "cpu":
+            copies = getattr(self, "_secura_pristine", None) or PristineCopies(self._ranks_here())
+            self._secura_pristine = copies
+            tensors = copies.stream(base, modules, device)
         with _pool(cores if device.type == "cpu" else ()) as pool, compat.quiet_reload():
             stream = _Stream(fold_stream(tensors, plan, pool=pool))
             self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
@@ -107,6 +114,10 @@ class WorkerExtension(AdapterCalls):
         self._secura_dirty = now
         taken = time.perf_counter() - start
         return {"modules": len(modules), "bytes": stream.nbytes, "seconds": taken}
+
+    def _ranks_here(self) -> int:
+        """Return how many workers may keep copies of the base on this machine."""
+        return max(torch.accelerator.device_count(), 1)
 
 
 @contextmanager

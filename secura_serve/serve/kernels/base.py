@@ -27,6 +27,8 @@ class Kernel(ABC, Generic[State]):
     """What ``SECURA_KERNEL`` and the log call it."""
     priority: ClassVar[int]
     """Of the kernels that are supported, the one with the highest priority is used."""
+    skips: ClassVar[bool] = False
+    """Whether :meth:`step` reads nothing of a batch without adapters."""
 
     @classmethod
     @abstractmethod

@@ -37,7 +37,7 @@ class TritonState:
 class TritonKernel(Kernel[TritonState]):
     """For CUDA devices, where the package ``triton`` is installed."""
 
-    name, priority = "triton", 20
+    name, priority, skips = "triton", 20, True
 
     @classmethod
     def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,0 +1,271 @@
+"""Everything that wants a GPU, in parts of bounded time, into one JSON.
+
+    python -m benchmarks.gpu [--parts kernels step fold train serve] [--minutes 10] [--out FILE]
+
+* ``kernels``: the Triton kernels against float64, compiled, bfloat16 too.
+* ``step``: the adapter step on the linears of a layer of Llama-3-8B beside the linear itself and
+  LoRA's step (vLLM's kernels where it can be imported, else the bytes and launches they need).
+* ``fold``: bytes a second of a fold into one layer, beside a copy on the device.
+* ``train``: a training step against PEFT's LoRA.
+* ``serve``: base, stock LoRA and ours end to end; where vLLM can be imported.
+
+Each part is a process of its own and is ended when its time is over; its rows until then stay. The
+file keeps the parts of earlier runs that are not run again. Needs torch and triton, for ``train``
+also transformers and PEFT; no network, and no vLLM but for ``serve``. ``--rehearse`` runs tiny
+shapes on a CPU, where the numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks._report import ROOT, commit, machine, out_file
+
+PARTS = ("kernels", "step", "fold", "train", "serve")
+LINEARS = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate_up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
+TINY = {"qkv": (64, (64, 32, 32))}
+
+
+def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
+    """Run the tests' cases; what fails raises."""
+    from tests.support.triton_cases import FOLD, STEP
+
+    device = "cpu" if rehearse else "cuda"
+    dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
+    for (name, code), dtype in itertools.product((("step", STEP), ("fold", FOLD)), dtypes):
+        text = code.format(device=device, dtypes=f"(torch.{dtype},)")
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True
+        )
+        said = done.stderr.strip().splitlines()[-3:] if done.returncode else []
+        add({"kernel": name, "dtype": dtype, "ok": done.returncode == 0, "said": said})
+
+
+def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
+    """Time the adapter step of each linear, in the order in which the figures matter."""
+    import torch
+
+    from benchmarks.step import lora_packed, once, packed
+
+    device = torch.device("cpu" if rehearse else "cuda")
+    linears = TINY if rehearse else LINEARS
+    ranks = [8] if rehearse else [32, 8, 16, 64, 128]
+    batches = [(1, 1), (4, 2)] if rehearse else [
+        *((1, 1), (64, 64), (256, 256), (64, 1), (256, 1), (16, 16), (512, 64), (512, 256)),
+        (2048, 4),
+    ]  # fmt: skip
+    for r, (tokens, adapters) in itertools.product(ranks, batches):
+        for name, (width, outs) in linears.items():
+            W = torch.randn(sum(outs), width, device=device).bfloat16()
+            x = torch.randn(tokens, width, device=device).bfloat16()
+            calls: dict[str, Callable[[], Any] | None] = {
+                "linear_us": lambda x=x, W=W: torch.nn.functional.linear(x, W),  # type: ignore[misc]
+                "step_us": packed(outs, r, tokens, adapters, device),
+                "no_adapter_us": packed(outs, r, tokens, adapters, device, active=False),
+                "lora_us": lora_packed(width, outs, r, tokens, adapters, device),
+            }
+            row: dict[str, Any] = {"linear": name, "r": r, "tokens": tokens, "adapters": adapters}
+            for what, call in calls.items():
+                if call is not None and not (what == "no_adapter_us" and device.type == "cuda"):
+                    times = [once(call, device) for _ in range(1 if rehearse else 5)]
+                    row[what] = round(statistics.median(times), 2)
+            if calls["lora_us"] is None:
+                # What it cannot do without: A and B of each adapter, y read and written, twice.
+                distinct = min(tokens, adapters)
+                row["lora_needs"] = {
+                    "launches": 2,
+                    "weight_bytes": 2 * distinct * r * (len(outs) * width + sum(outs)),
+                    "y_bytes": 4 * tokens * sum(outs),
+                }
+            add(row)
+
+
+def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
+    """Time a fold of one layer's linears; bytes: W read once, W' written once."""
+    import torch
+
+    from secura_serve.merge.fold import Part, Target
+    from secura_serve.merge.triton_fold import fold_on_gpu
+    from secura_serve.method import Basis, MagNorm
+
+    device = torch.device("cpu" if rehearse else "cuda")
+    dtype = torch.float32 if rehearse else torch.bfloat16
+    linears = TINY if rehearse else LINEARS
+    for norm, r in itertools.product((MagNorm("bounded"), MagNorm("none")), (16, 32, 64, 128)):
+        if rehearse and r > 16:
+            continue
+        for width, out in sorted({(w, o) for w, outs in linears.values() for o in outs}):
+            W = torch.randn(out, width, device=device).to(dtype)
+            copy, bad = torch.empty_like(W), torch.zeros(1, dtype=torch.int32, device=device)
+            basis = Basis(torch.randperm(out)[:r], torch.randperm(width)[:r])
+            target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
+            row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
+            for what, call in (
+                ("fold", lambda W=W, t=target, n=norm, b=bad: fold_on_gpu(W, t, n, dtype, b)),  # type: ignore[misc]
+                ("copy", lambda W=W, copy=copy: copy.copy_(W)),  # type: ignore[misc]
+            ):
+                seconds = _seconds(call, device)
+                row[f"{what}_us"] = round(seconds * 1e6, 1)
+                row[f"{what}_gb_per_s"] = round(2 * W.nbytes / seconds / 1e9, 1)
+            row["of_copy"] = round(row["copy_us"] / row["fold_us"], 3)
+            add(row)
+
+
+def _seconds(call: Callable[[], Any], device: Any, repeat: int = 20) -> float:
+    """Seconds of a call, many queued in a row."""
+    import torch
+
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / repeat
+
+
+def _other(command: list[str], add: Callable[[dict[str, Any]], None]) -> None:
+    """Run another benchmark of this folder and add its report."""
+    out = Path(os.environ["SECURA_BENCH_PART"]).with_suffix(".other.json")
+    done = subprocess.run([sys.executable, "-m", *command, "--out", str(out)], cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} ended with status {done.returncode}")
+    add(json.loads(out.read_text("utf-8")))
+    out.unlink()
+
+
+def train(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
+    """Run ``benchmarks.train_step`` on random layers of Llama's shape."""
+    few = ["--rounds", "2", "--warmup", "1", "--targets", "q,v", "--kinds", "lora", "u"]
+    same = ["--base", "llama-2048x4", "--match", "equal rank", "--processes", "1"]
+    _other(["benchmarks.train_step", *same, *(few if rehearse else ["--rounds", "11"])], add)
+
+
+def serve(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
+    """Run ``benchmarks.serve`` on a random 1B-class Llama."""
+    if rehearse or find_spec("vllm") is None:
+        add({"skipped": "vLLM cannot be imported" if not rehearse else "a rehearsal"})
+        return
+    counts = ["0", "1", "16", "64", "256"]
+    _other(["benchmarks.serve", "--synthetic-gib", "2.5", "--adapters", *counts], add)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for name in ("torch", "triton", "vllm", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"name": "cpu"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _run_part(name: str, file: Path, rehearse: bool) -> None:
+    """Run one part here, with a line in ``file`` for each row as it comes."""
+    with file.open("w", encoding="utf-8") as lines:
+
+        def add(row: dict[str, Any]) -> None:
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+
+        {"kernels": kernels, "step": step, "fold": fold, "train": train, "serve": serve}[name](
+            rehearse, add
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--minutes", type=float, default=10, help="of one part (%(default)s)")
+    parser.add_argument("--total", type=float, default=30, help="minutes of all (%(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on a CPU")
+    default = ROOT / "benchmarks/results/gpu.json"
+    parser.add_argument("--out", type=out_file, default=default, help="JSON (%(default)s)")
+    parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        _run_part(args.one, Path(os.environ["SECURA_BENCH_PART"]), args.rehearse)
+        return
+    device = _device()
+    if device["name"] == "cpu" and not args.rehearse:
+        raise SystemExit("no GPU is to be seen by torch; --rehearse tries the command on a CPU")
+    old = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
+    report: dict[str, Any] = {"parts": old.get("parts", {})}
+    env = os.environ | {"TRITON_INTERPRET": "1"} if args.rehearse else dict(os.environ)
+    begun, failed = time.monotonic(), []
+    for name in args.parts:
+        left = args.total * 60 - (time.monotonic() - begun)
+        if left < 20:
+            print(f"{name}: no time is left; run it with --parts {name}", file=sys.stderr)
+            continue
+        rows, start = args.out.with_suffix(f".{name}.rows"), time.monotonic()
+        rows.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--one", name]
+        command += ["--rehearse"] if args.rehearse else []
+        env["SECURA_BENCH_PART"] = str(rows.absolute())
+        part: dict[str, Any] = {"device": device, "versions": _versions(), "commit": commit()}
+        part["machine"] = machine()
+        try:
+            limit = min(args.minutes * 60, left)
+            done = subprocess.run(
+                command, cwd=ROOT, env=env, timeout=limit, stderr=subprocess.PIPE, text=True
+            )
+            part["status"] = done.returncode
+            part["said"] = done.stderr.strip().splitlines()[-5:] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            part["status"] = "time was over"
+        part["seconds"] = round(time.monotonic() - start, 1)
+        lines = rows.read_text("utf-8").splitlines() if rows.exists() else []
+        part["rows"] = [json.loads(line) for line in lines]
+        rows.unlink(missing_ok=True)
+        wrong = part["status"] not in (0, "time was over")
+        if wrong or not all(row.get("ok", True) for row in part["rows"]):
+            failed.append(name)
+        report["parts"][name] = part
+        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        print(
+            f"{name}: {len(part['rows'])} rows in {part['seconds']} s, status {part['status']}",
+            file=sys.stderr,
+        )
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; see {args.out}")
+
+
+if __name__ == "__main__":
+    main()

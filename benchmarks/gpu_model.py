@@ -1,0 +1,114 @@
+"""A model, not a measurement: what the adapter step adds to a decode step of Llama-3-8B on a GPU.
+
+    python -m benchmarks.gpu_model [--ranks 16 32 64] [--out results/gpu_model.json]
+
+The launches are those that the code makes (caught, not run); what each of them reads and writes
+follows from its arguments. Time of a launch = a fixed cost + bytes from memory / bandwidth + bytes
+from the cache / its bandwidth, with nothing overlapped. Every constant is in the report. No GPU is
+needed; the package ``triton`` is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks._launches import LLAMA3_8B, Launch, step_launches
+from benchmarks._report import header, out_file
+
+LAYERS, HEAD, BYTES = 32, 128256 * 4096, 2
+H100 = {
+    "memory_bytes_per_s": 3.0e12,
+    "cache_bytes_per_s": 5.5e12,
+    "flops_per_s": 790e12,
+    # Low and high: a kernel of a CUDA graph that waits for the one before it, with a few loads
+    # that wait for each other; and one that was started early (programmatic dependent launch).
+    "launch_s": (1.6e-6, 2.5e-6),
+    "dependent_launch_s": (0.4e-6, 0.8e-6),
+}
+# A gathered number costs the 32 bytes around it.
+_SECTOR = 32
+
+
+def traffic(launch: Launch, adapters: int) -> tuple[float, float]:
+    """Return the bytes that a launch moves from memory and from the cache.
+
+    What no step before it can have left in the cache, C and U, comes from memory once.
+    """
+    given, name = launch.given, launch.kernel.__name__
+    n, r = given["n"], given["r"]
+    if name == "expand":
+        tokens, out = given["y"].shape
+        tiles = launch.grid[0]
+        C, blocks_of_slice = r * out * BYTES, launch.grid[1] / n
+        y = 2 * tokens * out * BYTES
+        h = tokens * n * r * BYTES * blocks_of_slice
+        return C, y + h + (tiles - 1) * C
+    tokens, U = len(given["slots"]), n * r * r * BYTES
+    parts = launch.grid[1] // n
+    distinct = min(adapters, tokens) * U
+    reads = tokens if name == "core" else launch.grid[0] * given["T"] / tokens * distinct / U
+    gathered = tokens * n * r * _SECTOR * parts
+    return distinct, max(reads * U - distinct, 0) + gathered + tokens * n * r * BYTES
+
+
+def base_seconds(tokens: int) -> float:
+    """Return the time of the base alone: all weights are read once, or the products take longer."""
+    weights = LAYERS * sum(width * sum(outs) for width, outs in LLAMA3_8B.values()) + HEAD
+    reading = weights * BYTES / H100["memory_bytes_per_s"]  # type: ignore[operator]
+    return max(reading, 2 * weights * tokens / H100["flops_per_s"])  # type: ignore[operator]
+
+
+def overhead(r: int, tokens: int, adapters: int, early: bool = True) -> dict[str, Any]:
+    """Return what one decode step has, and its share of the base's time, low and high."""
+    memory: Any = H100["memory_bytes_per_s"]
+    cache: Any = H100["cache_bytes_per_s"]
+    times, moved, count = [0.0, 0.0], [0.0, 0.0], 0
+    for _, outs in LLAMA3_8B.values():
+        launches = step_launches(outs, r, tokens, early=early, adapters=adapters)
+        for i, launch in enumerate(launches):
+            first, again = traffic(launch, adapters)
+            fixed: Any = H100["dependent_launch_s" if i and early else "launch_s"]
+            for bound in (0, 1):
+                times[bound] += LAYERS * (fixed[bound] + first / memory + again / cache)
+            moved[0] += LAYERS * first
+            moved[1] += LAYERS * again
+            count += LAYERS
+    base = base_seconds(tokens)
+    return {
+        "rank": r,
+        "tokens": tokens,
+        "adapters": adapters,
+        "launches": count,
+        "from_memory_mb": round(moved[0] / 1e6, 1),
+        "from_cache_mb": round(moved[1] / 1e6, 1),
+        "base_ms": round(base * 1e3, 2),
+        "overhead": [round(time / base, 3) for time in times],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument(
+        "--out", type=out_file, default=Path(__file__).parent / "results/gpu_model.json"
+    )
+    args = parser.parse_args()
+    report = header(("torch", "triton")) | {"model": "Llama-3-8B, bfloat16, H100", "assumed": H100}
+    report["steps"] = [
+        overhead(r, tokens, adapters)
+        for r in args.ranks
+        for tokens, adapters in ((1, 1), (16, 16), (64, 64), (256, 1), (256, 256))
+    ]
+    idle = [step_launches(outs, 32, 64, active=False) for _, outs in LLAMA3_8B.values()]
+    report["launches_without_adapters"] = sum(map(len, idle))
+    for step in report["steps"]:
+        print(json.dumps(step), file=sys.stderr)
+    args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

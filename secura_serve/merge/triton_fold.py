@@ -1,0 +1,99 @@
+"""The fold of one weight on a GPU: two launches for an adapter, one more for each further part.
+
+The first makes L = w·C·U, C gathered from W on the way; the second reads W once, takes R's rows
+from it, applies the norm and writes W' once. torch's own fold makes Δ in blocks that fit a CPU's
+cache: hundreds of launches a weight. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by
+the tests).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from secura_serve.errors import MergeError
+from secura_serve.merge import triton_code
+from secura_serve.merge.fold import Target
+from secura_serve.method import MagNorm
+from secura_serve.method.native import FORMS
+
+__all__ = ["fold_on_gpu", "supports", "tallest"]
+
+# Numbers of W that the parts of a float32 can be made of without leaving its range.
+_SPLIT = (torch.bfloat16,)
+
+
+def supports(W: Tensor, target: Target, norm: MagNorm) -> bool:
+    """Return whether these kernels fold such a weight: a norm in closed form, ρ_max known."""
+    known = not norm.needs_rho_max or target.parts[0].rho_max is not None
+    halves = W.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return norm.entry.native is not None and known and halves
+
+
+def tallest(device: torch.device) -> int:
+    """Return the rows of a tile: 64, or 32 where Triton 3.6 fails on larger ones (sm_100)."""
+    later = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (10, 0)
+    return 32 if later else 64
+
+
+@torch.no_grad()
+def fold_on_gpu(
+    W: Tensor, target: Target, norm: MagNorm, dtype: torch.dtype, bad: Tensor
+) -> Tensor:
+    """Return W' of one weight, rounded once to ``dtype``.
+
+    Args:
+        W: pristine, ``(out, in)``, or ``(in, out)`` where the target is ``transposed``.
+        bad: ``(1,)`` int32, set to 1 where W' holds NaN or Inf, and else left as it is.
+
+    Raises:
+        MergeError: an index that W does not have.
+
+    Peak memory: W, W' and L, ``Σr·out`` float32.
+    """
+    form = norm.entry.native
+    assert form is not None
+    values = dict(norm.parameters)
+    a, b = (0.0 if name is None else values[name] for name in form.arguments)
+    new = torch.empty(W.shape, dtype=dtype, device=W.device)
+    base, made = (W.T, new.T) if target.transposed else (W, new)
+    out, width = base.shape
+    for part in target.parts:
+        if int(part.basis.rows.max()) >= out or int(part.basis.cols.max()) >= width:
+            raise MergeError(
+                f"{target.module}: indices beyond the base's shape {tuple(base.shape)}"
+            )
+    ranks = [len(part.basis.rows) for part in target.parts]
+    # One copy for the indices of all parts, one for their U.
+    indices = [part.basis.rows for part in target.parts] + [p.basis.cols for p in target.parts]
+    moved = _to(torch.cat(indices).to(torch.int32), W.device)
+    cores = _to(torch.cat([part.U.float().flatten() for part in target.parts]), W.device)
+    total = sum(ranks)
+    L = torch.empty(out, total, dtype=torch.float32, device=W.device)
+    split = W.dtype in _SPLIT
+    tall, wide = (tallest(W.device), 128) if split else (16, 64)
+    first = core = 0
+    for part, r in zip(target.parts, ranks, strict=True):
+        padded = max(16, triton.next_power_of_2(r))
+        step, deep = min(padded, 32), min(padded, 32 if split else 16)
+        triton_code.left[(triton.cdiv(out, tall), triton.cdiv(r, step))](
+            L, base, moved[total + first :], cores[core:], float(part.weight), out, *base.stride(),
+            first=first, r=r, wide=total, ROWS=tall, OUT=step, IN=deep, SPLIT=split, num_warps=8,
+        )  # fmt: skip
+        first, core = first + r, core + r * r
+    padded = max(16, triton.next_power_of_2(total))
+    triton_code.fold[(triton.cdiv(width, wide), triton.cdiv(out, tall))](
+        made, bad, base, L, moved, out, width, *base.stride(), *made.stride(),
+        a, b, float(target.parts[0].rho_max or 0), k_all=total, FORM=FORMS[form.form],
+        TINY=torch.finfo(torch.float32).tiny, ROWS=tall, COLUMNS=wide,
+        K=min(padded, 32 if split else 16), SPLIT=split, num_warps=8 if split else 4, num_stages=2,
+    )  # fmt: skip
+    return new
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small CPU tensor without waiting for the device."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

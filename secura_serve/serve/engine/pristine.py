@@ -1,0 +1,90 @@
+"""The base's own weights for a fold on a GPU: read once, then kept where the bus is fast.
+
+Memory that the operating system may move is copied to a GPU piece by piece while the processor
+waits. So what a fold has read stays in pinned memory as far as there is room; the next fold, and
+the one that puts the base back, only queue copies, and the fold's kernels behind them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from secura_serve.checkpoint import Checkpoint
+
+__all__ = ["PristineCopies"]
+
+logger = init_logger("vllm.secura_serve")
+
+
+class PristineCopies:
+    """Tensors of one base in pinned memory.
+
+    Args:
+        ranks: how many workers of this machine keep copies of their own.
+        room: bytes to keep at most; by default half of the memory that is free at the first
+            fold, shared among ``ranks``.
+        pin: makes a pinned copy.
+    """
+
+    def __init__(
+        self,
+        ranks: int = 1,
+        room: int | None = None,
+        pin: Callable[[Tensor], Tensor] = Tensor.pin_memory,
+    ) -> None:
+        self._ranks, self._room, self._pin = ranks, room, pin
+        self._stamp: object = None
+        self._held: dict[str, list[tuple[str, Tensor]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(t.nbytes for held in self._held.values() for _, t in held)
+
+    def stream(
+        self, base: Checkpoint, modules: Sequence[str], device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor, on ``device``, of each module's weight and bias.
+
+        First those that are kept, then the others in the order of the files. What was read of
+        files that have changed since is read again.
+        """
+        if (stamp := _stamp(base)) != self._stamp:
+            self._held, self._stamp = {}, stamp
+        if self._room is None:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self._room = free // 2 // self._ranks
+        kept = [module for module in modules if module in self._held]
+        for module in kept:
+            for name, tensor in self._held[module]:
+                yield name, tensor.to(device, non_blocking=True)
+        left = self._room - self.nbytes
+        read: dict[str, list[tuple[str, Tensor]]] = {}
+        partial = set[str]()
+        for name, tensor in base.tensors([m for m in modules if m not in self._held]):
+            module = name.rpartition(".")[0]
+            if partial or tensor.nbytes > left:
+                partial.add(module)
+                yield name, tensor.to(device)
+                continue
+            pinned, left = self._pin(tensor), left - tensor.nbytes
+            read.setdefault(module, []).append((name, pinned))
+            yield name, pinned.to(device, non_blocking=True)
+        # Only now: a consumer that ends early leaves no module half read.
+        self._held |= {module: held for module, held in read.items() if module not in partial}
+        if partial:
+            logger.warning(
+                "folds: there is no room to keep all of the base in pinned memory; some of it is "
+                "read from its files each time"
+            )
+
+
+def _stamp(base: Checkpoint) -> object:
+    """Say which files the base's tensors come from, and when they were written."""
+    files = ((shard, (base.path / shard).stat()) for shard in base.shards())
+    return tuple((shard, stat.st_mtime_ns, stat.st_size) for shard, stat in files)

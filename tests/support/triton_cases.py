@@ -1,0 +1,106 @@
+"""The GPU kernels' cases: interpreted by the tests here, compiled on a GPU by the tests and by
+``benchmarks/gpu.py``. Source text, because each runs in a process of its own; needs torch only."""
+
+from __future__ import annotations
+
+STEP = """
+import itertools, torch
+from dataclasses import replace
+from secura_serve.serve.kernels import triton_step
+from secura_serve.serve.kernels.triton_kernel import TritonKernel
+from tests.support.stepping import Linear
+
+device = torch.device({device!r})
+# Slices that end at odd columns, ranks that are no multiples of 8, and tiles of ranks.
+shapes = [((40,), (3,)), ((96, 32, 32), (16, 5, 1)), ((201, 131), (33, 8)), ((304,), (200, 72))]
+for (outs, ranks), dtype, biased in itertools.product(shapes, {dtypes}, (False, True)):
+    linear = Linear(TritonKernel(), outs, ranks, dtype, biased, device=device)
+    for tokens in (1, 5, 67):
+        linear.check(tokens)
+    # As for long prompts: tokens grouped by adapter, with many in a tile and with one.
+    triton_step._DECODE, triton_step._GROUPED_RANK = 0, 0
+    linear.check(37)
+    linear.check(70, slots=torch.arange(70) // 40 - 1)
+    triton_step._DECODE, triton_step._GROUPED_RANK = 512, 64
+# Entries that were made elsewhere, and an empty batch.
+linear = Linear(TritonKernel(), (24, 8), (6, 4), torch.float32, False, device=device)
+y, slots = linear.noise(9, 32).to(device), torch.randint(-1, 2, (9,)).to(device)
+plain = linear.step(y.clone(), slots)
+rows = linear.state.rows
+source = y[:, rows.flatten().clamp(min=0).long()].contiguous()
+straight = torch.arange(rows.numel(), dtype=torch.int32, device=device).view(rows.shape)
+linear.state = replace(linear.state, rows=straight)
+torch.testing.assert_close(linear.step(y.clone(), slots, source), plain)
+linear.step(y[:0], slots[:0])
+# A batch without adapters is left alone, whatever the buffer of slots holds.
+assert torch.equal(linear.step(y.clone(), slots, source, active=False), y)
+"""
+
+FOLD = """
+import itertools, torch
+from secura_serve.merge import triton_fold
+from secura_serve.merge.fold import Part, Target
+from secura_serve.method import Basis, MagNorm, apply
+
+device, gen = torch.device({device!r}), torch.Generator().manual_seed(0)
+TOLERANCE = {{torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}}
+NORMS = [MagNorm("none"), MagNorm("bounded", tau=0.05), MagNorm("published")]
+SHAPES = [((48, 80), (5,)), ((130, 67), (16, 3)), ((64, 128), (40,))]
+
+def case(shape, ranks, dtype, norm, transposed):
+    W = torch.randn(shape, generator=gen).to(dtype)
+    W[3, 5:9] = 0
+    parts = []
+    for i, r in enumerate(ranks):
+        basis = Basis(torch.randperm(shape[0], generator=gen)[:r],
+                      torch.randperm(shape[1], generator=gen)[:r])
+        U = torch.randn(r, r, generator=gen) * 0.02
+        parts.append(Part("a", 1 - 0.25 * i, U, basis, "", None))
+    D = sum(p.weight * W.double()[:, p.basis.cols] @ p.U.double() @ W.double()[p.basis.rows]
+            for p in parts)
+    peak = float((D.abs() / (W.double().abs() + 1e-8)).max()) if norm.needs_rho_max else None
+    parts = [Part(p.adapter, p.weight, p.U, p.basis, "", peak) for p in parts]
+    want = apply(W.double(), D, norm, peak=peak)
+    held = (W.T.contiguous() if transposed else W).to(device)
+    target = Target("m", tuple(parts), transposed)
+    bad = torch.zeros(1, dtype=torch.int32, device=device)
+    assert triton_fold.supports(held, target, norm)
+    got = triton_fold.fold_on_gpu(held, target, norm, dtype, bad)
+    got = (got.T if transposed else got).cpu().double()
+    worst = float((got - want).abs().max() / want.abs().max())
+    assert worst < TOLERANCE[dtype], (shape, ranks, dtype, norm, worst)
+    assert not bool(bad.any())
+
+for (shape, ranks), dtype, norm in itertools.product(SHAPES, {dtypes}, NORMS):
+    case(shape, ranks, dtype, norm, False)
+case((48, 80), (5,), torch.float32, NORMS[1], True)
+# The parts of a float32, one after the other, as for bfloat16.
+triton_fold._SPLIT = (torch.bfloat16, torch.float16)
+case((48, 80), (16,), torch.float16, NORMS[0], False)
+case((70, 140), (40,), torch.float16, NORMS[1], False)
+W = torch.ones(16, 32, dtype=torch.float16, device=device)
+bad = torch.zeros(1, dtype=torch.int32, device=device)
+one = Part("a", 1.0, torch.full((1, 1), 1e6), Basis(torch.tensor([0]), torch.tensor([1])), "")
+triton_fold.fold_on_gpu(W, Target("m", (one,)), NORMS[0], torch.float16, bad)
+assert bool(bad.all())
+
+# The stream that every consumer reads: the same weights as torch's own fold, and errors at its end.
+from secura_serve.errors import MergeError
+from secura_serve.merge import FoldPlan, fold_stream, stream
+
+W = torch.randn(64, 96, generator=gen).to(device)
+basis = Basis(torch.arange(8), torch.arange(8))
+for U, fine in ((torch.randn(8, 8, generator=gen) * 0.02, True), (torch.full((8, 8), 3e38), False)):
+    target = Target("m", (Part("a", 1.0, U, basis, ""),))
+    plan = FoldPlan({{"m.weight": target}}, NORMS[0], None, True)
+    folds = []
+    for quick in (False, True):
+        stream.takes_triton = lambda *args: quick
+        try:
+            folds.append(dict(fold_stream([("m.weight", W), ("n", W)], plan)))
+        except MergeError as error:
+            assert not fine and "m: NaN or Inf" in str(error.problems)
+    assert len(folds) == 2 * fine
+    for name in ("m.weight", "n") if fine else ():
+        torch.testing.assert_close(folds[0][name], folds[1][name])
+"""
