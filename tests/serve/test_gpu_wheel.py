@@ -23,6 +23,7 @@ from secura_serve.serve.compat.names import BASE_LINEAR, LAYER, LINEARS, MANAGER
 import vllm
 from vllm.lora import layers
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from vllm.model_executor.layers import linear
 from vllm.v1.worker.gpu_worker import Worker
@@ -36,9 +37,11 @@ def lacks(cls, names):
     made |= set(re.findall(r"self\\.(\\w+),", sources))
     return [n for n in names if not (hasattr(cls, n) or n in made or f" {{n}}:" in sources)]
 
+PUNICA = ("_token_lora_indices", "indices_len", "token_mapping_meta")
 # output_slices is made by our own mixin where vLLM does not.
 wanted = [(getattr(layers, name), [n for n in LAYER if n != "output_slices"]) for name in LINEARS]
-wanted += [(LRUCacheLoRAModelManager, MANAGER), (PunicaWrapperGPU, ("_token_lora_indices",))]
+wanted += [(LRUCacheLoRAModelManager, MANAGER), (PunicaWrapperGPU, PUNICA)]
+wanted += [(LoRAKernelMeta, ("no_lora_flag_cpu",))]
 wanted += [(linear.QKVParallelLinear, BASE_LINEAR + QKV), (linear.RowParallelLinear, BASE_LINEAR)]
 wanted += [(Worker, ("model_runner", "reload_weights"))]
 faults = [f"{{cls.__name__}}: {{gone}}" for cls, names in wanted if (gone := lacks(cls, names))]

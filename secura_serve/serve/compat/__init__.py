@@ -14,6 +14,7 @@ What is used, and why there is no public way:
 * ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
 * ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address;
   ``update_metadata``, which fills it, is replaced where no LoRA layer of vLLM reads the rest.
+* ``PunicaWrapperGPU.token_mapping_meta.no_lora_flag_cpu``: set for batches without plain LoRA.
 * ``LRUCacheLoRAModelManager.lora_index_to_id``, ``._registered_adapters``, ``._active_adapters``
   and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
   they are made.
@@ -63,6 +64,7 @@ from secura_serve.serve.compat.workers import (
     registered_adapter,
     registered_adapters,
     resident,
+    skip_stock_lora,
     slot_of,
     token_slots,
     worker_adapters,
@@ -97,6 +99,7 @@ __all__ = [
     "registered_adapters",
     "resident",
     "show_adapters_as",
+    "skip_stock_lora",
     "slot_of",
     "supports_adapters",
     "token_slots",

@@ -34,6 +34,7 @@ __all__ = [
     "packed_modules",
     "quiet_reload",
     "registered_adapter",
+    "skip_stock_lora",
     "slot_of",
     "token_slots",
     "write_slots_only",
@@ -77,6 +78,9 @@ def check_manager(manager: Any) -> None:
     require("LRUCacheLoRAModelManager", manager, MANAGER)
     for wrapper in manager.punica_wrapper_mapping.values():
         require("PunicaWrapperBase", wrapper, ("_token_lora_indices", "indices_len"))
+        if manager.device.type == "cuda":
+            require("PunicaWrapperGPU", wrapper, ("token_mapping_meta",))
+            require("LoRAKernelMeta", wrapper.token_mapping_meta, ("no_lora_flag_cpu",))
 
 
 def check_layer(layer: Any) -> None:
@@ -96,6 +100,15 @@ def token_slots(wrapper: Any) -> Tensor:
     """Return the slot of every token of the batch, -1 for none, in a buffer of fixed address."""
     slots: Tensor = wrapper._token_lora_indices
     return slots
+
+
+def skip_stock_lora(manager: Any) -> None:
+    """Have vLLM's own LoRA kernels launch nothing for the batch that was just announced.
+
+    By themselves they stay away only from batches without any adapter, ours included.
+    """
+    for wrapper in manager.punica_wrapper_mapping.values():
+        wrapper.token_mapping_meta.no_lora_flag_cpu[0] = True
 
 
 def write_slots_only(wrapper: Any) -> None:

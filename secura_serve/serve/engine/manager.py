@@ -191,6 +191,9 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         manager.in_batch = frozenset(request.lora_int_id for request in requests if request)
         super().set_active_adapters(requests, mapping)
         manager.kinds.set(kind for n in manager.in_batch for kind in manager.kinds_of(n))
+        plain = manager.lora is not None and manager.device.type == "cuda"
+        if plain and not manager.kinds[LORA]:
+            compat.skip_stock_lora(manager)
 
     def load_adapter(self, lora_request: Any) -> LoRAModel:
         """Return the adapter of a registered path, or register it. Raises AdapterError."""
