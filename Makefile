@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: triton bench-gpu help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push lock clean bench-train
+.PHONY: triton bench-gpu help setup demo test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push bench-mix bench-resident bench-delta-format lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -91,6 +91,15 @@ bench-lifecycle: setup ## updates, pushes, cold adapters and a restart with a th
 
 bench-push: setup ## end of an optimiser step to the new version's first token, idle and under load
 	$(PY) -m benchmarks.push $(ARGS)
+
+bench-resident: setup ## full-rank adapters per request: throughput, floors, memory, filling a place
+	$(PY) -m benchmarks.resident $(ARGS)
+
+bench-delta-format: setup ## what 8 bits lose of a full-rank update, beside a fold in bfloat16
+	$(PY) -m benchmarks.delta_format $(ARGS)
+
+bench-mix: setup ## the first token of a new mix beside an adapter's, and tokens a second
+	$(PY) -m benchmarks.mix $(ARGS)
 
 bench-train: setup ## a training step against PEFT's LoRA; ARGS="--base smollm2-135m --threads 1"
 	$(PY) -m benchmarks.train_step $(ARGS)

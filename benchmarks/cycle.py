@@ -30,10 +30,10 @@ from benchmarks.serve import AT_ONCE, RANK, resident_mb, serving
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 
 
-async def first_token_ms(client: Any, name: str) -> float:
+async def first_token_ms(client: Any, name: str, prompt: str = PROMPT) -> float:
     start = time.perf_counter()
     stream = await client.completions.create(
-        model=name, prompt=PROMPT, max_tokens=2, temperature=0, stream=True
+        model=name, prompt=prompt, max_tokens=2, temperature=0, stream=True
     )
     first_token = None
     async for _ in stream:

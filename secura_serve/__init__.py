@@ -25,6 +25,7 @@ _EXPORTS: dict[str, str] = {
     "IncompatibleVLLMError": "errors",
     "LifecycleError": "errors",
     "MergeError": "errors",
+    "MixError": "errors",
     "PushError": "errors",
     "SecuraError": "errors",
     "ServeError": "errors",

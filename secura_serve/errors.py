@@ -15,6 +15,7 @@
     ├── ServeError                a server that cannot start, or that ended on its own
     ├── FoldError                 a fold into the running engine that did not happen
     ├── LifecycleError            a change of a running server's adapters that did not happen
+    ├── MixError                  a weighted mix of adapters that cannot be answered
     ├── PushError                 an update that a running server did not take
     ├── StorageError              a disk that is full or cannot be written
     └── IncompatibleVLLMError     a vLLM name that we build on has moved
@@ -41,6 +42,7 @@ __all__ = [
     "IncompatibleVLLMError",
     "LifecycleError",
     "MergeError",
+    "MixError",
     "PushError",
     "SecuraError",
     "ServeError",
@@ -128,6 +130,18 @@ class FoldError(SecuraError):
 
 class LifecycleError(SecuraError):
     """A change of a running server's adapters that did not happen; what was served still is.
+
+    Args:
+        status: the HTTP status that says it best.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class MixError(SecuraError):
+    """A weighted mix of adapters that a request asks for and that cannot be answered.
 
     Args:
         status: the HTTP status that says it best.

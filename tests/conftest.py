@@ -101,6 +101,6 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     shutil.copytree(ROOT / "adapters", root / "adapters")
     log = root / "log"
     flags = "--enforce-eager --dtype float32 --max-model-len 1024"
-    flags += " --enable-auto-tool-choice --tool-call-parser hermes"
+    flags += " --resident-dtype float32 --enable-auto-tool-choice --tool-call-parser hermes"
     with serving("smollm2-135m", root / "adapters", log, *flags.split()) as server:
         yield server

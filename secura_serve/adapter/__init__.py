@@ -11,7 +11,7 @@ from secura_serve.adapter.format import (
     weights_digest,
 )
 from secura_serve.adapter.identity import base_id
-from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized
+from secura_serve.adapter.limits import LARGEST_RMS, refuse_oversized, update_sizes
 from secura_serve.adapter.store import (
     Adapter,
     check_name,
@@ -60,6 +60,7 @@ __all__ = [
     "refuse_mismatches",
     "refuse_oversized",
     "save",
+    "update_sizes",
     "verify",
     "weight_fingerprint",
     "weights_digest",

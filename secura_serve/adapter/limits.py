@@ -14,7 +14,7 @@ from torch import Tensor, linalg
 from secura_serve.adapter.store import Adapter
 from secura_serve.errors import AdapterFormatError
 
-__all__ = ["LARGEST_RMS", "refuse_oversized", "update_norm_bound"]
+__all__ = ["LARGEST_RMS", "refuse_oversized", "update_norm_bound", "update_sizes"]
 
 LARGEST_RMS = 100.0
 """Of the entries of ΔW; a useful update has less than a thousandth of it."""
@@ -30,6 +30,19 @@ def update_norm_bound(C: Tensor, R: Tensor) -> float:
     return float(linalg.vector_norm(C.float()) * linalg.vector_norm(R.float())) / size
 
 
+def update_sizes(adapter: Adapter, norm_bounds: Mapping[str, float]) -> dict[str, float]:
+    """Return for each module a bound of the root mean square of the entries of C·U·R.
+
+    Args:
+        norm_bounds: module -> :func:`update_norm_bound`.
+    """
+    return {
+        # In float64: the square of a float32 may overflow.
+        module: float(linalg.vector_norm(cur.U.double())) * norm_bounds[module]
+        for module, cur in adapter.modules.items()
+    }
+
+
 def refuse_oversized(adapter: Adapter, norm_bounds: Mapping[str, float]) -> None:
     """Raise AdapterFormatError if an update may exceed :data:`LARGEST_RMS`.
 
@@ -41,9 +54,7 @@ def refuse_oversized(adapter: Adapter, norm_bounds: Mapping[str, float]) -> None
     """
     if not adapter.config.magnorm.additive:
         return
-    for module, cur in adapter.modules.items():
-        # In float64: the square of a float32 may overflow.
-        rms = float(linalg.vector_norm(cur.U.double())) * norm_bounds[module]
+    for module, rms in update_sizes(adapter, norm_bounds).items():
         if rms > LARGEST_RMS:
             raise AdapterFormatError(
                 f"{adapter.name}: {module}: the entries of C·U·R may reach {rms:.1e} in root mean "

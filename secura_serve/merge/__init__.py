@@ -11,6 +11,7 @@ from secura_serve.lazy import lazy
 _HOMES = {
     "Change": "fold",
     "FoldPlan": "stream",
+    "MAX_WEIGHT": "spec",
     "MergePlan": "plan",
     "Part": "fold",
     "Source": "source",
@@ -24,6 +25,7 @@ _HOMES = {
     "plan_fold": "source",
     "plan_merge": "plan",
     "restore_base": "restore",
+    "update_stream": "update",
     "verify_base": "verify",
     "write_merge": "write",
 }

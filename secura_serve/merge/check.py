@@ -76,6 +76,9 @@ def _manifest_problems(plan: MergePlan) -> list[str]:
 
     try:
         there, now = read_manifest(plan.out), describe(plan.source)
+        if there.get("method") != now.get("method"):
+            methods = (f.get("method") or "linear" for f in (there, now))
+            return ["its manifest says that its method was {}, not {}".format(*methods)]
         # Not by name: a folder may have been renamed.
         if folded(there) == folded(now):
             return []

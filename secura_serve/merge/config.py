@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
 
-__all__ = ["MergeConfig"]
+__all__ = ["METHODS", "MergeConfig"]
+
+METHODS = ("linear", "ties", "dare_linear", "dare_ties")
+"""``linear``: Σ wᵢUᵢ. ``ties`` (arXiv 2306.01708): of each U the largest entries; of these, those
+whose sign has the larger sum; the mean of them, weighted. ``dare_linear`` (2311.03099): entries are
+dropped at random, the others divided by the density, and the rest is summed. ``dare_ties``: dropped
+in this way, then as ``ties``."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,14 @@ class MergeConfig:
         metavar="DIR[*WEIGHT]",
         split=False,
     )
+    merge_method: str = option(
+        "how several adapters become one update: linear is their weighted sum; ties, dare_linear "
+        "and dare_ties are PEFT's, on the U of adapters that have the same rows and columns",
+        "linear",
+        METHODS,
+    )
+    density: float | None = option("with ties and dare_*: share of each U that is kept", None)
+    merge_seed: int = option("of what dare_* drops at random", 0)
     dtype: str = option(
         "dtype of the output; auto keeps the base's (--to-lora: float32)",
         "auto",
@@ -62,6 +76,12 @@ class MergeConfig:
             problems.append("--approximate and --rank k belong together")
         if self.approximate and not self.to_lora:
             problems.append("--approximate needs --to-lora")
+        if (self.merge_method == "linear") != (self.density is None):
+            problems.append("--density belongs to --merge-method ties, dare_linear and dare_ties")
+        elif self.density is not None and not 0 < self.density < 1:
+            problems.append(f"--density: got {self.density}, must be between 0 and 1")
+        if self.merge_seed and not self.merge_method.startswith("dare_"):
+            problems.append("--merge-seed belongs to --merge-method dare_linear and dare_ties")
         if self.rank is not None and self.rank < 1:
             problems.append(f"--rank: got {self.rank}, must be >= 1")
         if problems:

@@ -45,22 +45,33 @@ def _merge(config: MergeConfig) -> str:
         count = restore_base(base, Path(os.path.abspath(config.out)))
         return f"{config.out}: {count} tensors restored, bit for bit"
     assert config.base is not None  # seen to by MergeConfig
+    from secura_serve.merge.methods import LINEAR, MergeMethod
     from secura_serve.merge.plan import DTYPES, plan_merge, space_problems
     from secura_serve.merge.source import open_source
 
+    method = LINEAR
+    if config.density is not None:
+        method = MergeMethod(config.merge_method, config.density, config.merge_seed)
     if config.to_lora:
         from secura_serve.merge.lora import export_lora
 
         out = Path(os.path.abspath(config.out))
         known, taken = space_problems(out, 0), os.path.lexists(out)
-        source = open_source(config.base, config.adapter, known, wrong_use=taken)
+        source = open_source(config.base, config.adapter, known, wrong_use=taken, method=method)
         facts = export_lora(source, out, rank=config.rank, dtype=DTYPES.get(config.dtype))
         said = f"{config.out}: {facts['lora']} LoRA of rank {facts['r']}"
         if facts["lora"] == "exact":
             return said
         worst = max(facts["modules"].values())
         return f"{said}; it misses at most {worst:.3g} of a layer's update (‖W′ − W − B·A‖)"
-    plan = plan_merge(config.base, config.adapter, config.out, config.dtype, exists=config.check)
+    plan = plan_merge(
+        config.base,
+        config.adapter,
+        config.out,
+        config.dtype,
+        exists=config.check,
+        method=method,
+    )
     if config.dry_run:
         return plan.summary()
     if config.check:

@@ -45,6 +45,7 @@ def describe(source: Source) -> dict[str, Any]:
             for adapter, weight in source.adapters
         ],
         "magnorm": source.norm.to_json(),
+        **({"method": method} if (method := source.method.to_json()) else {}),
         "versions": {
             "secura-serve": __version__,
             "torch": version("torch"),
@@ -126,6 +127,7 @@ tags: [secura, cur, merge]
 |---|---|---|
 {mixed}
 
+Method: {facts.get("method", "linear")}.
 S-MagNorm: {", ".join(f"{key} {value}" for key, value in norm.items())}. Arithmetic in float32,
 rounded once; dtype {facts["dtype"]}. {len(facts["modules"])} linear layers changed, the others are
 the base's, byte for byte unless the dtype changed.

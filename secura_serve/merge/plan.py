@@ -12,6 +12,7 @@ import torch
 
 from secura_serve.errors import MergeError
 from secura_serve.merge.io.layout import Shard, with_dtype
+from secura_serve.merge.methods import LINEAR, MergeMethod
 from secura_serve.merge.source import NOTHING_DONE, Source, open_source, plan_fold
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.merge.verify import base_mismatches, quantised_targets, shards_of
@@ -48,7 +49,8 @@ class MergePlan:
         dtypes = sorted({t.code for _, new in self.shards for t in new.tensors})
         lines = [
             f"base      {self.source.model_id} ({self.source.checkpoint.path})",
-            f"adapters  {names}; S-MagNorm {self.source.norm.to_json() or 'none'}",
+            f"adapters  {names}; S-MagNorm {self.source.norm.to_json() or 'none'}; method "
+            f"{self.source.method.to_json() or 'linear'}",
             f"output    {self.out} ({', '.join(dtypes)}; {self.nbytes / 2**20:,.1f} MiB)",
             f"copied    {', '.join(self.extras)}",
         ]
@@ -94,7 +96,13 @@ def space_problems(out: Path, nbytes: int) -> list[str]:
 
 
 def plan_merge(
-    base: str, specs: Sequence[str], out: str | Path, dtype: str = "auto", *, exists: bool = False
+    base: str,
+    specs: Sequence[str],
+    out: str | Path,
+    dtype: str = "auto",
+    *,
+    exists: bool = False,
+    method: MergeMethod = LINEAR,
 ) -> MergePlan:
     """Plan a merge and check everything that can be known before the first byte is written.
 
@@ -106,6 +114,7 @@ def plan_merge(
         specs: adapter folders, ``folder`` or ``folder*weight``.
         dtype: of the output's floats; ``auto`` keeps each tensor's own.
         exists: the output is there and will only be compared; the stream checks fingerprints.
+        method: how several adapters become one update.
 
     Raises:
         MergeError: with every problem found.
@@ -113,7 +122,7 @@ def plan_merge(
     target = Path(os.path.abspath(out))
     known = () if exists else space_problems(target, 0)
     taken = not exists and os.path.lexists(target)
-    source = open_source(base, specs, known, wrong_use=taken)
+    source = open_source(base, specs, known, wrong_use=taken, method=method)
     output_dtype = DTYPES.get(dtype)
     folder, old = source.checkpoint.path, shards_of(source)
     plan = MergePlan(

@@ -13,6 +13,7 @@ from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, BaseModelError, ConfigError, MergeError
 from secura_serve.merge.fold import Part, Target
+from secura_serve.merge.methods import LINEAR, MergeMethod, combined_parts
 from secura_serve.merge.spec import split_weight
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.method import MagNorm, foldable_modes
@@ -30,6 +31,7 @@ class Source:
     checkpoint: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]
     norm: MagNorm
+    method: MergeMethod = LINEAR
 
 
 def _adapter(spec: str) -> tuple[Adapter, float]:
@@ -68,7 +70,12 @@ def _common_norm(adapters: Sequence[tuple[Adapter, float]]) -> tuple[MagNorm, li
 
 
 def open_source(
-    base: str, specs: Sequence[str], problems: Sequence[str] = (), *, wrong_use: bool = False
+    base: str,
+    specs: Sequence[str],
+    problems: Sequence[str] = (),
+    *,
+    wrong_use: bool = False,
+    method: MergeMethod = LINEAR,
 ) -> Source:
     """Open a base and its adapters and check them against each other.
 
@@ -79,6 +86,7 @@ def open_source(
     Args:
         problems: known already; reported together with those found here.
         wrong_use: whether one of them is how it was asked.
+        method: how several adapters become one update.
 
     Raises:
         MergeError: with every problem found; with ``wrong_use`` if one of them is how it was asked:
@@ -114,6 +122,7 @@ def open_source(
         checkpoint,
         tuple(adapters),
         norm,
+        method,
     )
 
 
@@ -132,7 +141,12 @@ def _mismatches(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
 
 
 def plan_fold(source: Source, dtype: torch.dtype | None = None) -> FoldPlan:
-    """Return which tensors change and how, by their names in the base's files."""
+    """Return which tensors change and how, by their names in the base's files.
+
+    Raises:
+        MergeError: the method compares entries of U, and the adapters' bases differ.
+        ConfigError: the method needs PEFT, which is not installed.
+    """
     parts: dict[str, list[Part]] = {}
     for adapter, weight in source.adapters:
         for module, cur in adapter.modules.items():
@@ -142,7 +156,7 @@ def plan_fold(source: Source, dtype: torch.dtype | None = None) -> FoldPlan:
             )
     base = source.checkpoint
     targets = {
-        base.tensor_name(m): Target(m, tuple(shares), base.is_conv1d(m))
+        base.tensor_name(m): Target(m, combined_parts(source.method, m, shares), base.is_conv1d(m))
         for m, shares in parts.items()
     }
     return FoldPlan(targets, source.norm, dtype)

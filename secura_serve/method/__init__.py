@@ -22,6 +22,7 @@ from secura_serve.method.modes import (
     mode_names,
     register_mode,
 )
+from secura_serve.method.quantised import dequantise_rows, quantise_rows
 from secura_serve.method.ranking import Ranking, rank_by_energy
 from secura_serve.method.rules import (
     CALIBRATED,
@@ -48,6 +49,7 @@ __all__ = [
     "auto_alpha",
     "columns",
     "delta",
+    "dequantise_rows",
     "derivative",
     "foldable_modes",
     "gather",
@@ -58,6 +60,7 @@ __all__ = [
     "merged",
     "mode_names",
     "order_indices",
+    "quantise_rows",
     "rank_by_energy",
     "register_mode",
     "register_rule",

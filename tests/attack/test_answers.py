@@ -23,6 +23,7 @@ from tests.support.engines import random_adapter, random_lora, serving
 pytestmark = pytest.mark.engine
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 12
 FLAGS = (
+    *("--resident", "0"),
     *("--enforce-eager", "--dtype", "float32", "--max-model-len", "512"),
     *("--max-loras", "1", "--max-cpu-loras", "1", "--no-watch"),
 )
@@ -108,6 +109,7 @@ def test_invocations_refuses_what_it_cannot_honour(http):
         ({"model": "nobody"}, {}, 404),
         ({}, {HEADER: "nobody"}, 404),
         ({"model": "bounded"}, {}, 409),
+        ({"model": "bounded*0.5"}, {}, 409),
         ({"model": "one"}, {HEADER: "two"}, 400),
         ({"model": 5}, {}, 400),
         ({"model": ["one"]}, {}, 400),

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secura_serve.errors import ConfigError
+from secura_serve.method import MagNorm
 from secura_serve.serve.app import main as server
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.serving import serve_adapters
@@ -252,6 +254,49 @@ def test_a_forbidden_name_is_answered_like_an_unknown_one(make_app):
     assert not any(name in said.replace("`secret`", "") for name in ("secret", "prod", "base"))
     assert "names no model" in app.generate("key-team").json()["error"]["message"]
     assert "none that this key may ask" in app.generate("key-nothing", "x").text
+
+
+def test_a_mix_may_be_asked_by_a_key_that_may_ask_every_part(make_app):
+    app = make_app()
+    for record in app.folding.library.records.values():
+        config = SimpleNamespace(magnorm=MagNorm())
+        record.versions = [
+            replace(v, entry=replace(v.entry, adapter=SimpleNamespace(config=config), lora=None))
+            for v in record.versions
+        ]
+    allowed = {
+        "key-all": {"extract*0.5+secret", "prod*2", "secret*0+extract*2", "extract*0"},
+        "key-team": {"extract*0.5+team-a-one", "extract@012345*2", "pinned+team-a-one"},
+        "key-alias": {"prod*2", "prod+prod"},
+        "key-base": set(),
+        "key-nothing": set(),
+        "api-key": set(),
+    }
+    for key, texts in allowed.items():
+        for text in set().union(*allowed.values()):
+            answer = app.generate(key, text)
+            if key == "api-key":
+                assert answer.status_code == 401
+            elif text in texts or key == "key-all":
+                assert answer.status_code in REACHED, (key, text, answer.text)
+                assert "is no mix" not in answer.text
+            else:
+                assert answer.status_code == 404, (key, text, answer.text)
+    # What comes down to the base needs the base; weight 0 opens nothing.
+    assert app.generate("key-team", "extract*0").status_code == 404
+    for forbidden, unknown in (("secret", "sacret"), ("broken", "brokem"), ("base", "bare")):
+        for text in ("extract*0.5+X", "X*0+extract", "X*0.5", "X@012345*2", "team-a-one+X+nothing"):
+            one, other = (
+                app.generate("key-team", text.replace("X", name)) for name in (forbidden, unknown)
+            )
+            assert one.status_code == other.status_code == 404, (text, one.text, other.text)
+            assert one.text.replace(forbidden, "X") == other.text.replace(unknown, "X")
+        parts = [{"name": "extract"}, {"name": forbidden, "weight": 0.5}]
+        answer = app("POST", "/v1/completions", "key-team", json={"adapters": parts})
+        assert answer.status_code == 404, answer.text
+    app.folding.folded = "secret"
+    answer = app.generate("key-team", "extract*0.5+team-a-one")
+    assert answer.status_code == 409 and "secret" not in answer.text
 
 
 def test_the_same_holds_while_something_is_folded(make_app):

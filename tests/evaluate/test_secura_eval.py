@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -128,7 +129,10 @@ def test_what_the_endpoint_refuses(served: Served, capsys: pytest.CaptureFixture
 
     assert "cannot be reached" in said("--retries", "0", url=f"http://127.0.0.1:{free_port()}")
     assert "did you mean 'iso-date'" in said("--model", "iso-dat", status=2)
-    folded = said("--model", "iso-date-bounded")
+    admin = served.url.removesuffix("/v1") + "/admin"
+    httpx.post(f"{admin}/fold", json={"name": "iso-date-bounded"}, timeout=60).raise_for_status()
+    folded = said("--model", "iso-date")
+    httpx.post(f"{admin}/unfold", timeout=60).raise_for_status()
     assert "iso-date-bounded" in folded and "409" in folded and "fold" in folded
     assert "within 0.001 s" in said("--timeout", "0.001", "--retries", "0")
 

@@ -57,7 +57,7 @@ APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}
 OWNERS = {
     "vllm": {"serve"},
     "fastapi": {"serve"},
-    "peft": {"train", "evaluate"},
+    "peft": {"train", "evaluate", "merge"},
     "gradio": {"demo"},
 }
 

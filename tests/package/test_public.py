@@ -20,8 +20,8 @@ __version__
 Adapter AdapterConfig AdapterError AdapterFormatError BaseMismatchError BaseModelError
 BasisFormatError CURModule
 Checkpoint ConfigError DataError EvaluationError FoldError IncompatibleVLLMError LifecycleError
-MagNorm MergeError Mode Parameter PushError ResolvedBase SecuraConfig SecuraError ServeError
-StorageError TrainingError UnservableError
+MagNorm MergeError MixError Mode Parameter PushError ResolvedBase SecuraConfig SecuraError
+ServeError StorageError TrainingError UnservableError
 check_merge export_lora fold_stream load_adapter load_basis open_source plan_fold plan_merge
 register_kernel register_method register_mode register_rule register_strategy register_task
 resolve_base restore_base save_adapter verify_adapter write_merge

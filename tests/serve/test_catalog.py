@@ -128,7 +128,7 @@ def test_an_s_magnorm_adapter_is_to_be_folded(folder, base, capsys):
     flags = ["--base", str(base), "--adapters", str(folder)]
     assert main([*flags, "--check"]) == 0
     printed = capsys.readouterr().out
-    assert "fold (bounded)" in printed and "1 servable" in printed and "1 by folding" in printed
+    assert "ok (bounded)" in printed and "2 servable" in printed and "1 of them full" in printed
     assert main([*flags, "--fold", "bouded"]) == 2
     told = capsys.readouterr().err
     assert "no such adapter; there are bounded, good; did you mean 'bounded'?" in told

@@ -37,7 +37,7 @@ from tests.support import agreement
 from tests.support.engines import random_adapter, serving
 from tests.support.lifecycle import house
 
-FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--resident", "0")
 BOUNDED = MagNorm("bounded", tau=0.2)
 
 

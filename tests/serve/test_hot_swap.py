@@ -136,6 +136,23 @@ def test_a_request_ends_on_the_version_that_it_began_with(started):
     assert newer == started.answer("second")
 
 
+def test_content_that_comes_back_joins_the_requests_that_still_run_on_it(started):
+    started.serve("first", "back")
+    whole = {"prompt": "Go", "max_tokens": 480, "ignore_eos": True, "n": 48, "model": "back"}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: started.http.post("/v1/completions", json=whole))
+        started.until(lambda: started.http.get("/admin/fold").json()["running_requests"])
+        shutil.rmtree(started.folder / "back")
+        started.until(lambda: started.status("back") == 404)
+        started.put("first", "back")
+        started.until(lambda: started.status("back") == 200)
+        assert not running.done(), "the answer was over before the content came back"
+        assert started.answer("back") == started.answer("first")
+        assert running.result().status_code == 200
+    # What retired meanwhile has not taken it away.
+    assert started.answer("back") == started.answer("first")
+
+
 def test_a_bad_update_leaves_the_old_one_serving_and_says_so(started):
     digest = started.serve("first", "z")
     for damage in (

@@ -70,6 +70,7 @@ def compare(
     tokens: int = 12,
     low: torch.dtype | None = None,
     adapter: Path | None = None,
+    mixes: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Agreement]:
     """``{model name: Agreement}``: all prompts for all models in one concurrent batch.
 
@@ -77,8 +78,10 @@ def compare(
         names: models to ask; all that answer per request by default.
         low: the server's dtype, where it is not float32.
         adapter: folded into the weights that answer, where the name does not say so.
+        mixes: expressions to ask as well, and the adapters and weights that each one means.
     """
-    asked = list(names) or served.names()
+    mixes = mixes or {}
+    asked = [*(names or served.names()), *mixes]
     tokenizer = AutoTokenizer.from_pretrained(served.base_path)
     prompts = {text: tokenizer(text)["input_ids"] for text in PROMPTS}
     answers = asyncio.run(_ask(served, asked, prompts, tokens))
@@ -86,7 +89,11 @@ def compare(
     found = {}
     for name in asked:
         path = adapter or served.path(name)
-        exact = plain if path is None else oracle.adapted(served.base_path, path)
+        if name in mixes:
+            parts = [(served.folder / part, weight) for part, weight in mixes[name].items()]
+            exact = oracle.mixed(served.base_path, parts)
+        else:
+            exact = plain if path is None else oracle.adapted(served.base_path, path)
         rounded = oracle.adapted(served.base_path, path, low) if low else None
         errors, oracle_errors, moved, greedy = [], [], 0.0, 0
         for text, ids in prompts.items():

@@ -7,6 +7,7 @@ The processes are what a user starts; nothing of vLLM runs in the test process.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import torch
 
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, select
+from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, gather, select
 from secura_serve.serve.names import ACTIVE
 
 # The console script, as vLLM's processes import the file that the first one runs.
@@ -171,7 +172,11 @@ def random_adapter(
         ranking = Ranking(*orders, *W.shape) if rule == CALIBRATED else None
         basis = select(W, r, module=name, rule=rule, ranking=ranking)
         U = torch.randn(r, r, generator=generator) * size * auto_alpha(W, basis)
-        modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int())
+        peak = None
+        if magnorm is not None and magnorm.needs_rho_max:
+            C, R = gather(W.float(), basis)
+            peak = float(magnorm.rho_max_of(W, C @ U @ R))
+        modules[name] = A.CURModule(U, basis.rows.int(), basis.cols.int(), peak)
         prints[name] = A.fingerprint(W, basis)
     config = A.AdapterConfig(
         base_model_name_or_path=str(base),
@@ -182,6 +187,25 @@ def random_adapter(
         magnorm=magnorm or MagNorm(),
     )
     return A.save(target, config, modules)
+
+
+def random_fine_tune(
+    base: Path, target: Path, *, seed: int, only: Sequence[str] = (), size: float = 0.05
+) -> Path:
+    """A copy of the base with noise on every linear, or on those whose name ends in ``only``."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, target)
+    checkpoint, generator = Checkpoint(base), torch.Generator().manual_seed(seed)
+    changed = {checkpoint.tensor_name(m) for m in checkpoint.linears() if m.endswith(tuple(only))}
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    for name, W in tensors.items():
+        if name in changed or (not only and name.removesuffix(".weight") in checkpoint.linears()):
+            noise = torch.randn(W.shape, generator=generator) * size
+            tensors[name] = (W + noise * W.float().std()).to(W.dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
 
 
 def random_lora(base: Path, target: Path, *, r: int, seed: int, only: Sequence[str] | str) -> Path:

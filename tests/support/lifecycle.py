@@ -45,9 +45,16 @@ class RecordedEngine:
         self.kept: dict[str, A.Adapter] = {}
         self.pinned: set[int] = set()
         self.free_slots = 4
+        self.places: dict[int, str] = {}
+        """Place -> the delta image that is in it, whole and published."""
+        self.filling = asyncio.Event()
+        """A place is filled only while this is set."""
+        self.filling.set()
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = (), **how: Any) -> Any:
         await asyncio.sleep(0)
+        if method == "secura_fill":
+            await self.filling.wait()
         if self.raises is not None:
             raise self.raises
         self.calls.append((method, args))
@@ -55,6 +62,13 @@ class RecordedEngine:
 
     def called(self, method: str) -> list[tuple[Any, ...]]:
         return [args for name, args in self.calls if name == method]
+
+    def secura_fill(self, place: int, image: str, first: int, last: int) -> str | None:
+        self.places.pop(place, None)
+        return self.refuses
+
+    def secura_publish(self, place: int, image: str) -> None:
+        self.places[place] = image
 
     def secura_prepare(self, adapters: Any, norm_bounds: Any) -> list[str | None]:
         answers: list[str | None] = []

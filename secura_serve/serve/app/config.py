@@ -52,6 +52,18 @@ class ServeConfig:
         None,
         metavar="FILE",
     )
+    resident: int | None = option(
+        "places for full-rank adapters (S-MagNorm), which are asked per request from there; 0: "
+        "they answer only while folded (default: one for each such adapter, as far as a tenth of "
+        "the memory holds them)",
+        None,
+        metavar="K",
+    )
+    resident_dtype: str = option(
+        "how a place holds the change of a weight: int8 with a scale for each row, or exactly",
+        "int8",
+        choices=("int8", "float32"),
+    )
     fold: str | None = option(
         "start with this adapter folded into the weights: it alone is served, at base cost. In the "
         "running server: POST /admin/fold, POST /admin/unfold, GET /admin/fold",
@@ -106,6 +118,8 @@ class ServeConfig:
             problems.append("--keys is empty; name a file, or leave the flag out")
         if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
             problems.append(f"--reserve-rank {self.reserve_rank}: must be 0 to 1024")
+        if self.resident is not None and not 0 <= self.resident <= 1024:
+            problems.append(f"--resident {self.resident}: must be 0 to 1024")
         if not 1 <= self.adapter_versions <= 1000:
             problems.append(f"--adapter-versions {self.adapter_versions}: must be 1 to 1000")
         if not (0 < self.write_timeout < math.inf):

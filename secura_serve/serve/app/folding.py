@@ -18,6 +18,8 @@ from typing import Any
 from secura_serve.errors import ConfigError, FoldError, MergeError
 from secura_serve.merge import verify_base
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
+from secura_serve.serve.app.adapters.mixes.grammar import is_expression
+from secura_serve.serve.app.adapters.mixes.refusals import refuse_mix
 from secura_serve.serve.app.base_files import BaseFiles
 from secura_serve.serve.app.http.access import ASKING_KEY
 from secura_serve.serve.app.http.admission import Admission, Refusal
@@ -139,6 +141,8 @@ class Folding:
         """Return why a request for ``model`` cannot be answered now, or None if it can."""
         if self.broken is not None:
             return Refusal(503, f"the server is stopping: {self.broken}")
+        if model is not None and is_expression(model) and not self.known(model):
+            return refuse_mix(self, model)
         if not self.may_ask(model) or (model is not None and not self.known(model)):
             return Refusal(404, self.unknown(model))
         if self.folded is None:
@@ -146,13 +150,15 @@ class Folding:
                 return None
             return Refusal(
                 409,
-                f"{model} answers only while it is folded into the weights (S-MagNorm makes an "
-                "adapter full-rank, and not every architecture takes adapters per request): the "
-                f'operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
+                f"{model} answers only while it is folded into the weights ({self._why_folded()}): "
+                f'the operator can POST {{"name": "{model}"}} to /admin/fold or start with --fold '
                 f"{model}; or ask for another model",
             )
-        if model == self.folded:
-            return None
+        return None if model == self.folded else self.blocked(model)
+
+    def blocked(self, model: str | None) -> Refusal:
+        """Return why a request for ``model`` is not answered while another one is folded."""
+        assert self.folded is not None
         if not self.may_ask(self.folded):
             return Refusal(
                 409,
@@ -164,6 +170,14 @@ class Folding:
             f"{self.folded} is folded into the weights, so only requests for it are answered, not "
             f"for {model or 'the base'}: ask for {self.folded}, or the operator can POST to "
             "/admin/unfold",
+        )
+
+    def _why_folded(self) -> str:
+        if not self.per_request:
+            return "vLLM takes no adapters per request for this architecture"
+        return (
+            "S-MagNorm makes it full-rank, and the server was started without a place for it in "
+            "every linear that it changes, see --resident"
         )
 
     def unknown(self, model: str | None) -> str:
@@ -274,7 +288,8 @@ class Folding:
         if name in self.names:
             raise ConfigError(f"{name!r} is the base: POST to /admin/unfold puts it back")
         if version is not None:
-            raise ConfigError(f"{name!r} is a plain LoRA: it is chosen per request, and not folded")
+            kind = "plain LoRA" if version.entry.lora is not None else "whole fine-tune"
+            raise ConfigError(f"{name!r} is a {kind}: it is chosen per request, and not folded")
         foldable = self.foldable()
         raise ConfigError(
             f"no adapter {name[:100]!r} to fold; there are {', '.join(foldable) or 'none'}"

@@ -9,12 +9,15 @@ from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.resident.plan import place_nbytes
+from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.basis import SharedBasis
 
 __all__ = ["Memory", "default_cached", "default_slots", "estimate", "kv_cache_gib"]
 
 _WIDTHS = {"float32": 4, "float": 4}
 _FEWEST, _SHARE = 8, 20
+NO_PLACES = ResidentSpec(0, "int8", ())
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,25 @@ class Memory:
     """C of every linear, kept once for all adapters."""
     kv_per_token: int
     """Keys and values of one token."""
+    place: int
+    """The update of one full-rank adapter."""
+    places: int
     context: int
     """The longest sequence the base allows, in tokens."""
 
     def __str__(self) -> str:
         adapters = self.slot * self.slots + self.shared
+        places = (
+            f" + {self.places} places for full-rank adapters of {self.place / 2**20:.1f} MiB"
+            if self.places
+            else ""
+        )
         kv = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
         cache = f"KV cache {kv} GiB" if kv else "KV cache by --gpu-memory-utilization"
         return (
             f"base {self.weights / 2**20:.0f} MiB + adapters {adapters / 2**20:.1f} MiB "
             f"({self.slots - 1} slots and an empty one of {self.slot / 2**20:.2f} MiB, basis "
-            f"{self.shared / 2**20:.1f} MiB) + {cache} "
+            f"{self.shared / 2**20:.1f} MiB){places} + {cache} "
             f"({self.kv_per_token / 2**10:.1f} KiB a token) + vLLM's processes themselves"
         )
 
@@ -53,12 +64,14 @@ def estimate(
     *,
     slots: int = 0,
     dtype: str = "auto",
+    resident: ResidentSpec = NO_PLACES,
 ) -> Memory:
     """Return sizes from the checkpoint's headers and config alone.
 
     Args:
         loras: plain LoRAs that are served as well: every slot has room for the widest.
         slots: ``--max-loras``.
+        resident: the places for full-rank adapters.
         dtype: ``--dtype``; float32 counts 4 bytes a number, everything else 2.
     """
     width = _WIDTHS.get(dtype, 2)
@@ -77,6 +90,8 @@ def estimate(
         slots=slots + 1,
         shared=sum(r * base.shape(m)[0] for m, r in sizes.items()) * width,
         kv_per_token=2 * layers * kv_heads * head_dim * width,
+        place=place_nbytes(resident.modules, resident.dtype, base),
+        places=resident.count,
         context=config.get("max_position_embeddings") or config.get("n_positions") or 0,
     )
 

@@ -18,12 +18,14 @@ from secura_serve.serve.app.observer import Observer, WatchEvent
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-__all__ = ["LIMIT", "METRICS", "OTHER", "STATES", "AdapterMetrics", "Metric", "Metrics"]
+__all__ = ["LIMIT", "METRICS", "MIXES", "OTHER", "STATES", "AdapterMetrics", "Metric", "Metrics"]
 
 LIMIT = 200
 """How many adapters have a label of their own."""
 OTHER = "other"
 """The label of all adapters that came later."""
+MIXES = "(mixes)"
+"""The label of all mixes together: whoever asks can make any number of them."""
 STATES = ("known", "resident", "pinned", "refused")
 
 _READ_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -72,6 +74,12 @@ METRICS = (
         "secura_adapter_load_seconds",
         "histogram",
         "Time in which all workers read an adapter, before its first request",
+        buckets=_READ_S,
+    ),
+    Metric(
+        "secura_place_fill_seconds",
+        "histogram",
+        "Time in which all workers copied the update of a full-rank adapter into a place",
         buckets=_READ_S,
     ),
     Metric(
@@ -169,6 +177,9 @@ class Metrics(Observer):
 
     def adapter_read(self, seconds: float) -> None:
         self._metrics["secura_adapter_load_seconds"].observe(seconds)
+
+    def place_filled(self, seconds: float) -> None:
+        self._metrics["secura_place_fill_seconds"].observe(seconds)
 
     def adapter_refused(self, error: SecuraError) -> None:
         reason = type(error).__name__

@@ -18,6 +18,9 @@ class Observer:
     def adapter_read(self, seconds: float) -> None:
         """Take note that the workers have read an adapter."""
 
+    def place_filled(self, seconds: float) -> None:
+        """Take note that the update of a full-rank adapter was copied into a place."""
+
     def adapter_refused(self, error: SecuraError) -> None:
         """Take note that some content of an adapter is not served."""
 

@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from secura_serve.serve.app.adapters.library import split_version
-from secura_serve.serve.app.metrics import Metrics
-from secura_serve.serve.compat import first_token_seconds, yields_deltas
+from secura_serve.serve.app.adapters.mixes.grammar import is_expression
+from secura_serve.serve.app.metrics import MIXES, Metrics
+from secura_serve.serve.compat import first_token_seconds, show_adapters_as, yields_deltas
 
 __all__ = ["count_requests"]
 
@@ -27,9 +28,15 @@ def count_requests(engine: Any, metrics: Metrics, base: Callable[[], str]) -> No
     """
     generate, encode = engine.generate, engine.encode
 
+    # vLLM itself counts by name and version.
+    show_adapters_as(lambda name: MIXES if is_expression(name) else name)
+
     def name_of(lora_request: Any) -> str:
+        if lora_request is None:
+            return base()
         # The engine knows an adapter by name and version.
-        return split_version(lora_request.lora_name)[0] if lora_request else base()
+        name: str = lora_request.lora_name
+        return MIXES if is_expression(name) else split_version(name)[0]
 
     async def counted_generate(
         prompt: Any, sampling_params: Any, *args: Any, lora_request: Any = None, **kwargs: Any

@@ -21,6 +21,9 @@ from secura_serve.serve.app.adapters.catalog import Catalog, scan
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.reserve import DEFAULT_RANK, reserved_basis
+from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.app.adapters.resident.plan import plan_resident
+from secura_serve.serve.app.adapters.resident.slots import ResidentSlots, ResidentSpec
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
@@ -35,6 +38,7 @@ from secura_serve.serve.app.startup_messages import (
     announce_fold,
     no_adapters,
     summary,
+    tell_of_places,
     warn_of_fewer_slots,
     warn_of_width,
 )
@@ -94,6 +98,12 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
             rank = 0 if served else DEFAULT_RANK
         if rank:
             basis = basis.with_more(reserved_basis(checkpoint, rank))
+    resident = ResidentSpec(0, config.resident_dtype, ())
+    if per_request:
+        resident = plan_resident(
+            config.resident, config.resident_dtype, catalog.full_rank, checkpoint
+        )
+        tell_of_places(resident, catalog.full_rank)
     args = parse_vllm_flags(
         vllm_flags,
         path=base.path,
@@ -102,20 +112,23 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
         per_request=per_request,
         foldable=config.adapters is not None,
         basis=basis,
-        memory=partial(estimate, checkpoint, basis, loras),
+        resident=resident,
+        memory=partial(estimate, checkpoint, basis, loras, resident=resident),
         cache=cache_root() / "serve",
     )
     if args.load_format == LOAD_FORMAT:
         announce_fold(str(base.path), args)
     elif not catalog.entries:
         say(no_adapters(config.adapters), prefix="")
-    memory = estimate(checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype)
+    memory = estimate(
+        checkpoint, basis, loras, slots=args.max_loras, dtype=args.dtype, resident=resident
+    )
     if per_request:
         warn_of_fewer_slots(memory, served, loras)
     # Imports of vLLM's, which the checks above do without.
     from secura_serve.serve.app.run import run
 
-    context = _context(config, args, base, names, catalog, verifier, per_request)
+    context = _context(config, args, base, names, catalog, verifier, per_request, resident)
     run(config, args, memory, context)
     return 0
 
@@ -128,6 +141,7 @@ def _context(
     catalog: Catalog,
     verifier: Verifier,
     per_request: bool,
+    resident: ResidentSpec,
 ) -> ServerContext:
     """Put the parts of the server together."""
     from secura_serve.serve.app.folding import Folding
@@ -143,6 +157,9 @@ def _context(
         root, library, verifier, state, folding.admission.ended, observer=metrics
     )
     updates.folded = folding.held
+    if resident.count:
+        updates.resident = ResidentSlots(resident, _images(config, base), metrics)
+        updates.mixes.resident = updates.resident
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)
@@ -150,6 +167,8 @@ def _context(
     if verifier.store is not None:
         # Now that what an earlier run pushed or keeps for a rollback counts as used.
         verifier.store.remove_unused()
+    if updates.resident is not None:
+        updates.resident.images.remove_unused()
     return ServerContext(
         folding,
         updates,
@@ -197,7 +216,12 @@ def _verifier(config: ServeConfig, base: ResolvedBase) -> Verifier:
         return Verifier(checkpoint)
     serve = cache_root() / "serve"
     verified = Verified(serve / "verified", base.path)
-    return Verifier(checkpoint, SnapshotStore(serve / "adapters", verified), verified)
+    store = SnapshotStore(serve / "adapters", verified)
+    return Verifier(checkpoint, store, verified, _images(config, base))
+
+
+def _images(config: ServeConfig, base: ResolvedBase) -> DeltaImages:
+    return DeltaImages(cache_root() / "serve" / "deltas", base.path, config.resident_dtype)
 
 
 def _catalog(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
 from secura_serve.serve.app.adapters.catalog import Catalog
+from secura_serve.serve.app.adapters.fine_tune import FineTune
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.app.memory import Memory
 from secura_serve.serve.basis import SharedBasis
@@ -22,6 +25,7 @@ __all__ = [
     "warn_of_width",
     "who_can_reach",
     "summary",
+    "tell_of_places",
 ]
 
 
@@ -56,6 +60,25 @@ def warn_of_fewer_slots(
     )
 
 
+def tell_of_places(resident: ResidentSpec, full_rank: Sequence[Adapter | FineTune]) -> None:
+    """Say how full-rank adapters are asked, where that is not simply one place for each."""
+    if len(full_rank) <= resident.count:
+        return
+    names = ", ".join(adapter.name for adapter in full_rank[:5])
+    more = f" and {len(full_rank) - 5} more" if len(full_rank) > 5 else ""
+    if not resident.count:
+        how = (
+            "are asked only while folded into the weights (--fold, or POST /admin/fold), "
+            "fine-tunes not at all"
+        )
+    else:
+        how = (
+            f"take turns in {resident.count} places: a request for one that is in none waits "
+            "until it is"
+        )
+    say(f"\n{names}{more} are full-rank, and {how}; --resident makes more places", prefix="")
+
+
 def announce_fold(base: str, args: Any) -> None:
     """Find out now, not in the engine, what ``--load-format secura`` cannot fold."""
     from secura_serve.serve.loader import named_adapters
@@ -71,10 +94,11 @@ def announce_fold(base: str, args: Any) -> None:
 
 def summary(catalog: Catalog, base: str) -> str:
     """Return how many adapters can be served, and how."""
-    only_folded = len(catalog.foldable) - len(catalog.served)
+    full_rank = len(catalog.full_rank)
     return (
-        f"{len(catalog.served) + len(catalog.plain_loras)} servable on {base} per request, "
-        f"{only_folded} by folding, {len(catalog.refused)} not"
+        f"{len(catalog.served) + len(catalog.plain_loras) + full_rank} servable on {base}"
+        + (f", {full_rank} of them full-rank" if full_rank else "")
+        + f", {len(catalog.refused)} not"
     )
 
 

@@ -15,6 +15,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key
 from secura_serve.serve.app.http.key_file import KeyFile
@@ -138,6 +139,7 @@ def parse_vllm_flags(
     per_request: bool,
     foldable: bool,
     basis: SharedBasis,
+    resident: ResidentSpec,
     memory: Callable[..., Memory],
     cache: Path,
 ) -> Any:
@@ -151,6 +153,7 @@ def parse_vllm_flags(
         per_request: whether adapters are served per request, from the start or later.
         foldable: there are, or may come, adapters to fold, so the workers must know how.
         basis: their union, handed to the workers as a file under ``cache``.
+        resident: the places for full-rank adapters.
         memory: what a number of ``slots`` of a ``dtype`` takes.
 
     Returns:
@@ -170,6 +173,7 @@ def parse_vllm_flags(
         parser.set_defaults(worker_extension_cls=_EXTENSION)
     if per_request:
         changed = {module for a in served for module in a.modules} | set(basis.modules)
+        changed |= set(resident.modules)
         targets = sorted({module.rpartition(".")[2] for module in changed})
         widest = max((a.r for a in served if isinstance(a, PlainLoRA)), default=0)
         parser.set_defaults(
@@ -204,13 +208,14 @@ def parse_vllm_flags(
             "folded, is known to one server process; leave it out"
         )
     if per_request:
-        slot = memory(dtype=args.dtype).slot
+        slot, many = memory(dtype=args.dtype).slot, len(served) + resident.count
         if args.max_loras is None:
-            args.max_loras = default_slots(len(served), slot)
+            args.max_loras = default_slots(many, slot)
         if args.max_cpu_loras is None:
-            args.max_cpu_loras = max(args.max_loras, default_cached(len(served), slot))
+            args.max_cpu_loras = max(args.max_loras, default_cached(many, slot))
         plain = any(isinstance(a, PlainLoRA) for a in served)
-        ours = {"basis": str(basis.save(cache)), "base": str(path), "plain_lora": plain}
+        ours: dict[str, Any] = {"basis": str(basis.save(cache)), "base": str(path)}
+        ours |= {"plain_lora": plain, "resident": resident.to_json() if resident.count else None}
         # Only for vLLM's key of compiled code, which holds this: another kernel is other code.
         ours["kernel"] = _kernel(args.dtype)
         args.additional_config = {**(args.additional_config or {}), CONFIG_KEY: ours}

@@ -24,6 +24,8 @@ What is used, and why there is no public way:
   while one is folded.
 * ``EngineClient.generate`` and ``encode`` (public): wrapped on the one engine client, to count
   requests and tokens by adapter; ``RequestOutput.metrics.first_token_latency`` is read there.
+* ``LoRARequestStates._request_update``: the names in vLLM's metric of running adapters, where all
+  mixes are one name.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
@@ -41,6 +43,7 @@ from secura_serve.serve.compat.server import (
     first_token_seconds,
     log_by_file,
     make_arg_parser,
+    show_adapters_as,
     supports_adapters,
     yields_deltas,
 )
@@ -95,6 +98,7 @@ __all__ = [
     "registered_adapter",
     "registered_adapters",
     "resident",
+    "show_adapters_as",
     "skip_stock_lora",
     "slot_of",
     "supports_adapters",

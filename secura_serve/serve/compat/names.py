@@ -92,6 +92,12 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name": ("lora_request",),
     "vllm.entrypoints.serve.engine.protocol:ModelCard": None,
     "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
+    "vllm.v1.metrics.stats:LoRARequestStates._request_update": (
+        "req_id",
+        "lora_name",
+        "waiting",
+        "running",
+    ),
     "vllm.utils.cache:LRUCache.order": None,
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.set_active_adapters": (
         "requests",

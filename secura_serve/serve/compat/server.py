@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import IncompatibleVLLMError
-from secura_serve.serve.compat.names import SUPPORTED, vllm_version
+from secura_serve.serve.compat.names import SUPPORTED, find, vllm_version
 
 __all__ = [
     "ListedModel",
@@ -19,6 +19,7 @@ __all__ = [
     "first_token_seconds",
     "make_arg_parser",
     "log_by_file",
+    "show_adapters_as",
     "supports_adapters",
     "yields_deltas",
 ]
@@ -81,9 +82,10 @@ class ServedModels:
         self._models.lora_requests = {}
 
     def _plain_name(self, lora_request: Any = None) -> str:
-        """Return what an answer calls its model: the adapter's name, without the version."""
+        """Return what an answer calls its model: the adapter's name, without the version; of a mix
+        its canonical form."""
         name = str(self._model_name(lora_request))
-        return name if lora_request is None else name.partition("@")[0]
+        return name if lora_request is None else name.rpartition("@")[0] or name
 
     async def _show(self) -> Any:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
@@ -123,6 +125,24 @@ def yields_deltas(sampling_params: Any) -> bool:
     from vllm.sampling_params import RequestOutputKind
 
     return bool(sampling_params.output_kind == RequestOutputKind.DELTA)
+
+
+def show_adapters_as(label: Callable[[str], str]) -> None:
+    """Have vLLM's own metric of running adapters show ``label(name)`` for a name; safe to repeat.
+
+    Every name that was ever shown stays among its labels.
+    """
+    states = find("vllm.v1.metrics.stats:LoRARequestStates")
+    original = getattr(states._request_update, "original", states._request_update)
+
+    def _request_update(
+        self: Any, req_id: str, lora_name: str | None, waiting: bool, running: bool
+    ) -> None:
+        shown = lora_name and label(lora_name)
+        original(self, req_id, shown, waiting=waiting, running=running)
+
+    _request_update.original = original  # type: ignore[attr-defined]
+    states._request_update = _request_update
 
 
 def first_token_seconds(answer: Any) -> float | None:

@@ -7,10 +7,12 @@ whatever can be wrong with an adapter shows there and fails that call alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import SecuraError
 from secura_serve.serve import compat
+from secura_serve.serve.delta_image import DeltaImage
 
 __all__ = ["AdapterCalls"]
 
@@ -56,6 +58,27 @@ class AdapterCalls:
             manager.remove_adapter(number)
         for path in paths:
             manager.drop(path)
+
+    def secura_fill(self, place: int, path: str, first: int, last: int) -> str | None:
+        """Copy modules of a delta image into a place, which no request may use meanwhile.
+
+        Args:
+            path: the image's folder.
+            first, last: which of its modules; 0 is the first call.
+
+        Returns:
+            None, or why it cannot be done.
+        """
+        manager = compat.model_manager(compat.worker_adapters(self.model_runner))
+        try:
+            manager.deltas.fill(place, DeltaImage.open(Path(path)), first, last)
+        except (SecuraError, RuntimeError) as error:
+            return str(error)
+        return None
+
+    def secura_publish(self, place: int, path: str) -> None:
+        """Have the adapter of a delta image be answered from a place that is filled."""
+        compat.worker_adapters(self.model_runner).keep_delta(path, place)
 
     def secura_slots(self) -> tuple[list[int], int, int]:
         """Return the ``lora_int_id`` of every adapter that is in a slot, and how many adapters were

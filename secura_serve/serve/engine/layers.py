@@ -17,17 +17,12 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.lora.layers import (
-    ColumnParallelLinearWithLoRA,
-    MergedColumnParallelLinearWithLoRA,
-    QKVParallelLinearWithLoRA,
-    RowParallelLinearWithLoRA,
-)
 
 from secura_serve.errors import UnservableError
 from secura_serve.method import Basis
 from secura_serve.serve import compat
 from secura_serve.serve.engine import lora_step, row_product  # noqa: F401  (register ops)
+from secura_serve.serve.engine.delta_layer import DeltaLinearMixin
 from secura_serve.serve.kernels import Layout, choose_kernel
 from secura_serve.serve.names import CONFIG_KEY
 
@@ -38,7 +33,7 @@ __all__ = ["CURLinearMixin"]
 _ONE_HOTS = 512
 
 
-class CURLinearMixin:
+class CURLinearMixin(DeltaLinearMixin):
     """y' = y + C_s·(U_slot·(y_s − b_s)[rows]) for each slice s of a packed linear."""
 
     lora: Tensor | None = None
@@ -55,16 +50,10 @@ class CURLinearMixin:
     """``()`` bool on the CPU, given by the manager: whether any token has a CUR adapter."""
 
     # Given by the vLLM class that this is mixed into.
-    base_layer: Any
     punica_wrapper: Any
-    device: torch.device
     lora_a_stacked: tuple[Tensor, ...]
     lora_b_stacked: tuple[Tensor, ...]
-    input_size: int
     output_size: int
-    n_slices: int
-    tp_size: int
-    tp_rank: int
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
@@ -75,14 +64,6 @@ class CURLinearMixin:
         self.lora_config = lora_config
         if "output_slices" not in self.__dict__:
             self.output_slices: tuple[int, ...] = (self.output_size,)
-
-    @property
-    def _sharded_out(self) -> bool:
-        return self.tp_size > 1 and isinstance(self, ColumnParallelLinearWithLoRA)
-
-    @property
-    def _sharded_in(self) -> bool:
-        return self.tp_size > 1 and isinstance(self, RowParallelLinearWithLoRA)
 
     @torch.no_grad()
     def install_basis(self, bases: Sequence[Basis | None]) -> Layout | None:
@@ -96,8 +77,7 @@ class CURLinearMixin:
             return None
         if len(bases) != self.n_slices:
             raise UnservableError(f"{len(bases)} modules for a linear of {self.n_slices} slices")
-        if self._sharded_out and isinstance(self, QKVParallelLinearWithLoRA):
-            raise UnservableError("a checkpoint with fused qkv needs --tensor-parallel-size 1")
+        self.refuse_fused_shards()
         n, r = self.n_slices, max(max(len(b.rows), len(b.cols)) if b else 0 for b in bases)
         dtype = self.lora_config.lora_dtype
         self.kernel = choose_kernel(self.device, dtype)
@@ -114,7 +94,7 @@ class CURLinearMixin:
                 at = slice(starts[s], starts[s + 1])
                 C[: len(basis.cols), at] = self._columns(basis.cols)[:, at]
         self.R = None
-        if self._sharded_out:
+        if self.sharded_out:
             # A row is another rank's: R x is worked out here, without asking for it at every step.
             self.R = self._rows(rows.flatten(), owned.flatten()).to(dtype)
             rows, offset = torch.arange(n * layout.r).view(n, -1), None
@@ -125,11 +105,9 @@ class CURLinearMixin:
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Return where global ``rows`` are in this rank's slice, and which are its own."""
-        if not self._sharded_out:
+        if not self.sharded_out:
             return rows, torch.ones_like(rows)
-        shard = self.tp_rank
-        if isinstance(self, MergedColumnParallelLinearWithLoRA):
-            shard = self.output_ids[s]
+        shard = self.shard_of(s)
         mine = (rows >= shard * size) & (rows < (shard + 1) * size)
         # Ranks that hold copies of one KV head must not count its rows twice.
         if self.tp_rank % compat.kv_head_copies(self, s):
@@ -154,8 +132,8 @@ class CURLinearMixin:
 
         Packed, quantised and prepacked weights have no plain columns to read.
         """
-        width = self.base_layer.input_size_per_partition if self._sharded_in else self.input_size
-        first = self.tp_rank * width if self._sharded_in else 0
+        width = self.base_layer.input_size_per_partition if self.sharded_in else self.input_size
+        first = self.tp_rank * width if self.sharded_in else 0
         one_hot = torch.zeros(
             len(cols), width, dtype=self.base_layer.params_dtype, device=self.device
         )
@@ -163,14 +141,14 @@ class CURLinearMixin:
         held = ((place >= 0) & (place < width)).nonzero().squeeze(-1)
         one_hot[held.to(self.device), place[held].to(self.device)] = 1
         columns = compat.base_linear(self, one_hot)
-        if self._sharded_in:
+        if self.sharded_in:
             columns = tensor_model_parallel_all_reduce(columns)
         return columns
 
     def _bias_at(self, rows: Tensor) -> Tensor | None:
         """Return the bias that the base output holds at ``rows``, to be taken off again."""
         bias = self.base_layer.bias
-        if bias is None or self.base_layer.skip_bias_add or (self._sharded_in and self.tp_rank):
+        if bias is None or self.base_layer.skip_bias_add or (self.sharded_in and self.tp_rank):
             return None
         at_rows: Tensor = bias.detach()[rows].to(self.lora_config.lora_dtype)
         return at_rows
@@ -198,6 +176,7 @@ class CURLinearMixin:
                 source = torch.ops.secura_rows.product(into, self.R, self.active, clear)
             held = (self.bank, self.ranks, self.state, self.active)
             y = self.kernel.step(y, source, slots, *held)
+        self.apply_deltas(y, into, slots)
         if self.lora is not None and self.device.type == "cpu":
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
             torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)

@@ -26,9 +26,12 @@ from secura_serve.errors import UnservableError
 from secura_serve.serve import compat
 from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
-from secura_serve.serve.engine.batch_kinds import CUR, KINDS, LORA, BatchKinds
+from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, BatchKinds
+from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
+from secura_serve.serve.engine.mixing import KeptRow, check_mix, mixed_row
+from secura_serve.serve.mix_path import is_mix_path, split_mix_path
 from secura_serve.serve.names import CONFIG_KEY
 
 # A child of vLLM's logger, which alone has a handler in a worker.
@@ -75,11 +78,14 @@ class CURModelManager(LRUCacheLoRAModelManager):
                 compat.write_slots_only(wrapper)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
+        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device, self.kinds[DELTA])
+        resident = {_vllm_name(model, m): m for m in self.deltas.modules}
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
                 compat.check_layer(layer)
                 layer.lora = self.lora
                 parts = self.packed_modules.get(name, [name])
+                self.deltas.install(layer, [resident.pop(part, None) for part in parts])
                 bases = [wanted.pop(part, None) for part in parts]
                 if (layout := layer.install_basis(bases)) is not None:
                     names = [p if b else None for p, b in zip(parts, bases, strict=True)]
@@ -92,10 +98,10 @@ class CURModelManager(LRUCacheLoRAModelManager):
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
             layer.active = self.kinds[CUR]
-        if wanted:
+        if missing := [*wanted, *resident]:
             raise UnservableError(
-                f"adapters change {len(wanted)} modules that {type(model).__name__} does not "
-                f"offer as adapter targets, for instance {next(iter(wanted))}"
+                f"adapters change {len(missing)} modules that {type(model).__name__} does not "
+                f"offer as adapter targets, for instance {missing[0]}"
             )
 
     def create_dummy_lora(
@@ -112,13 +118,15 @@ class CURModelManager(LRUCacheLoRAModelManager):
         if not super().activate_adapter(lora_id):
             return False
         slot = compat.slot_of(self, lora_id)
-        core = compat.registered_adapter(self, lora_id).loras.get(_CORE)
+        model = compat.registered_adapter(self, lora_id)
+        core = model.loras.get(_CORE)
+        self.deltas.places[slot] = model.place if isinstance(model, DeltaModel) else -1
         if core is not None and core.rank:
             self.bank.put(slot, core.lora_a, core.rank)
         else:
             self.bank.clear(slot)
         if self.lora is not None:
-            self.lora[slot] = core is None
+            self.lora[slot] = core is None and not isinstance(model, DeltaModel)
         # Adapters of rank 0 are those of vLLM's warm-up.
         if core is None or core.rank:
             self.loads += 1
@@ -127,7 +135,10 @@ class CURModelManager(LRUCacheLoRAModelManager):
 
     def kinds_of(self, lora_id: int) -> tuple[str, ...]:
         """Return which kinds of steps an adapter's tokens need."""
-        core = compat.registered_adapter(self, lora_id).loras.get(_CORE)
+        model = compat.registered_adapter(self, lora_id)
+        if isinstance(model, DeltaModel):
+            return (DELTA,)
+        core = model.loras.get(_CORE)
         if core is None:
             return (LORA,)
         # vLLM captures one CUDA graph for all adapters, with those of its warm-up, of rank 0.
@@ -172,6 +183,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         self._base_path = vllm_config.additional_config[CONFIG_KEY]["base"]
         # By path, which names the content: see SnapshotStore.
         self._kept: dict[str, Callable[[int], LoRAModel]] = {}
+        self._rows: dict[str, KeptRow] = {}
 
     def set_active_adapters(self, requests: Any, mapping: Any) -> None:
         """Put the adapters of a batch into slots."""
@@ -200,15 +212,22 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         Raises:
             AdapterError: this engine cannot serve it.
         """
-        if path not in self._kept:
+        if path not in self._kept and is_mix_path(path):
+            self._kept[path] = self._mix(path)
+        elif path not in self._kept:
             plain = adapters.is_plain_lora(Path(path))
             self._kept[path] = (
                 self._read_lora(name, path) if plain else self._read(Path(path), norm_bounds or {})
             )
 
+    def keep_delta(self, path: str, place: int) -> None:
+        """Have the adapter of a delta image stand for the update in a place."""
+        self._kept[path] = partial(DeltaModel, place=place)
+
     def drop(self, path: str) -> None:
         """Forget what was kept of an adapter."""
         self._kept.pop(path, None)
+        self._rows.pop(path, None)
 
     def _read(
         self, path: Path, norm_bounds: Mapping[str, Mapping[str, float]]
@@ -231,7 +250,20 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         }
         row, used = manager.bank.pack(cores)
         (row,) = map_tensors([row], _kept_in())
+        sizes = adapters.update_sizes(adapter, known)
+        self._rows[str(path)] = KeptRow(row, used, adapter.config.r, sizes)
         return partial(_packed, rank=adapter.config.r, row=row, used=used)
+
+    def _mix(self, path: str) -> Callable[[int], LoRAModel]:
+        """Make a mix of the rows of its parts, which it holds on to; it keeps no row itself."""
+        parts = []
+        for part, weight in split_mix_path(path):
+            if part not in self._rows:
+                raise UnservableError(f"{part} is no CUR adapter that this worker keeps")
+            parts.append((self._rows[part], weight))
+        check_mix(parts)
+        rank, used = max(k.rank for k, _ in parts), max(k.used for k, _ in parts)
+        return lambda lora_id: _packed(lora_id, rank, mixed_row(parts), used)
 
     def _read_lora(self, name: str, path: str) -> Callable[[int], LoRAModel]:
         """Read a plain LoRA as vLLM does, its scale multiplied in."""

@@ -9,6 +9,8 @@ triton     GPU with Triton                     U as ``(r, r)``, C as ``(r, out)`
 torch      everywhere                          the same, C block-diagonal
 =========  ==================================  ==============================================
 
+Beside it stands :func:`delta_step`, for adapters whose update is a whole matrix.
+
 A new kernel is a file with a subclass of :class:`Kernel` and one line below. A package of your own
 calls :func:`register_kernel` from its ``vllm.general_plugins`` entry point.
 """
@@ -16,12 +18,30 @@ calls :func:`register_kernel` from its ``vllm.general_plugins`` entry point.
 from __future__ import annotations
 
 from secura_serve.serve.kernels.base import Kernel, choose_kernel, kernel_names, register_kernel
+from secura_serve.serve.kernels.delta_step import (
+    PADDED,
+    DeltaSlots,
+    choose_delta_step,
+    delta_blocks,
+    delta_step,
+)
 from secura_serve.serve.kernels.layout import Layout
 from secura_serve.serve.kernels.native_kernel import NativeKernel
 from secura_serve.serve.kernels.torch_kernel import TorchKernel
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
-__all__ = ["Kernel", "Layout", "choose_kernel", "kernel_names", "register_kernel"]
+__all__ = [
+    "PADDED",
+    "DeltaSlots",
+    "Kernel",
+    "Layout",
+    "choose_delta_step",
+    "choose_kernel",
+    "delta_blocks",
+    "delta_step",
+    "kernel_names",
+    "register_kernel",
+]
 
 register_kernel(NativeKernel)
 register_kernel(TritonKernel)

@@ -12,6 +12,7 @@ from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, StorageError, UnservableError
+from secura_serve.serve.app.adapters.fine_tune import FineTune
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
@@ -35,6 +36,12 @@ class Catalog:
         return [e.adapter for e in self.entries if e.adapter is not None and e.per_request]
 
     @property
+    def full_rank(self) -> list[Adapter | FineTune]:
+        """What changes whole matrices: adapters with S-MagNorm, and fine-tunes."""
+        changes = (e.adapter or e.fine_tune for e in self.entries if not e.per_request)
+        return [each for each in changes if each is not None]
+
+    @property
     def plain_loras(self) -> list[PlainLoRA]:
         """The plain LoRAs, chosen per request as well; these are not folded."""
         return [e.lora for e in self.entries if e.lora is not None]
@@ -53,13 +60,13 @@ class Catalog:
         """Return the entries as aligned text, one line each; refused ones with the reason below."""
         rows = [("ADAPTER", "RANK", "LINEARS", "SIZE", "STATUS")]
         for entry in self.entries:
-            adapter = entry.adapter or entry.lora
+            adapter = entry.adapter or entry.lora or entry.fine_tune
             if adapter is None:
                 rows.append((entry.shown, "-", "-", "-", entry.status))
                 continue
             size = f"{adapter.file_size / 1e6:.2f} MB"
             rows.append(
-                (entry.shown, str(adapter.r), str(len(adapter.modules)), size, entry.status)
+                (entry.shown, str(adapter.r or "-"), str(len(adapter.modules)), size, entry.status)
             )
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = []

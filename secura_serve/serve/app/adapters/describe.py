@@ -69,18 +69,18 @@ def _size(version: Version) -> int | None:
 def _content(version: Version) -> dict[str, Any]:
     """Return what one version says of itself."""
     entry = version.entry
-    adapter = entry.adapter or entry.lora
+    adapter = entry.adapter or entry.lora or entry.fine_tune
     assert adapter is not None
     common = {
         "rank": adapter.r,
         "modules": len(adapter.modules),
-        "size": _size(version),
+        "size": adapter.file_size if entry.fine_tune is not None else _size(version),
         "mode": "per-request" if version.per_request else "fold",
         "source": str(version.snapshot.source),
         **{key: version.card.get(key) for key in ("task", "scores", "retention")},
     }
     if entry.adapter is None:
-        return common | {"type": "lora"}
+        return common | {"type": "lora" if entry.lora is not None else "full"}
     return common | {
         "type": "cur",
         "magnorm": entry.adapter.config.magnorm.mode,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from secura_serve.adapter import check_name
@@ -41,6 +42,8 @@ class Version:
     """Unix time in seconds at which it was first served."""
     card: Mapping[str, Any] = field(default_factory=dict)
     """What its files say of task and scores."""
+    image: Path | None = None
+    """Where its delta image is, or will be: it is asked per request from a place of the engine."""
 
     @property
     def name(self) -> str:
@@ -58,7 +61,12 @@ class Version:
     @property
     def per_request(self) -> bool:
         """Whether it can be chosen per request, beside others."""
-        return self.entry.per_request or self.entry.lora is not None
+        return self.entry.per_request or self.entry.lora is not None or self.image is not None
+
+    @property
+    def engine_path(self) -> Path:
+        """The folder by which the engine knows its content."""
+        return self.image or self.snapshot.path
 
     @property
     def foldable(self) -> bool:

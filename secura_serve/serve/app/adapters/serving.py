@@ -47,6 +47,11 @@ async def serve_adapters(context: ServerContext, engine: Any, models: Any) -> No
         library.changed = table.update_name
         updates.workers = Workers(engine, lambda: updates.verifier.norm_bounds, updates.observer)
         folding.admission.prepare = updates.preparation
+        folding.admission.hold = updates.admit
+        if updates.resident is not None:
+            updates.resident.workers = updates.workers
+            updates.resident.guard(engine)
+            folding.admission.hold_all = updates.resident.all_held
         if context.strict:
             await updates.prepare_all(strict=True)
         else:

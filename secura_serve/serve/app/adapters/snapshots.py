@@ -28,7 +28,15 @@ from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, StorageError
 from secura_serve.serve.app.adapters.verified import Stamps, Verified
 
-__all__ = ["KEPT_DAYS", "Snapshot", "SnapshotStore", "digest_of", "placed_files", "stamps_of"]
+__all__ = [
+    "KEPT_DAYS",
+    "Snapshot",
+    "SnapshotStore",
+    "digest_of",
+    "files_of",
+    "placed_files",
+    "stamps_of",
+]
 
 KEPT_DAYS = 30
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -80,7 +88,7 @@ class SnapshotStore:
             StorageError: the copy cannot be written.
         """
         try:
-            stamps, digest = self._known(source)
+            stamps, digest = self.known(source)
         except OSError as error:
             raise AdapterFormatError(f"{source.name} cannot be read: {error}") from error
         with self._storing(source.name):
@@ -138,7 +146,7 @@ class SnapshotStore:
                 "space there, or point SECURA_CACHE at another folder"
             ) from error
 
-    def _known(self, folder: Path) -> tuple[Stamps, str]:
+    def known(self, folder: Path) -> tuple[Stamps, str]:
         """Return stamps and digest of a folder; it is read only if its files have changed."""
         stamps = stamps_of(folder)
         digest = self.verified.digest(folder, stamps) if self.verified else None
@@ -150,7 +158,7 @@ class SnapshotStore:
 
     def _has(self, root: Path, digest: str, name: str) -> bool:
         try:
-            return self._known(root / digest / name)[1] == digest
+            return self.known(root / digest / name)[1] == digest
         except OSError:
             return False
 
@@ -183,9 +191,17 @@ class SnapshotStore:
                     shutil.rmtree(entry, ignore_errors=True)
 
 
+def files_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that are an adapter, or those of a whole fine-tune."""
+    if (folder / CONFIG_NAME).exists() or not (folder / "config.json").is_file():
+        return _FILES
+    weights = sorted(file.name for file in folder.glob("model*.safetensors"))
+    return ("config.json", *weights) if weights else _FILES
+
+
 def stamps_of(folder: Path) -> Stamps:
     """Return inode, size and change time of an adapter's files. Raises OSError."""
-    stats = [(folder / name).stat() for name in _FILES]
+    stats = [(folder / name).stat() for name in files_of(folder)]
     if not all(stat.S_ISREG(s.st_mode) for s in stats):
         raise OSError(f"{folder.name}: an adapter's files must be regular files")
     return tuple((s.st_ino, s.st_size, s.st_ctime_ns) for s in stats)
@@ -195,7 +211,7 @@ def placed_files(folder: Path) -> tuple[tuple[int, int], ...]:
     """Return inode and time of writing of an adapter's files: what changes when they are written,
     and not when they are read, renamed or given other rights; nothing if they cannot be seen."""
     try:
-        stats = [(folder / name).stat() for name in _FILES]
+        stats = [(folder / name).stat() for name in files_of(folder)]
     except OSError:
         return ()
     return tuple((s.st_ino, s.st_mtime_ns) for s in stats)
@@ -210,7 +226,7 @@ def digest_of(folder: Path, copy_to: Path | None = None) -> str:
     # Reading a pipe or a device would wait, or never end.
     stamps_of(folder)
     whole = blake3()
-    for name in _FILES:
+    for name in files_of(folder):
         one = blake3()
         with ExitStack() as stack:
             file = stack.enter_context((folder / name).open("rb"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.adapters.mixes.mixes import Mix, asked_mix
+from secura_serve.serve.app.adapters.resident.slots import ADMITTED
 from secura_serve.serve.compat import lora_request
 
 __all__ = ["AdapterTable"]
@@ -16,6 +17,9 @@ class AdapterTable(dict[str, Any]):
 
     Holds the plain names; aliases and ``name@digest`` are found as well, and not listed. What vLLM
     hashes its prefix cache by is in the request: the name and the path, which holds the digest.
+
+    A mix is found while the request that was admitted for it is answered. One that comes down to
+    the base is None, which is no adapter to vLLM.
 
     Args:
         library: followed by :meth:`update`.
@@ -41,12 +45,25 @@ class AdapterTable(dict[str, Any]):
             self._requests = {n: r for n, r in self._requests.items() if n in known}
 
     def __contains__(self, model: object) -> bool:
-        return super().__contains__(model) or self._version(model) is not None
+        if super().__contains__(model) or self._version(model) is not None:
+            return True
+        return asked_mix(model) is not None
+
+    def __getitem__(self, model: str) -> Any:
+        if (admitted := ADMITTED.get()) is not None and admitted[0] == model:
+            return self._request(admitted[1])
+        return super().__getitem__(model)
 
     def __missing__(self, model: str) -> Any:
-        if (version := self._version(model)) is None:
+        if (version := self._version(model)) is not None:
+            return self._request(version)
+        if (asked := asked_mix(model)) is None:
             raise KeyError(model)
-        return self._request(version)
+        [found] = asked
+        if isinstance(found, Mix):
+            meaning = found.meaning
+            return lora_request(meaning.engine_name, found.number, found.engine_path)
+        return None if found is None else self._request(found)
 
     def _version(self, model: object) -> Version | None:
         version = self._library.find(model) if isinstance(model, str) else None
@@ -54,8 +71,7 @@ class AdapterTable(dict[str, Any]):
 
     def _request(self, version: Version) -> Any:
         if version.number not in self._requests:
-            path: Path = version.snapshot.path
             self._requests[version.number] = lora_request(
-                version.engine_name, version.number, str(path)
+                version.engine_name, version.number, str(version.engine_path)
             )
         return self._requests[version.number]

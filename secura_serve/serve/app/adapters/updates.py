@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -29,8 +30,10 @@ from secura_serve.errors import (
 )
 from secura_serve.serve.app.adapters.card import read_card
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
+from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.pushed import with_new_cores
-from secura_serve.serve.app.adapters.snapshots import Snapshot
+from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
+from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
@@ -86,23 +89,36 @@ class AdapterUpdates:
         self.say = say
         self.observer = observer or Observer()
         self.workers: Workers | None = None
+        self.resident: ResidentSlots | None = None
+        """The places of full-rank adapters; None where there are none."""
         self.folded: Callable[[], Sequence[tuple[str | None, Version | None]]] = lambda: ()
         """The model names that are folded into the weights, or are about to be, and their
         versions."""
         self._ended = ended
         self._numbers = itertools.count(1)
+        self.mixes = Mixes(library, lambda: self.workers, self._numbers.__next__, ended)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving = asyncio.Lock()
         self._later: set[asyncio.Task[None]] = set()
         self._retiring: Counter[Path] = Counter()
         """Copies of versions that nobody can ask for any more, while requests may still run."""
+        self._retiring_numbers: dict[Path, int] = {}
 
     def make_version(
         self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
     ) -> Version:
         """Return a version of a copy in the store, checked. Raises SecuraError."""
         entry = entry or self.verifier.examine_copy(snapshot)
-        return Version(entry, next(self._numbers), origin, created, read_card(snapshot.source))
+        image = self.resident.image_folder(entry) if self.resident is not None else None
+        if entry.fine_tune is not None and image is None:
+            raise UnservableError(
+                f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
+                "that it changes: restart it with the folder there, and with --resident above 0"
+            )
+        # Requests may still run on the same content, and the engine must not have it under two
+        # numbers: it tells adapters apart by name in one place and by number in another.
+        number = self._retiring_numbers.get(snapshot.path) or next(self._numbers)
+        return Version(entry, number, origin, created, read_card(snapshot.source), image)
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""
@@ -117,12 +133,20 @@ class AdapterUpdates:
                     self.observer.adapter_refused(entry.error)
                 continue
             try:
-                created = (entry.snapshot.source / WEIGHTS_NAME).stat().st_mtime
+                weights = files_of(entry.snapshot.source)[-1]
+                created = (entry.snapshot.source / weights).stat().st_mtime
             except OSError:  # It went after it was copied.
                 created = time.time()
-            self.library.add(
-                self.make_version(entry.snapshot, origin="folder", created=created, entry=entry)
-            )
+            try:
+                version = self.make_version(
+                    entry.snapshot, origin="folder", created=created, entry=entry
+                )
+            except UnservableError as error:
+                self.library.refuse(entry.name, str(error))
+                self.observer.adapter_refused(error)
+                self.say(f"warning: {error}")
+                continue
+            self.library.add(version)
         if self.state is not None and self.verifier.store is not None:
             for lost in self.state.restore(self.library, self.verifier.store, self.make_version):
                 self.say(lost)
@@ -285,8 +309,7 @@ class AdapterUpdates:
             record = self.library.record(name)
             if record.serving is None or not record.serving.per_request:
                 raise LifecycleError(409, f"{name} is not chosen per request, so it takes no slot")
-            if self.workers is not None:
-                await self.workers.pin(record.serving, pinned)
+            await self._pin(record.serving, pinned)
             record.pinned = pinned
             self.library.changed(name)
             await self._save()
@@ -311,10 +334,39 @@ class AdapterUpdates:
 
         Awaited, it gives None or why the adapter cannot be served after all.
         """
+        if model is not None and self.mixes.means_mix(model):
+            return self.mixes.preparation(model)
         version = self.library.find(model) if model and self.workers is not None else None
-        if version is None or not version.per_request or self.workers is None:
+        if version is None or not version.per_request or self._answered_by_weights():
             return None
+        return self._preparation(version)
+
+    def _answered_by_weights(self) -> bool:
+        """Return whether an adapter is folded: only it is answered, and takes no slot."""
+        return any(model is not None for model, _ in self.folded()[:1])
+
+    def _preparation(self, version: Version) -> Awaitable[str | None] | None:
+        assert self.workers is not None
+        if version.image is not None and self.resident is not None:
+            return self.resident.preparation(Occupant.of(version))
         return self.workers.preparation(version)
+
+    def admit(self, model: str | None) -> AbstractContextManager[None]:
+        """Return the context in which a request for ``model`` runs."""
+        if model is not None and self.mixes.means_mix(model):
+            return self.mixes.asked(model)
+        version = self.library.find(model) if model else None
+        if model is None or version is None or version.image is None or self.resident is None:
+            return nullcontext()
+        if self._answered_by_weights():
+            return nullcontext()
+        return self.resident.admit(model, version)
+
+    async def _pin(self, version: Version, pinned: bool) -> None:
+        if version.image is not None and self.resident is not None:
+            await self.resident.pin(version, pinned)
+        elif self.workers is not None:
+            await self.workers.pin(version, pinned)
 
     async def prepare_all(self, *, strict: bool = False) -> None:
         """Prepare on the workers whatever the library has, one after the other.
@@ -326,6 +378,9 @@ class AdapterUpdates:
             UnservableError: see ``strict``.
         """
         for version in list(self.library):
+            if self.resident is not None and version.image and not self.resident.has_room:
+                # It gets a place when it is asked.
+                continue
             work = self.preparation(version.name)
             refused = await work if work is not None else None
             if refused is not None:
@@ -336,7 +391,7 @@ class AdapterUpdates:
             record = self.library.records.get(version.name)
             if record is not None and record.pinned and self.workers is not None:
                 try:
-                    await self.workers.pin(version, True)
+                    await self._pin(version, True)
                 except LifecycleError as error:
                     self.say(f"{version.name} is not pinned: {error}")
 
@@ -354,6 +409,11 @@ class AdapterUpdates:
         if self.workers is not None and (entry.per_request or entry.lora is not None):
             assert entry.snapshot is not None
             refused = await self.workers.prepare(entry.name, entry.snapshot.path)
+            if refused is not None:
+                raise UnservableError(refused)
+        elif self.resident is not None and (image := self.resident.image_folder(entry)):
+            assert entry.snapshot is not None
+            refused = await self.resident.make_image(entry.snapshot.path, image)
             if refused is not None:
                 raise UnservableError(refused)
 
@@ -382,7 +442,7 @@ class AdapterUpdates:
         record = self.library.record(entry.name)
         now = record.serving
         assert now is not None
-        if self.workers is not None:
+        if self.workers is not None and now.image is None:
             self.workers.mark_prepared(now)
             if not self._in_use(entry.name, entry.snapshot.path):
                 # The same content was there already, at a path of its own.
@@ -403,9 +463,9 @@ class AdapterUpdates:
             return
         for version in versions:
             if version is not record.serving:
-                await self.workers.pin(version, False)
+                await self._pin(version, False)
         try:
-            await self.workers.pin(record.serving, True)
+            await self._pin(record.serving, True)
         except LifecycleError as error:
             self.say(f"{name} is not pinned any more: {error}")
             record.pinned = False
@@ -420,7 +480,9 @@ class AdapterUpdates:
 
     def _retire(self, versions: list[Version]) -> None:
         if versions:
+            self.mixes.drop(versions)
             self._retiring.update(version.snapshot.path for version in versions)
+            self._retiring_numbers.update((v.snapshot.path, v.number) for v in versions)
             task = asyncio.ensure_future(self._free(versions))
             self._later.add(task)
             task.add_done_callback(self._later.discard)
@@ -437,10 +499,14 @@ class AdapterUpdates:
                 self._retiring[path] -= 1
                 again = self._in_use(version.name, path)
                 if not self._retiring[path]:
-                    del self._retiring[path]
-                if self.workers is not None:
-                    await self.workers.forget(version, keep_content=again)
-                if not again and self.verifier.store is not None:
+                    del self._retiring[path], self._retiring_numbers[path]
+                if again:
+                    continue
+                if version.image is not None and self.resident is not None:
+                    await self.resident.forget(Occupant.of(version))
+                elif self.workers is not None:
+                    await self.workers.forget(version)
+                if self.verifier.store is not None:
                     await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
     async def _save(self) -> None:

@@ -11,8 +11,10 @@ from secura_serve.adapter import Adapter
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, SecuraError, UnservableError
+from secura_serve.serve.app.adapters.fine_tune import FineTune, is_fine_tune
 from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore, stamps_of
 from secura_serve.serve.app.adapters.verified import Verified
 from secura_serve.serve.basis import NormBounds, base_id
 
@@ -32,6 +34,7 @@ class Entry:
     adapter: Adapter | None
     error: SecuraError | None = None
     lora: PlainLoRA | None = None
+    fine_tune: FineTune | None = None
     snapshot: Snapshot | None = None
     """The copy that is served; None where nothing is served, or nothing was to be copied."""
 
@@ -42,15 +45,18 @@ class Entry:
 
     @property
     def per_request(self) -> bool:
-        """Whether it can be chosen per request, beside others; if not, it must be folded."""
+        """Whether it is C·U·R and needs no more than a slot; if not, it needs a place for its whole
+        update, or must be folded."""
         return self.adapter is not None and self.adapter.config.magnorm.additive
 
     @property
     def status(self) -> str:
         """How it can be served, in a word or two."""
+        if self.fine_tune is not None:
+            return "ok (whole fine-tune)"
         if self.adapter is None:
             return "SKIPPED" if self.lora is None else "ok (plain LoRA)"
-        return "ok" if self.per_request else f"fold ({self.adapter.config.magnorm.mode})"
+        return "ok" if self.per_request else f"ok ({self.adapter.config.magnorm.mode})"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Verifier:
             as long as a checkpoint is open.
         store: where each adapter is copied before it is checked; None checks them where they are.
         verified: what earlier starts have verified, and what this one verifies.
+        images: where the changes of whole fine-tunes are kept; None only compares them.
     """
 
     def __init__(
@@ -78,8 +85,9 @@ class Verifier:
         base: Callable[[], Checkpoint],
         store: SnapshotStore | None = None,
         verified: Verified | None = None,
+        images: DeltaImages | None = None,
     ) -> None:
-        self._base, self.store = base, store
+        self._base, self.store, self._images = base, store, images
         self._verified = verified
         self._seen: dict[str, Comparison] = {}
 
@@ -95,6 +103,8 @@ class Verifier:
             SecuraError: why the adapter cannot be served.
             StorageError: the copy cannot be written.
         """
+        if is_fine_tune(path):
+            return self._fine_tune(path)
         complete = all((path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
         # Where a file is missing, loading the folder explains it better.
         snapshot = self.store.take(path) if self.store is not None and complete else None
@@ -120,6 +130,23 @@ class Verifier:
             return Entry(path.name, None, lora=lora, snapshot=snapshot)
         adapter = (snapshot and self._known(snapshot)) or self._servable(path, snapshot)
         return Entry(path.name, adapter, snapshot=snapshot)
+
+    def _fine_tune(self, path: Path) -> Entry:
+        """Compare a checkpoint with the base, and keep what it changes."""
+        if self.store is None or self._images is None:
+            return Entry(path.name, None, fine_tune=FineTune.load(path, self._base()))
+        try:
+            stamps, digest = self.store.known(path)
+        except OSError as error:
+            raise UnservableError(f"{path.name} cannot be read: {error}") from error
+        tuned = FineTune.load(path, self._base())
+        folder = self._images.folder(path.name, digest)
+        self._images.of_fine_tune(folder, tuned, path)
+        if stamps_of(path) != stamps:
+            self._images.remove(folder)
+            raise UnservableError(f"{path.name} was still being written; try again")
+        snapshot = Snapshot(folder, path, digest, stamps)
+        return Entry(path.name, None, fine_tune=tuned, snapshot=snapshot)
 
     def _known(self, snapshot: Snapshot) -> Adapter | None:
         """Return an adapter whose content an earlier start has verified, without its tensors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +80,50 @@ class Workers:
         done.set_result(None)
         self._prepared[version.number] = done
 
-    async def forget(self, version: Version, *, keep_content: bool = False) -> None:
-        """Free the slot of a version, and what the workers keep of it.
+    async def forget(self, version: Version) -> None:
+        """Free the slot of a version, and what the workers keep of it."""
+        self._resident = (0.0, self._resident[1])
+        path = version.snapshot.path
+        await self._call("secura_forget", [version.number], [str(path)])
+        self._read.discard(path)
+        self._prepared.pop(version.number, None)
+
+    async def tell(self, name: str, path: str) -> str | None:
+        """Have every worker make a mix of adapters that it has read; return why one refuses it, or
+        None.
 
         Args:
-            keep_content: another version has the same content, so that only the slot is freed.
+            path: see :func:`~secura_serve.serve.mix_path.mix_path`.
         """
+        ranks = await self._call("secura_prepare", [(name, path)], {})
+        return next((why for rank in ranks for why in rank if why is not None), None)
+
+    async def release(self, numbers: Sequence[int], paths: Sequence[str]) -> None:
+        """Have the workers forget mixes, by their numbers and paths."""
         self._resident = (0.0, self._resident[1])
-        paths = [] if keep_content else [str(version.snapshot.path)]
-        await self._call("secura_forget", [version.number], paths)
-        self._read -= {Path(path) for path in paths}
-        self._prepared.pop(version.number, None)
+        await self._call("secura_forget", list(numbers), list(paths))
 
     async def drop(self, path: Path) -> None:
         """Have the workers forget what they keep of a folder that no version uses."""
         if path in self._read:
             self._read.discard(path)
             await self._call("secura_forget", [], [str(path)])
+
+    async def fill(self, place: int, image: Path, first: int, last: int) -> str | None:
+        """Have every worker copy modules of a delta image into a place; return why one cannot."""
+        for refused in await self._call("secura_fill", place, str(image), first, last):
+            if refused is not None:
+                return str(refused)
+        return None
+
+    async def publish(self, place: int, image: Path) -> None:
+        """Have every worker answer the adapter of an image from the place that was filled."""
+        await self._call("secura_publish", place, str(image))
+
+    async def forget_place(self, number: int, image: Path | None) -> None:
+        """Free the slot of an adapter whose place is needed, and what points at the place."""
+        self._resident = (0.0, self._resident[1])
+        await self._call("secura_forget", [number], [str(image)])
 
     async def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version in a slot on every worker, or no longer.

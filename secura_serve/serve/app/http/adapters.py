@@ -103,8 +103,9 @@ def _refused(error: SecuraError) -> JSONResponse:
 
 
 async def _resident(context: ServerContext) -> frozenset[int]:
-    workers = context.updates.workers
-    return await workers.resident() if workers is not None else frozenset()
+    workers, places = context.updates.workers, context.updates.resident
+    slots = await workers.resident() if workers is not None else frozenset()
+    return slots | frozenset(places.numbers if places is not None else ())
 
 
 async def _shown(context: ServerContext, name: str) -> dict[str, Any]:

@@ -8,15 +8,16 @@ and are judged by what is folded then. Knows ASGI only, nothing of vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
 from typing import NamedTuple
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from secura_serve.errors import LifecycleError
+from secura_serve.errors import LifecycleError, MixError
 from secura_serve.serve.app.http import bodies
+from secura_serve.serve.app.http.adapters_field import FIELD
 from secura_serve.serve.app.http.errors import error_response
 from secura_serve.serve.app.http.model_name import InvalidModelName, replayed, requested_model
 from secura_serve.serve.app.http.routes import WEBSOCKET, Route, find_route, routed_path
@@ -52,10 +53,16 @@ class Admission:
         hold_seconds: how long a request is held before it is refused.
 
     ``prepare`` may be set: model name -> what has to be awaited before its request may run (None
-    if nothing), and then gives why it may not, or None.
+    if nothing), and then gives why it may not, or None. ``hold`` may be set: model name -> the
+    context in which its request runs once it is prepared; ``hold_all`` that of what goes on after a
+    request was answered, whatever it asks for.
     """
 
     prepare: Callable[[str | None], Awaitable[str | None] | None] = staticmethod(lambda model: None)
+    hold: Callable[[str | None], AbstractContextManager[None]] = staticmethod(
+        lambda model: nullcontext()
+    )
+    hold_all: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __init__(
         self, judge: Callable[[str | None], Refusal | None], hold_seconds: float = HOLD_SECONDS
@@ -64,7 +71,7 @@ class Admission:
         self._open, self._idle = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
-        self._later: dict[asyncio.Task[object], asyncio.Future[None]] = {}
+        self._later: dict[asyncio.Task[object], ExitStack] = {}
         self._running: set[asyncio.Future[None]] = set()
 
     @property
@@ -104,7 +111,8 @@ class Admission:
         # No await since admission was seen open: whoever closes it will wait for this one.
         mine = self._begin()
         try:
-            yield None
+            with self.hold(model):
+                yield None
         finally:
             self._end(mine)
 
@@ -151,11 +159,13 @@ class Admission:
         """Count what goes on after its request was answered, until each task is done."""
         for task in tasks:
             if task not in self._later and not task.done():
-                self._later[task] = self._begin()
+                held = self._later[task] = ExitStack()
+                held.callback(self._end, self._begin())
+                held.enter_context(self.hold_all())
                 task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[object]) -> None:
-        self._end(self._later.pop(task))
+        self._later.pop(task).close()
 
     def _begin(self) -> asyncio.Future[None]:
         """Count a request as running; the future is what ends it."""
@@ -177,6 +187,7 @@ class AdmissionMiddleware:
     Args:
         background: the tasks that vLLM has started for requests it answered already
             (``/v1/responses`` with ``"background": true``).
+        bases: what the base is called.
     """
 
     def __init__(
@@ -184,8 +195,10 @@ class AdmissionMiddleware:
         app: ASGIApp,
         admission: Admission,
         background: Callable[[], Iterable[asyncio.Task[object]]] = tuple,
+        bases: Collection[str] = (),
     ) -> None:
         self.app, self.admission, self.background = app, admission, background
+        self.bases = bases
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = None
@@ -208,12 +221,15 @@ class AdmissionMiddleware:
             return
         if body is None:
             return
-        again = replayed(body, receive)
         try:
-            model = await requested_model(route, scope, body)
+            model, body = await requested_model(route, scope, body, self.bases)
         except InvalidModelName as error:
-            await Refusal(400, str(error)).response()(scope, again, send)
+            await Refusal(400, str(error)).response()(scope, receive, send)
             return
+        except MixError as error:
+            await Refusal(error.status, str(error), FIELD).response()(scope, receive, send)
+            return
+        again = replayed(body, receive)
         async with self.admission.admitted(model) as refusal:
             if refusal is not None:
                 await refusal.response()(scope, again, send)

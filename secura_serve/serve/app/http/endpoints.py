@@ -143,6 +143,7 @@ class AdminPlugin:
             AdmissionMiddleware,
             admission=context.folding.admission,
             background=lambda: background_tasks(app.state)(),
+            bases=context.folding.names,
         )
         if context.metrics is not None:
             states = AdapterStates(context.metrics, context.updates, context.folding)

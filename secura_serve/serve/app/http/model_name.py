@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -10,6 +11,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
+from secura_serve.serve.app.http.adapters_field import FIELD, take_adapters
 from secura_serve.serve.app.http.routes import Route
 
 __all__ = ["InvalidModelName", "replayed", "requested_model"]
@@ -29,19 +31,29 @@ def replayed(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def requested_model(route: Route, scope: Scope, body: bytes) -> str | None:
-    """Return the model that a request names, or None if it names none, which asks the base.
+async def requested_model(
+    route: Route, scope: Scope, body: bytes, bases: Collection[str] = ()
+) -> tuple[str | None, bytes]:
+    """Return the model that a request names, or None if it names none, which asks the base; and the
+    body as vLLM is to read it, in which ``model`` stands for the field ``adapters``.
 
     A header that vLLM lets override the body (``Route.model_header``) is filled in from the body,
     in ``scope``, where the request does not have it: vLLM would otherwise drop the body's name and
     let the base answer.
 
+    Args:
+        bases: what the base is called.
+
     Raises:
         InvalidModelName: it is no string, or header and body name different models.
+        MixError: (400) the field ``adapters`` cannot be used.
     """
-    name = await _form_field(scope, body) if route.model == "form" else _json_field(body)
+    if route.model == "form":
+        name = await _form_field(scope, body)
+    else:
+        name, body = _json_field(body, bases)
     if route.model_header is None:
-        return name
+        return name, body
     said = Headers(scope=scope).get(route.model_header)
     if said is not None and name is not None and said != name:
         raise InvalidModelName(
@@ -51,18 +63,25 @@ async def requested_model(route: Route, scope: Scope, body: bytes) -> str | None
     if said is None and name is not None:
         header = (route.model_header.encode(), name.encode("latin-1", "replace"))
         scope["headers"] = [*scope["headers"], header]
-    return name if said is None else said or None
+    return (name if said is None else said or None), body
 
 
-def _json_field(body: bytes) -> str | None:
+def _json_field(body: bytes, bases: Collection[str]) -> tuple[str | None, bytes]:
     try:
         asked: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    name = asked.get("model") if isinstance(asked, dict) else None
-    if name is not None and not isinstance(name, str):
+        return None, body
+    if not isinstance(asked, dict):
+        return None, body
+    if (name := asked.get("model")) is not None and not isinstance(name, str):
         raise InvalidModelName(f"model must be a string, got {type(name).__name__}")
-    return name or None
+    if FIELD in asked:
+        take_adapters(asked, bases)
+        try:
+            name, body = asked.get("model"), json.dumps(asked).encode()
+        except RecursionError:
+            raise InvalidModelName("the body is nested too deeply") from None
+    return name or None, body
 
 
 async def _form_field(scope: Scope, body: bytes) -> str | None:

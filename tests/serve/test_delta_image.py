@@ -1,0 +1,145 @@
+"""Proves what a delta image holds against W' − W in float64, and what a damaged one is told.
+
+Needs torch only: tiny random bases, adapters whose norm makes them full-rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import MergeError, StorageError
+from secura_serve.method import MagNorm, dequantise_rows
+from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.delta_image import DeltaImage, image_nbytes
+from tests.support import oracle
+from tests.support.engines import random_adapter
+
+NORMS = {"bounded": MagNorm("bounded", tau=0.1), "published": MagNorm("published")}
+
+
+def _made(root, base, adapter, dtype):
+    images = DeltaImages(root / "images", base, dtype)
+    folder = images.folder("a", "0" * 32)
+    return images, asyncio.run(images.make(folder, [str(adapter)]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_holds_the_change_of_every_weight(arch, norm, dtype, tiny_base, tmp_path):
+    base = tiny_base(arch)
+    adapter = random_adapter(base, tmp_path / "a", r=4, seed=1, magnorm=NORMS[norm], size=4)
+    _, image = _made(tmp_path, base, adapter, dtype)
+    checkpoint = Checkpoint(base)
+    plain, adapted = oracle.adapted(base, None), oracle.adapted(base, adapter)
+    assert sorted(image.modules) == sorted(checkpoint.linears())
+    shapes = [checkpoint.shape(module) for module in image.modules]
+    assert 0 < image.size - image_nbytes(shapes, dtype) < 2**16
+    wrong = whole = 0.0
+    for module, weight, scale in image.read(image.modules):
+        find = [m.get_submodule(module).weight.data.double() for m in (adapted, plain)]
+        D = find[0] - find[1]
+        D = D.T if checkpoint.is_conv1d(module) else D
+        assert weight.shape == D.shape and scale.shape == D.shape[:1]
+        got = dequantise_rows(weight, scale).double()
+        wrong += float((got - D).square().sum())
+        whole += float(D.square().sum())
+        # Both folds round in float32; 8 bits are exact to half a step.
+        step = D.abs().amax(1, keepdim=True) / 127 if dtype == "int8" else 0
+        assert ((got - D).abs() <= step * 0.501 + 2**-20 * find[0].abs().max()).all(), module
+    error = (wrong / whole) ** 0.5
+    assert error == pytest.approx(image.error, abs=1e-4)
+    assert error < (0.012 if dtype == "int8" else 1e-4)
+
+
+def test_it_is_made_once_and_found_again(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base("llama"), tmp_path / "base")
+    adapter = random_adapter(base, tmp_path / "a", r=4, seed=1, magnorm=NORMS["bounded"])
+    images, first = _made(tmp_path, base, adapter, "int8")
+    before = (first.folder / "delta.safetensors").stat()
+    again = asyncio.run(DeltaImages(images.root, base, "int8").make(first.folder, ["/nowhere"]))
+    assert again == first
+    assert (first.folder / "delta.safetensors").stat().st_ino == before.st_ino
+    other = {
+        images.folder("a", "1" * 32),
+        DeltaImages(images.root, base, "float32").folder("a", "0" * 32),
+        first.folder,
+    }
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    assert len(other | {images.folder("a", "0" * 32)}) == 4
+
+
+def _truncate(folder):
+    file = folder / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _set(key, value):
+    def change(folder):
+        file = folder / "delta.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate,
+        _set("format", 2),
+        _set("dtype", "int4"),
+        lambda folder: (folder / "delta.json").write_text("[]"),
+        lambda folder: (folder / "delta.json").unlink(),
+        lambda folder: (folder / "delta.safetensors").unlink(),
+    ],
+)
+def test_a_damaged_image_is_refused_and_made_again(damage, tiny_base, tmp_path):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=4, seed=1, magnorm=NORMS["bounded"])
+    images, image = _made(tmp_path, base, adapter, "int8")
+    damage(image.folder)
+    with pytest.raises(StorageError, match="no usable delta image"):
+        DeltaImage.open(image.folder)
+    assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+    assert [p.name for p in images.root.iterdir() if not p.name.startswith(".")] == [
+        image.folder.name
+    ]
+
+
+def test_another_base_is_refused_and_leaves_nothing_behind(tiny_base, tmp_path):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=4, seed=1, magnorm=NORMS["published"])
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: t * 1.5 for name, t in tensors.items()}, other / "model.safetensors")
+    images = DeltaImages(tmp_path / "images", other, "int8")
+    with pytest.raises(MergeError, match="trained on another base"):
+        asyncio.run(images.make(images.folder("a", "0" * 32), [str(adapter)]))
+    assert not [p for p in images.root.glob("*") if p.is_dir()]
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tiny_base, tmp_path, monkeypatch):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=4, seed=1, magnorm=NORMS["bounded"])
+    images = DeltaImages(tmp_path / "images", base, "int8")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(StorageError, match="MiB free, the changes of the adapter's weights need"):
+        asyncio.run(images.make(images.folder("a", "0" * 32), [str(adapter)]))
+    assert not any(images.root.iterdir())
+
+
+def test_images_that_no_server_uses_are_removed(tmp_path):
+    images = DeltaImages(tmp_path, tmp_path, "int8")
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / "old", (1, 1))
+    images.remove_unused()
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]

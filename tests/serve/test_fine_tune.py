@@ -1,0 +1,178 @@
+"""Proves what a whole fine-tune may change to be served per request, and what it is refused for.
+
+Needs torch and transformers; tiny random bases, no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.errors import UnservableError
+from secura_serve.method import dequantise_rows
+from secura_serve.serve.app.adapters.fine_tune import FineTune, is_fine_tune
+from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.app.adapters.resident.slots import ResidentSlots, ResidentSpec
+from secura_serve.serve.app.adapters.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.verifier import Verifier
+from secura_serve.serve.delta_image import DeltaImage
+from tests.support.engines import random_adapter, random_fine_tune
+from tests.support.lifecycle import house
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return tiny_base("llama")
+
+
+@pytest.fixture
+def tuned(base, tmp_path):
+    return random_fine_tune(base, tmp_path / "tuned", seed=1, only=("q_proj", "up_proj"))
+
+
+def _verifier(base, root):
+    store = SnapshotStore(root / "copies")
+    images = DeltaImages(root / "deltas", base, "int8")
+    return Verifier(lambda: Checkpoint(base), store, images=images), images
+
+
+def _change(folder, **tensors):
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+def _set(folder, key, value):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])
+def test_its_image_is_what_it_changes(arch, tiny_base, tmp_path):
+    base = tiny_base(arch)
+    names = ("c_attn", "c_proj") if arch == "gpt2" else ("q_proj", "down_proj")
+    folder = random_fine_tune(base, tmp_path / "tuned", seed=2, only=names)
+    verifier, _ = _verifier(base, tmp_path)
+    entry = verifier.examine(folder)
+    image = DeltaImage.open(entry.snapshot.path)
+    expected = [m for m in Checkpoint(base).linears() if m.endswith(names)]
+    assert [*entry.fine_tune.modules] == [*image.modules] == expected
+    for module, weight, scale in image.read(image.modules):
+        D = Checkpoint(folder).weight(module).double() - Checkpoint(base).weight(module).double()
+        step = D.abs().amax(1, keepdim=True) / 127
+        assert ((dequantise_rows(weight, scale) - D).abs() <= step * 0.501 + 1e-7).all()
+    assert entry.status == "ok (whole fine-tune)" and not entry.per_request
+
+
+def test_unchanged_files_are_not_compared_again_and_others_make_another(base, tuned, tmp_path):
+    verifier, images = _verifier(base, tmp_path)
+    first = verifier.examine(tuned)
+    assert verifier.examine(tuned).snapshot == first.snapshot
+    _change(tuned, **{"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)[:1]})
+    with pytest.raises(UnservableError, match="q_proj.weight is"):
+        verifier.examine(tuned)
+    shutil.rmtree(tuned)
+    random_fine_tune(base, tuned, seed=5)
+    second = verifier.examine(tuned)
+    assert second.snapshot.path != first.snapshot.path
+    assert len([p for p in images.root.iterdir() if p.is_dir()]) == 2
+
+
+def test_other_types_of_equal_numbers_are_equal(base, tuned):
+    tensors = load_file(tuned / "model.safetensors")
+    norm = "model.norm.weight"
+    _change(tuned, **{norm: tensors[norm].double()})
+    assert FineTune.load(tuned, Checkpoint(base)).modules
+
+
+def test_a_head_that_is_tied_may_be_there_or_not(tiny_base, tmp_path):
+    base = tiny_base("gemma2")
+    assert "lm_head.weight" not in load_file(base / "model.safetensors")
+    tuned = random_fine_tune(base, tmp_path / "tuned", seed=1, only=("q_proj",))
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    _change(tuned, **{"lm_head.weight": embedding.clone()})
+    assert FineTune.load(tuned, Checkpoint(base)).modules
+    _change(tuned, **{"lm_head.weight": embedding * 2})
+    with pytest.raises(UnservableError, match=r"lm_head.weight differs"):
+        FineTune.load(tuned, Checkpoint(base))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.embed_tokens.weight", "model.embed_tokens.weight differs from the base's"),
+        ("model.layers.1.input_layernorm.weight", "layers.1.input_layernorm.weight differs"),
+        ("model.norm.weight", "model.norm.weight differs"),
+    ],
+)
+def test_what_requests_share_must_be_the_bases(name, said, base, tuned):
+    tensors = load_file(tuned / "model.safetensors")
+    _change(tuned, **{name: tensors[name] + 0.1})
+    with pytest.raises(UnservableError, match=said):
+        FineTune.load(tuned, Checkpoint(base))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}),
+        ("hidden_act", "gelu"),
+        ("rms_norm_eps", 1e-3),
+    ],
+)
+def test_another_configuration_is_another_model(key, value, base, tuned):
+    _set(tuned, key, value)
+    with pytest.raises(UnservableError, match="its config.json has"):
+        FineTune.load(tuned, Checkpoint(base))
+    _set(tuned, key, Checkpoint(base).config.get(key))
+
+
+def test_what_changes_no_output_may_differ(base, tuned):
+    for key, value in (("use_cache", False), ("torch_dtype", "bfloat16"), ("eos_token_id", 7)):
+        _set(tuned, key, value)
+    assert FineTune.load(tuned, Checkpoint(base)).modules
+
+
+def test_other_faults_are_told(base, tuned, tmp_path):
+    with pytest.raises(UnservableError, match="does not differ from"):
+        FineTune.load(base, Checkpoint(base))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    _change(tuned, **{name: torch.full_like(load_file(base / "model.safetensors")[name], 1e999)})
+    with pytest.raises(UnservableError, match="NaN or Inf"):
+        FineTune.load(tuned, Checkpoint(base))
+    _change(tuned, extra=torch.ones(1))
+    with pytest.raises(UnservableError, match="extra: .* has no such tensor"):
+        FineTune.load(tuned, Checkpoint(base))
+    file = tuned / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UnservableError, match="truncated or damaged"):
+        FineTune.load(tuned, Checkpoint(base))
+
+
+def test_what_is_and_is_not_a_fine_tune(base, tuned, tmp_path):
+    assert is_fine_tune(tuned)
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1)
+    assert not is_fine_tune(adapter)
+    shutil.copy(base / "config.json", adapter)
+    assert not is_fine_tune(adapter)
+    assert not is_fine_tune(tmp_path)
+
+
+def test_without_a_place_it_is_refused_and_with_one_it_is_asked(base, tmp_path):
+    parts = house(tmp_path, base)
+    random_fine_tune(base, parts.folder / "tuned", seed=1, only=("q_proj",))
+    verifier, images = _verifier(base, tmp_path)
+    parts.updates.verifier = verifier
+    parts.updates.fill([verifier.examine(parts.folder / "tuned")])
+    assert parts.library.find("tuned") is None
+    assert "no place for the linears" in parts.library.records["tuned"].refused
+    spec = ResidentSpec(1, "int8", tuple(Checkpoint(base).linears()))
+    parts.updates.resident = ResidentSlots(spec, images)
+    parts.updates.fill([verifier.examine(parts.folder / "tuned")])
+    version = parts.library.find("tuned")
+    assert version.per_request and not version.foldable
+    assert version.engine_path == version.snapshot.path
