@@ -21,9 +21,11 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +43,8 @@ LINEARS = {
     "down": (14336, (4096,)),
 }
 TINY = {"qkv": (64, (64, 32, 32))}
+# What a part has to end in once its time is over.
+_GRACE_S = 30
 
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
@@ -169,7 +173,8 @@ def serve(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
         add({"skipped": "vLLM cannot be imported" if not rehearse else "a rehearsal"})
         return
     counts = ["0", "1", "16", "64", "256"]
-    _other(["benchmarks.serve", "--synthetic-gib", "2.5", "--adapters", *counts], add)
+    once = ["--repeat", "1", "--adapters", *counts]
+    _other(["benchmarks.serve", "--synthetic-gib", "2.5", *once], add)
 
 
 def _versions() -> dict[str, str | None]:
@@ -209,6 +214,28 @@ def _run_part(name: str, file: Path, rehearse: bool) -> None:
         )
 
 
+def _bounded(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | str, str]:
+    """Run a command and all that it starts for so long at most; return its status and stderr."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stderr=said, text=True, start_new_session=True
+        )
+        status: int | str
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = "time was over"
+            # Servers that a part has started end with it; what does not listen is ended.
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.seek(0)
+        return status, said.read()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -241,15 +268,8 @@ def main() -> None:
         env["SECURA_BENCH_PART"] = str(rows.absolute())
         part: dict[str, Any] = {"device": device, "versions": _versions(), "commit": commit()}
         part["machine"] = machine()
-        try:
-            limit = min(args.minutes * 60, left)
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, timeout=limit, stderr=subprocess.PIPE, text=True
-            )
-            part["status"] = done.returncode
-            part["said"] = done.stderr.strip().splitlines()[-5:] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            part["status"] = "time was over"
+        status, said = _bounded(command, env, min(args.minutes * 60, left))
+        part["status"], part["said"] = status, said.strip().splitlines()[-5:] if status else []
         part["seconds"] = round(time.monotonic() - start, 1)
         lines = rows.read_text("utf-8").splitlines() if rows.exists() else []
         part["rows"] = [json.loads(line) for line in lines]
