@@ -105,8 +105,9 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Time a fold of one layer's linears; bytes: W read once, W' written once."""
     import torch
 
+    from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
-    from secura_serve.merge.triton_fold import fold_on_gpu
+    from secura_serve.merge.triton_fold import fold_on_gpu, move
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")
@@ -121,33 +122,17 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
             basis = Basis(torch.randperm(out)[:r], torch.randperm(width)[:r])
             target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
             row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
+            held = (W, target, norm, dtype, bad, move(target, (out, width), device))
             for what, call in (
-                ("fold", lambda W=W, t=target, n=norm, b=bad: fold_on_gpu(W, t, n, dtype, b)),  # type: ignore[misc]
+                ("fold", lambda held=held: fold_on_gpu(*held)),  # type: ignore[misc]
                 ("copy", lambda W=W, copy=copy: copy.copy_(W)),  # type: ignore[misc]
             ):
-                seconds = _seconds(call, device)
+                # On a GPU one CUDA graph: in a server the bus is slower than launching.
+                seconds = once(call, device) / 1e6
                 row[f"{what}_us"] = round(seconds * 1e6, 1)
                 row[f"{what}_gb_per_s"] = round(2 * W.nbytes / seconds / 1e9, 1)
             row["of_copy"] = round(row["copy_us"] / row["fold_us"], 3)
             add(row)
-
-
-def _seconds(call: Callable[[], Any], device: Any, repeat: int = 20) -> float:
-    """Seconds of a call, many queued in a row."""
-    import torch
-
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeat):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / repeat
 
 
 def _other(command: list[str], add: Callable[[dict[str, Any]], None]) -> None:
