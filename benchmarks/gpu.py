@@ -21,9 +21,11 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +43,8 @@ LINEARS = {
     "down": (14336, (4096,)),
 }
 TINY = {"qkv": (64, (64, 32, 32))}
+# What a part has to end in once its time is over.
+_GRACE_S = 30
 
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
@@ -101,8 +105,9 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Time a fold of one layer's linears; bytes: W read once, W' written once."""
     import torch
 
+    from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
-    from secura_serve.merge.triton_fold import fold_on_gpu
+    from secura_serve.merge.triton_fold import fold_on_gpu, move
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")
@@ -117,33 +122,17 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
             basis = Basis(torch.randperm(out)[:r], torch.randperm(width)[:r])
             target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
             row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
+            held = (W, target, norm, dtype, bad, move(target, (out, width), device))
             for what, call in (
-                ("fold", lambda W=W, t=target, n=norm, b=bad: fold_on_gpu(W, t, n, dtype, b)),  # type: ignore[misc]
+                ("fold", lambda held=held: fold_on_gpu(*held)),  # type: ignore[misc]
                 ("copy", lambda W=W, copy=copy: copy.copy_(W)),  # type: ignore[misc]
             ):
-                seconds = _seconds(call, device)
+                # On a GPU one CUDA graph: in a server the bus is slower than launching.
+                seconds = once(call, device) / 1e6
                 row[f"{what}_us"] = round(seconds * 1e6, 1)
                 row[f"{what}_gb_per_s"] = round(2 * W.nbytes / seconds / 1e9, 1)
             row["of_copy"] = round(row["copy_us"] / row["fold_us"], 3)
             add(row)
-
-
-def _seconds(call: Callable[[], Any], device: Any, repeat: int = 20) -> float:
-    """Seconds of a call, many queued in a row."""
-    import torch
-
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeat):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3 / repeat
 
 
 def _other(command: list[str], add: Callable[[dict[str, Any]], None]) -> None:
@@ -169,7 +158,8 @@ def serve(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
         add({"skipped": "vLLM cannot be imported" if not rehearse else "a rehearsal"})
         return
     counts = ["0", "1", "16", "64", "256"]
-    _other(["benchmarks.serve", "--synthetic-gib", "2.5", "--adapters", *counts], add)
+    once = ["--repeat", "1", "--adapters", *counts]
+    _other(["benchmarks.serve", "--synthetic-gib", "2.5", *once], add)
 
 
 def _versions() -> dict[str, str | None]:
@@ -209,6 +199,28 @@ def _run_part(name: str, file: Path, rehearse: bool) -> None:
         )
 
 
+def _bounded(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | str, str]:
+    """Run a command and all that it starts for so long at most; return its status and stderr."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stderr=said, text=True, start_new_session=True
+        )
+        status: int | str
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = "time was over"
+            # Servers that a part has started end with it; what does not listen is ended.
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.seek(0)
+        return status, said.read()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -241,15 +253,8 @@ def main() -> None:
         env["SECURA_BENCH_PART"] = str(rows.absolute())
         part: dict[str, Any] = {"device": device, "versions": _versions(), "commit": commit()}
         part["machine"] = machine()
-        try:
-            limit = min(args.minutes * 60, left)
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, timeout=limit, stderr=subprocess.PIPE, text=True
-            )
-            part["status"] = done.returncode
-            part["said"] = done.stderr.strip().splitlines()[-5:] if done.returncode else []
-        except subprocess.TimeoutExpired:
-            part["status"] = "time was over"
+        status, said = _bounded(command, env, min(args.minutes * 60, left))
+        part["status"], part["said"] = status, said.strip().splitlines()[-5:] if status else []
         part["seconds"] = round(time.monotonic() - start, 1)
         lines = rows.read_text("utf-8").splitlines() if rows.exists() else []
         part["rows"] = [json.loads(line) for line in lines]

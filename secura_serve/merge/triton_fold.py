@@ -8,6 +8,8 @@ the tests).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +20,7 @@ from secura_serve.merge.fold import Target
 from secura_serve.method import MagNorm
 from secura_serve.method.native import FORMS
 
-__all__ = ["fold_on_gpu", "supports", "tallest"]
+__all__ = ["Moved", "fold_on_gpu", "move", "supports", "tallest"]
 
 # Numbers of W that the parts of a float32 can be made of without leaving its range.
 _SPLIT = (torch.bfloat16,)
@@ -37,15 +39,49 @@ def tallest(device: torch.device) -> int:
     return 32 if later else 64
 
 
+class Moved(NamedTuple):
+    """What a fold needs of its adapters, on the device."""
+
+    indices: Tensor
+    """``(2·Σr,)`` int32: the rows of all parts, then their columns."""
+    cores: Tensor
+    """``(Σr²,)`` float32: U of every part."""
+
+
+def move(target: Target, shape: tuple[int, int], device: torch.device) -> Moved:
+    """Copy a target's indices and cores to a device, in two copies, without waiting.
+
+    Args:
+        shape: ``(out, in)`` of W.
+
+    Raises:
+        MergeError: an index that W does not have.
+    """
+    for part in target.parts:
+        if int(part.basis.rows.max()) >= shape[0] or int(part.basis.cols.max()) >= shape[1]:
+            raise MergeError(f"{target.module}: indices beyond the base's shape {shape}")
+    indices = [part.basis.rows for part in target.parts] + [p.basis.cols for p in target.parts]
+    return Moved(
+        _to(torch.cat(indices).to(torch.int32), device),
+        _to(torch.cat([part.U.float().flatten() for part in target.parts]), device),
+    )
+
+
 @torch.no_grad()
 def fold_on_gpu(
-    W: Tensor, target: Target, norm: MagNorm, dtype: torch.dtype, bad: Tensor
+    W: Tensor,
+    target: Target,
+    norm: MagNorm,
+    dtype: torch.dtype,
+    bad: Tensor,
+    moved: Moved | None = None,
 ) -> Tensor:
     """Return W' of one weight, rounded once to ``dtype``.
 
     Args:
         W: pristine, ``(out, in)``, or ``(in, out)`` where the target is ``transposed``.
         bad: ``(1,)`` int32, set to 1 where W' holds NaN or Inf, and else left as it is.
+        moved: what :func:`move` returned, where that was called before.
 
     Raises:
         MergeError: an index that W does not have.
@@ -59,16 +95,8 @@ def fold_on_gpu(
     new = torch.empty(W.shape, dtype=dtype, device=W.device)
     base, made = (W.T, new.T) if target.transposed else (W, new)
     out, width = base.shape
-    for part in target.parts:
-        if int(part.basis.rows.max()) >= out or int(part.basis.cols.max()) >= width:
-            raise MergeError(
-                f"{target.module}: indices beyond the base's shape {tuple(base.shape)}"
-            )
+    indices, cores = moved or move(target, (out, width), W.device)
     ranks = [len(part.basis.rows) for part in target.parts]
-    # One copy for the indices of all parts, one for their U.
-    indices = [part.basis.rows for part in target.parts] + [p.basis.cols for p in target.parts]
-    moved = _to(torch.cat(indices).to(torch.int32), W.device)
-    cores = _to(torch.cat([part.U.float().flatten() for part in target.parts]), W.device)
     total = sum(ranks)
     L = torch.empty(out, total, dtype=torch.float32, device=W.device)
     split = W.dtype in _SPLIT
@@ -78,13 +106,14 @@ def fold_on_gpu(
         padded = max(16, triton.next_power_of_2(r))
         step, deep = min(padded, 32), min(padded, 32 if split else 16)
         triton_code.left[(triton.cdiv(out, tall), triton.cdiv(r, step))](
-            L, base, moved[total + first :], cores[core:], float(part.weight), out, *base.stride(),
-            first=first, r=r, wide=total, ROWS=tall, OUT=step, IN=deep, SPLIT=split, num_warps=8,
+            L, base, indices[total + first :], cores[core:], float(part.weight), out,
+            *base.stride(), first=first, r=r, wide=total, ROWS=tall, OUT=step, IN=deep, SPLIT=split,
+            num_warps=8,
         )  # fmt: skip
         first, core = first + r, core + r * r
     padded = max(16, triton.next_power_of_2(total))
     triton_code.fold[(triton.cdiv(width, wide), triton.cdiv(out, tall))](
-        made, bad, base, L, moved, out, width, *base.stride(), *made.stride(),
+        made, bad, base, L, indices, out, width, *base.stride(), *made.stride(),
         a, b, float(target.parts[0].rho_max or 0), k_all=total, FORM=FORMS[form.form],
         TINY=torch.finfo(torch.float32).tiny, ROWS=tall, COLUMNS=wide,
         K=min(padded, 32 if split else 16), SPLIT=split, num_warps=8 if split else 4, num_stages=2,

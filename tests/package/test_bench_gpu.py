@@ -46,6 +46,14 @@ def test_the_parts_run_and_are_kept(tmp_path):
     assert parts["fold"]["rows"][0]["fold_gb_per_s"] >= 0
 
 
+@pytest.mark.long
+def test_a_part_whose_time_is_over_keeps_its_rows_and_leaves_no_process(tmp_path):
+    done = _bench(tmp_path, "--rehearse", "--parts", "fold", "--minutes", "0.01")
+    assert done.returncode == 0, done.stderr[-2000:]
+    part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["fold"]
+    assert part["status"] == "time was over" and part["seconds"] < 30
+
+
 def test_a_machine_without_a_gpu_is_refused(tmp_path):
     done = _bench(tmp_path)
     assert done.returncode == 1 and "--rehearse tries the command on a CPU" in done.stderr
