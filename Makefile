@@ -40,7 +40,7 @@ test: setup ## the test suite; the chat-page test wants chromium installed
 test-fast: setup ## the quick part: no vLLM engine, nothing that trains or compiles for long
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not engine and not long" $(ARGS)
 
-test-slow: setup ## only the tests marked slow
+test-slow: setup triton ## only the tests marked slow
 	$(PY) -m pytest -m slow $(ARGS)
 
 # GPU installs use them: 3.6 with torch 2.11, 3.7.1 with 2.13, 3.8 with 2.14.

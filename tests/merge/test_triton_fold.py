@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serve.kernels.test_triton_aot import compiled
+from tests.serve.kernels.test_triton_aot import TRITON_RELEASES, compiled
 from tests.support.interpreted import run
 from tests.support.triton_cases import FOLD
 
@@ -67,6 +67,6 @@ def test_compiled_on_a_gpu():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("release", ["", "3.6.0", "3.7.1", "3.8.0"])
+@pytest.mark.parametrize("release", TRITON_RELEASES)
 def test_two_launches_a_linear_that_compile_for_every_gpu(release, tmp_path):
     compiled(COMPILED.format(release=release), release, tmp_path)

@@ -19,6 +19,9 @@ from tests.support import ROOT
 pytest.importorskip("triton", reason="no triton package")
 
 RELEASES = ROOT / "build" / "triton"
+# The installed one at every change, the others when there is time.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("3.6.0", "3.7.1", "3.8.0")]
+TRITON_RELEASES = ["", *OTHERS]
 STEP = """
 import itertools, torch
 from benchmarks._launches import step_launches
@@ -56,7 +59,7 @@ def compiled(code, release, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("release", ["", "3.6.0", "3.7.1", "3.8.0"])
+@pytest.mark.parametrize("release", TRITON_RELEASES)
 def test_the_step_compiles_for_every_gpu(release, tmp_path):
     compiled(STEP.format(release=release, ranks=(8, 32, 128, 512)), release, tmp_path)
 
