@@ -65,7 +65,7 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
         ),
         ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
         ("retain", 0 <= config.retain < inf, ">= 0 and finite"),
-        ("inner_rank", (config.inner_rank or config.rank) >= config.rank, ">= rank"),
+        ("inner_rank", config.inner_rank is None or config.inner_rank >= 1, ">= 1"),
     ]
     for name in ("retain_sequences", "retain_length", "retain_batch_size"):
         bounds.append((name, getattr(config, name) >= 1, ">= 1"))

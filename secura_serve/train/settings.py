@@ -80,7 +80,9 @@ class TrainConfig:
     core: str | None = option(
         "u = U itself, ab = U as A·B (CABR) (default: by method)", None, ("u", "ab")
     )
-    inner_rank: int | None = option("inner rank m >= rank of core ab (default: rank)", None)
+    inner_rank: int | None = option(
+        "inner rank m of core ab; below rank it is the rank of the update (default: rank)", None
+    )
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
         "S-MagNorm mode (default: by method). none is served per request, published and bounded "
