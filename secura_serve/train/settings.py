@@ -68,7 +68,8 @@ class TrainConfig:
         "stop after so many evaluations without a new lowest loss, and keep the best; 0: off", 0
     )
     targets: str = option(
-        "modules to adapt: all-linear, names joined by commas, or a regular expression",
+        "modules to adapt: all-linear, names joined by commas, or a regular expression. full: all "
+        "weights, or those of the linear layers that are named",
         "all-linear",
     )
     exclude: str | None = option("modules to leave alone: names or a regular expression", None)
