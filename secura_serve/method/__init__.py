@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secura_serve.method.coordinates import Coordinates, natural_coordinates
 from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
 from secura_serve.method.cur import Basis, columns, gather, importance, select
 from secura_serve.method.fold_stats import FoldStats
@@ -37,6 +38,7 @@ __all__ = [
     "CALIBRATED",
     "INITS",
     "Basis",
+    "Coordinates",
     "FoldStats",
     "MagNorm",
     "Mode",
@@ -57,6 +59,7 @@ __all__ = [
     "init_A",
     "merged",
     "mode_names",
+    "natural_coordinates",
     "order_indices",
     "rank_by_energy",
     "register_mode",

@@ -111,6 +111,15 @@ class TrainConfig:
         metavar="FILE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
+    coordinates: str = option(
+        "what U is trained in: plain = its own entries; natural = directions that cost the base "
+        "equally much on text that it wrote itself, which keeps far more of it",
+        "plain",
+        ("plain", "natural"),
+    )
+    damping: float = option(
+        "coordinates natural: what counts as no quieter, as a share of the mean energy", 0.01
+    )
     fusion_step: int = option(
         "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never", 0
     )
@@ -233,7 +242,7 @@ class TrainConfig:
         later = {
             item.name: item.default
             for item in fields(cls)
-            if item.name == "basis" or item.name.startswith("retain")
+            if item.name in ("basis", "coordinates", "damping") or item.name.startswith("retain")
         }
         return later | current
 

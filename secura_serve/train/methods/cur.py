@@ -17,6 +17,7 @@ __all__ = ["CURLORA", "SECURA"]
 _SETTINGS = ADAPTER_SETTINGS | {
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "alpha"),
     *("selection", "selection_seed", "basis", "fusion_step"),
+    *("coordinates", "damping"),
     *("push_to", "push_name", "push_every"),
 }
 
