@@ -40,8 +40,8 @@ def natural_coordinates(
 
     ε is ``damping`` times the mean of Σ's diagonal: what is quieter than that counts as no quieter,
     because little text says little about it, and rounding would drown it. a and b are such that
-    ‖C·left‖_F = ‖right·R‖_F = √r, as with orthonormal factors, so that learning rates are of one
-    order in all layers.
+    ‖C·left‖_F = ‖C‖_F and ‖right·R‖_F = ‖R‖_F, so that the step scale of ``alpha: "auto"`` means
+    what it means without coordinates.
 
     Args:
         C: ``(out, r)``.
@@ -52,9 +52,9 @@ def natural_coordinates(
         ConfigError: a covariance is not finite or zero.
     """
     left, right = _inverse_root(gradients, damping), _inverse_root(inputs, damping)
-    root = left.shape[0] ** 0.5
-    left = left * (root / torch.linalg.matrix_norm(C.to(torch.float64) @ left))
-    right = right * (root / torch.linalg.matrix_norm(right @ R.to(torch.float64)))
+    C, R = C.to(torch.float64), R.to(torch.float64)
+    left = left * (C.norm() / (C @ left).norm())
+    right = right * (R.norm() / (right @ R).norm())
     return Coordinates(left.to(torch.float32), right.to(torch.float32))
 
 

@@ -1,0 +1,145 @@
+"""One run of the experiment: train, measure, add its line to runs.jsonl. Started by run.py.
+
+python -m benchmarks.front.one NAME WORK
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._report import header
+from benchmarks.experiment.one import rows
+from benchmarks.experiment.runs import append_run
+from benchmarks.front.base import Base
+from benchmarks.front.corda import train_corda
+from benchmarks.front.questions import ROOM, right
+from benchmarks.front.runs import FILE, PLAN, Job, known
+from secura_serve.evaluate import answers, load_task, wilson
+from secura_serve.train.continual import train_sequence
+from secura_serve.train.continual.config import SequenceConfig
+from secura_serve.train.methods import PreparedModel
+from secura_serve.train.methods.base import load_base
+from secura_serve.train.run import train
+from secura_serve.train.settings import TrainConfig
+
+
+def settings_of(job: Job, work: Path) -> dict[str, Any]:
+    """Return the training settings of a run, without its data."""
+    more = {"method": "lora"} if job.settings["method"] == "corda" else {}
+    return job.settings | more | {
+        "base": PLAN["base"], "out": str(work / "out" / job.name), "learning_rate": job.lr,
+        "seed": job.seed, "save_steps": 0, "overwrite": True,
+    }  # fmt: skip
+
+
+def settings(job: Job, work: Path, data: Path) -> TrainConfig:
+    """Return the training settings of a run on one task."""
+    return TrainConfig(**settings_of(job, work), data=str(data))
+
+
+def measure(tuned: PreparedModel, base: Base, job: Job) -> dict[str, Any]:
+    """Measure score and KL, of test runs also the questions; the model is in float32 after this.
+
+    Everything but ``kl_bfloat16`` is measured in float32, whatever the run was trained in.
+    """
+    model, tokenizer = tuned.model.eval(), tuned.tokenizer
+    begin = time.monotonic()
+    trained_in = next(model.parameters()).dtype
+    as_trained = base.drift(model) if job.kind == "test" else None
+    model.float()
+    facts: dict[str, Any] = asdict(base.drift(model))
+    if as_trained is not None:
+        facts[f"kl_{trained_in}".replace("torch.", "")] = as_trained.kl
+    if hasattr(model, "merge_adapter"):
+        # Generation is faster, and in float32 the same.
+        model.merge_adapter()
+    split = "validation" if job.kind == "sweep" else "test"
+    task = load_task(job.task)
+    pairs = task.rows(split)
+    said = answers(
+        model, tokenizer, [p for p, _ in pairs], max_new_tokens=task.max_new_tokens, batch_size=50
+    )
+    correct = task.right(said, [c for _, c in pairs])
+    facts |= {"score": wilson(correct).accuracy, "right": "".join(map(str, map(int, correct)))}
+    if job.kind == "test":
+        facts |= knowledge(model, tokenizer, base)
+    return facts | {"measure_seconds": round(time.monotonic() - begin, 1)}
+
+
+def knowledge(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
+    """Ask what the base answers rightly: is it still right, is it word for word the same?"""
+    known_to_base = base.knows()
+    said = answers(model, tokenizer, [q.text for q, _ in known_to_base], max_new_tokens=ROOM)
+    still = [right(q, text) for (q, _), text in zip(known_to_base, said, strict=True)]
+    same = [text == before for (_, before), text in zip(known_to_base, said, strict=True)]
+    return {"still_right": asdict(wilson(still)), "unchanged": asdict(wilson(same))}
+
+
+def single(job: Job, work: Path) -> dict[str, Any]:
+    """Train on one task and measure."""
+    data = rows(job.task, "train", work / "data" / f"{job.task}.{job.name}.jsonl")
+    config = settings(job, work, data)
+    run = train_corda(config) if job.settings["method"] == "corda" else train(config)
+    data.unlink()
+    tuned = run.prepared
+    facts: dict[str, Any] = {
+        "trained_parameters": tuned.trainable_parameters,
+        "train_loss": run.scores["train_loss"],
+        "train_seconds": round(run.seconds, 1),
+    }
+    return facts | measure(tuned, the_base(tuned, work), job)
+
+
+def sequence(job: Job, work: Path) -> dict[str, Any]:
+    """Train on one task after another and measure."""
+    plan, folder = PLAN["continual"], work / "data" / job.name
+    for task in plan["common"]["tasks"].split(","):
+        rows(task, "train", folder / f"{task}.train.jsonl")
+        rows(task, "test", folder / f"{task}.test.jsonl", plan["test"])
+    config = SequenceConfig(**settings_of(job, work), tasks_dir=str(folder))
+    run, results = train_sequence(config)
+    shutil.rmtree(folder)
+    facts = {k: v for k, v in results.to_json().items() if k != "history"}
+    facts |= results.summary() | {"matrix": results.matrix().rows}
+    facts |= {"train_seconds": round(run.seconds, 1)}
+    model = run.prepared.model.eval().float()
+    base = the_base(run.prepared, work)
+    facts |= asdict(base.drift(model))
+    model.merge_adapter()
+    return facts | knowledge(model, run.prepared.tokenizer, base)
+
+
+def the_base(tuned: PreparedModel, work: Path) -> Base:
+    """Return what the base says; where it is not kept yet, the base is loaded beside the model."""
+    return Base(
+        lambda: load_base(PLAN["base"], "float32", tuned.config.device)[0].eval(),
+        tuned.tokenizer,
+        f"{tuned.model_id} {tuned.model.device.type}",
+        work / "base",
+    )
+
+
+def main() -> None:
+    name, work = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    job = next(job for job in known() if job.name == name)
+    facts: dict[str, Any] = asdict(job)
+    facts |= header(("torch", "transformers", "peft"))
+    facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    facts |= sequence(job, work) if job.kind == "continual" else single(job, work)
+    shutil.rmtree(work / "out" / name, ignore_errors=True)
+    append_run(facts, FILE)
+    shown = ("score", "average_accuracy", "kl", "train_seconds", "measure_seconds")
+    print(json.dumps({key: facts[key] for key in shown if key in facts}))
+
+
+if __name__ == "__main__":
+    main()
