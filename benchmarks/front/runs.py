@@ -113,7 +113,13 @@ def _of_stage(stage: dict[str, Any]) -> list[Job]:
         return continual()
     pairs = [(task, variant) for task in stage["tasks"] for variant in stage["variants"]]
     if stage["kind"] == "sweep":
-        return [job for pair in pairs for job in sweep(*pair)]
+        # Each variant's middle rates first, so that a queue that is stopped early shows something.
+        ranked = [
+            (abs(2 * number - len(jobs) + 1) // 2, job)
+            for jobs in (sweep(*pair) for pair in pairs)
+            for number, job in enumerate(jobs)
+        ]
+        return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
     seeds = PLAN["seeds"][: stage["seeds"]]
     found = [job for pair in pairs for job in tests(*pair) if job.seed in seeds]
     return sorted(found, key=lambda job: job.seed)
