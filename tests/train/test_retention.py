@@ -356,7 +356,7 @@ def grams(texts: list[str], n: int = 13) -> Iterator[tuple[str, ...]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["questions", "neutral text"])
+@pytest.mark.parametrize("kind", ["questions", "questions of the front", "neutral text"])
 def test_no_text_of_the_evaluation_is_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -364,6 +364,9 @@ def test_no_text_of_the_evaluation_is_trained_on(
     if kind == "questions":
         tasks = [load_task(name) for name in KNOWLEDGE]
         evaluated = [" ".join(pair) for task in tasks for pair in task.rows("test")]
+    elif kind == "questions of the front":
+        questions = pytest.importorskip("benchmarks.front.questions", reason="not in a checkout")
+        evaluated = [question.text for question in questions.questions()]
     elif reason := missing():
         pytest.skip(reason)
     else:
