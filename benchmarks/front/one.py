@@ -9,11 +9,14 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks._report import header
 from benchmarks.experiment.one import rows
@@ -23,6 +26,7 @@ from benchmarks.front.corda import train_corda
 from benchmarks.front.questions import ROOM, right
 from benchmarks.front.runs import FILE, PLAN, Job, known
 from secura_serve.evaluate import answers, load_task, wilson
+from secura_serve.train import SecuraLayer
 from secura_serve.train.continual import train_sequence
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.methods import PreparedModel
@@ -48,16 +52,14 @@ def settings(job: Job, work: Path, data: Path) -> TrainConfig:
 def measure(tuned: PreparedModel, base: Base, job: Job) -> dict[str, Any]:
     """Measure score and KL, of test runs also the questions; the model is in float32 after this.
 
-    Everything but ``kl_bfloat16`` is measured in float32, whatever the run was trained in.
+    Everything but ``kl_served`` is measured in float32, whatever the run was trained in.
     """
     model, tokenizer = tuned.model.eval(), tuned.tokenizer
     begin = time.monotonic()
-    trained_in = next(model.parameters()).dtype
-    as_trained = base.drift(model) if job.kind == "test" else None
+    with served(model):
+        facts: dict[str, Any] = {"kl_served": base.drift(model).kl}
     model.float()
-    facts: dict[str, Any] = asdict(base.drift(model))
-    if as_trained is not None:
-        facts[f"kl_{trained_in}".replace("torch.", "")] = as_trained.kl
+    facts |= asdict(base.drift(model))
     if hasattr(model, "merge_adapter"):
         # Generation is faster, and in float32 the same.
         model.merge_adapter()
@@ -72,6 +74,31 @@ def measure(tuned: PreparedModel, base: Base, job: Job) -> dict[str, Any]:
     if job.kind == "test":
         facts |= knowledge(model, tokenizer, base)
     return facts | {"measure_seconds": round(time.monotonic() - begin, 1)}
+
+
+@contextmanager
+def served(model: Any) -> Iterator[None]:
+    """Compute in bfloat16 throughout, as a server does: what is trained is rounded to it, too.
+
+    A core is rounded once it is multiplied out; of a LoRA A and B are.
+    """
+    lora = {p: p.data for name, p in model.named_parameters() if ".lora_" in name}
+    layers = [m for m in model.modules() if isinstance(m, SecuraLayer)]
+    try:
+        for parameter, value in lora.items():
+            parameter.data = value.bfloat16().to(value.dtype)
+        for layer in layers:
+            layer.core = _rounded(layer.core)  # type: ignore[method-assign]
+        yield
+    finally:
+        for parameter, value in lora.items():
+            parameter.data = value
+        for layer in layers:
+            del layer.core
+
+
+def _rounded(core: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+    return lambda name: core(name).bfloat16().float()
 
 
 def knowledge(model: Any, tokenizer: Any, base: Base) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from benchmarks.front.runs import (
 )
 from benchmarks.front.verdicts import finished, verdicts
 
-_MEASURES = ("score", "kl", "perplexity_ratio", "unchanged", "still_right")
+_MEASURES = ("score", "kl", "kl_served", "perplexity_ratio", "unchanged", "still_right")
 
 
 def _value(run: dict[str, Any], measure: str) -> float:
@@ -84,7 +84,8 @@ def test_table(task: str) -> str:
         [name, f"{row['lr']:g}", str(len(row["seeds"])), *(cell(row[m]) for m in _MEASURES)]
         for name, row in measured(task).items()
     ]
-    head = ["variant", "lr", "seeds", "score", "KL", "perplexity ×", "unchanged", "still right"]
+    head = ["variant", "lr", "seeds", "score", "KL", "KL served", "perplexity ×", "unchanged"]
+    head += ["still right"]
     return _table(head, rows) if rows else ""
 
 
