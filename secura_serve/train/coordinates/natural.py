@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from secura_serve.bases import cache_root
 from secura_serve.errors import ConfigError
 from secura_serve.method import gather, natural_coordinates
 from secura_serve.train.base_digest import base_digest
+from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.coordinates.moments import Moments, measure_moments
 from secura_serve.train.data import sample_base_text
 from secura_serve.train.tuner import SecuraLayer, adapter_layers
@@ -58,6 +60,12 @@ def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[st
         # Several processes of a run need the same ones: one measures, the others wait.
         with only_writer(file, wait=True):
             if (kept := _read(file, layers)) is None:
+                if is_main_process():
+                    print(
+                        "secura-train: natural coordinates: what this basis sees of the base's own "
+                        f"text is measured once and kept in {file}",
+                        file=sys.stderr,
+                    )
                 kept = _measure(prepared, layers)
                 tensors = {f"{m}.inputs": v.inputs for m, v in kept.items()}
                 tensors |= {f"{m}.gradients": v.gradients for m, v in kept.items()}
