@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.experiment.one import rows
 from benchmarks.experiment.runs import append_run
 from benchmarks.front.base import Base
 from benchmarks.front.corda import train_corda
+from benchmarks.front.natural_lora import train_natural_lora
 from benchmarks.front.questions import ROOM, right
 from benchmarks.front.runs import FILE, PLAN, Job, known
 from secura_serve.evaluate import answers, load_task, wilson
@@ -31,13 +33,19 @@ from secura_serve.train.continual import train_sequence
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.methods import PreparedModel
 from secura_serve.train.methods.base import load_base
-from secura_serve.train.run import train
+from secura_serve.train.run import Run, train
 from secura_serve.train.settings import TrainConfig
+
+TRAINERS: dict[str, Callable[[TrainConfig], Run]] = {
+    "corda": train_corda,
+    "natural-lora": partial(train_natural_lora, damping=0.01),
+}
+"""Methods of the plan that are a LoRA which starts elsewhere or is trained otherwise."""
 
 
 def settings_of(job: Job, work: Path) -> dict[str, Any]:
     """Return the training settings of a run, without its data."""
-    more = {"method": "lora"} if job.settings["method"] == "corda" else {}
+    more = {"method": "lora"} if job.settings["method"] in TRAINERS else {}
     return job.settings | more | {
         "base": PLAN["base"], "out": str(work / "out" / job.name), "learning_rate": job.lr,
         "seed": job.seed, "save_steps": 0, "overwrite": True,
@@ -114,7 +122,7 @@ def single(job: Job, work: Path) -> dict[str, Any]:
     """Train on one task and measure."""
     data = rows(job.task, "train", work / "data" / f"{job.task}.{job.name}.jsonl")
     config = settings(job, work, data)
-    run = train_corda(config) if job.settings["method"] == "corda" else train(config)
+    run = TRAINERS.get(job.settings["method"], train)(config)
     data.unlink()
     tuned = run.prepared
     facts: dict[str, Any] = {

@@ -7,17 +7,23 @@ Needs pyyaml, a checkout (``benchmarks/``), and for the questions countryinfo an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.utils import parametrize
 
 pytest.importorskip("benchmarks.front", reason="not in a checkout")
 
 from benchmarks.front import report, runs, verdicts
+from benchmarks.front.natural_lora import set_lora_coordinates
 from benchmarks.front.questions import Question, questions, right
 from secura_serve.evaluate import TASKS
 from secura_serve.evaluate.neutral_text import WORDNET, missing, neutral_texts
 from secura_serve.evaluate.tasks import countries
+from secura_serve.train.methods import prepare
+from secura_serve.train.settings import TrainConfig
 
 if reason := countries.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -124,3 +130,32 @@ def test_the_report_is_what_the_runs_give() -> None:
     if not file.exists():
         pytest.skip("no run is finished yet")
     assert file.read_text() == report.markdown()
+
+
+@pytest.mark.long
+def test_a_lora_in_natural_coordinates_starts_as_the_base_and_is_plain_in_the_end(
+    tiny_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = {"rank": 2, "device": "cpu", "dtype": "float32", "method": "lora"}
+    config = TrainConfig(base=str(tiny_base("llama")), data="none", out=str(tmp_path), **settings)
+    prepared = prepare(config)
+    ids = torch.arange(3, 23)[None]
+    layers = set_lora_coordinates(prepared, 0.01, sequences=4, length=8)
+    with torch.no_grad(), prepared.model.disable_adapter():
+        plain = prepared.model(input_ids=ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(prepared.model(input_ids=ids).logits, plain)
+    trained = [n for n, p in prepared.model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(layers)
+    for layer in layers:
+        for part in (layer.lora_A["default"], layer.lora_B["default"]):
+            part.parametrizations.weight.original.data.normal_()
+    with torch.no_grad():
+        before = prepared.model(input_ids=ids).logits
+        for layer in layers:
+            for part in (layer.lora_A["default"], layer.lora_B["default"]):
+                parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
+        torch.testing.assert_close(prepared.model(input_ids=ids).logits, before)
+        prepared.model.merge_adapter()
+        after = prepared.model(input_ids=ids).logits
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
