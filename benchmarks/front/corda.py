@@ -43,7 +43,8 @@ def train_corda(config: TrainConfig) -> Run:
 
     @torch.no_grad()
     def run_model() -> None:
-        for tokens in text.tokens.to(model.device).split(8):
+        # Row by row: PEFT's hook takes a batch of one.
+        for tokens in text.tokens.to(model.device).split(1):
             model(input_ids=tokens, use_cache=False, logits_to_keep=1)
 
     preprocess_corda(model, settings, run_model=run_model)

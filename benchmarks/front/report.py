@@ -33,12 +33,12 @@ def _value(run: dict[str, Any], measure: str) -> float:
     return float(found["accuracy"] if isinstance(found, dict) else found)
 
 
-def curves(task: str) -> dict[str, list[dict[str, float]]]:
+def curves(task: str) -> dict[str, list[dict[str, Any]]]:
     """Return variant -> score and KL on the validation rows, by rising learning rate."""
     found = {}
     for variant in PLAN["variants"]:
         points = [
-            {"lr": job.lr, "score": job.result["score"], "kl": job.result["kl"]}
+            {"lr": job.lr} | {key: job.result.get(key) for key in ("score", "kl", "kl_served")}
             for job in sweep(task, variant)
             if job.result
         ]
@@ -66,16 +66,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def sweep_table(task: str) -> str:
-    """Return one line per variant: score / KL at each learning rate, the chosen one in bold."""
+    """Return one line per variant: score / KL (KL as served) at each rate, the chosen one bold."""
     rows = []
     for variant, points in curves(task).items():
         chosen = chosen_lr(task, variant)
         cells = []
         for point in points:
-            text = f"{point['lr']:g}: {point['score']:.3f} / {point['kl']:.4f}"
+            served = "" if point["kl_served"] is None else f" ({point['kl_served']:.4f})"
+            text = f"{point['lr']:g}: {point['score']:.3f} / {point['kl']:.4f}{served}"
             cells.append(f"**{text}**" if point["lr"] == chosen else text)
         rows.append([variant, ", ".join(cells)])
-    return _table(["variant", "learning rate: score / KL"], rows)
+    return _table(["variant", "learning rate: score / KL (as served)"], rows)
 
 
 def test_table(task: str) -> str:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 pytest.importorskip("benchmarks.front", reason="not in a checkout")
 
-from benchmarks.front import report, runs, verdicts
+from benchmarks.front import base, one, report, runs, verdicts
 from benchmarks.front.natural_lora import set_lora_coordinates
 from benchmarks.front.questions import Question, questions, right
 from secura_serve.evaluate import TASKS
@@ -159,3 +159,51 @@ def test_a_lora_in_natural_coordinates_starts_as_the_base_and_is_plain_in_the_en
         prepared.model.merge_adapter()
         after = prepared.model(input_ids=ids).logits
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "task", "variant"),
+    [
+        ("sweep", "iso-date", "natural-kept"),
+        ("test", "iso-date", "natural"),
+        ("test", "iso-date", "lora"),
+        ("sweep", "iso-date", "corda"),
+        ("sweep", "iso-date", "natural-lora"),
+        ("continual", "er", "natural"),
+    ],
+)
+def test_a_run_from_plan_to_result(
+    tiny_base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, task: str, variant: str,
+) -> None:  # fmt: skip
+    """On a tiny base that knows nothing, so every answer to three questions counts as right."""
+    small = {"device": "cpu", "dtype": "float32", "max_steps": 1, "targets": "q_proj,down_proj"}
+    plan = runs.PLAN | {"base": str(tiny_base("llama")), "common": runs.PLAN["common"] | small}
+    plan["continual"] = plan["continual"] | {
+        "test": 4,
+        "common": {"tasks": "iso-date,extract", "max_steps": 1, "max_length": 512},
+    }
+    kept = {"rank": 8, "retain_sequences": 4, "retain_length": 8}
+    for name, spec in plan["variants"].items():
+        more = kept if spec.get("retain") else {"rank": 8}
+        plan["variants"] = plan["variants"] | {name: spec | more}
+    plan["tasks"] = {"iso-date": {"max_length": 512}}
+    monkeypatch.setattr(runs, "PLAN", plan)
+    monkeypatch.setattr(one, "PLAN", plan)
+    monkeypatch.setattr(base, "questions", lambda: questions()[:3])
+    monkeypatch.setattr(base, "right", lambda *_: True)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    job = runs._job(kind, task, variant, 1e-3, 0)
+    facts = (one.sequence if kind == "continual" else one.single)(job, tmp_path / "work")
+    # Rounding can make it negative where nothing has moved.
+    assert facts["kl"] > -1e-6 and facts["perplexity_ratio"] > 0
+    if kind == "continual":
+        assert len(facts["matrix"]) >= 2 and facts["still_right"]["n"] == 3
+        return
+    rows = TASKS["iso-date"].rows("validation" if kind == "sweep" else "test")
+    assert len(facts["right"]) == len(rows) and facts["kl_served"] > -1e-6
+    assert facts["score"] == facts["right"].count("1") / len(rows)
+    if kind == "test":
+        assert facts["unchanged"]["n"] == 3
+    assert len(list((tmp_path / "work" / "base").glob("*.pt"))) == (2 if kind == "test" else 1)
