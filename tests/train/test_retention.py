@@ -379,7 +379,7 @@ def test_the_targets_are_computed_once_for_a_base_and_a_text(
         for name in ("ids", "log_p", "log_rest"):
             assert torch.equal(getattr(targets, name), getattr(kept[0], name))
     # Another text has its own, and a damaged file is replaced.
-    (file,) = (tmp_path / "cache" / "retention").glob("*.targets.safetensors")
+    (file,) = (tmp_path / "cache" / "targets").glob("*.safetensors")
     file.write_bytes(b"damaged")
     prepare_retention(prepare(settings(argv)))
     other = ("--retain", "1", "--retain-sequences", "3", "--retain-length", "8")

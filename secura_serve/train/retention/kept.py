@@ -21,7 +21,7 @@ __all__ = ["kept_targets"]
 
 def kept_targets(prepared: PreparedModel, rows: Rows) -> Targets:
     """Return :func:`base_targets` of ``rows``, from the cache where they are there."""
-    file = cache_root() / "retention" / f"{_key(prepared, rows)}.targets.safetensors"
+    file = cache_root() / "targets" / f"{_key(prepared, rows)}.safetensors"
     labels = sum(label != IGNORE for row in rows for label in row["labels"])
     try:
         # Several processes of a run need the same ones: one computes, the others wait.
