@@ -10,18 +10,14 @@ to have a run done again, take its line out.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks._queue import add_queue_flags, run_process, work_off
 from benchmarks.experiment.runs import read_runs
 
 HERE = Path(__file__).resolve().parent
@@ -112,47 +108,20 @@ def waiting(only: list[str] | None) -> Iterator[Job]:
     return (job for job in [*jobs, *later] if job.result is None)
 
 
-def one(job: Job, work: Path) -> str:
-    """Run a job in a process of its own and return what to say of it."""
-    command = [sys.executable, "-m", "benchmarks.experiment.one", job.name, str(work.absolute())]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    start = time.monotonic()
-    done = subprocess.run(command, cwd=HERE.parents[1], env=env, capture_output=True, text=True)
-    spent = f"{(time.monotonic() - start) / 60:.1f} min"
-    if done.returncode:
-        return f"{job.name}: failed after {spent}\n{done.stderr[-2000:]}"
-    return f"{job.name}: {done.stdout.strip().splitlines()[-1]} ({spent})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
+    add_queue_flags(parser, jobs=2, work=Path("runs/experiment"))
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants alone")
-    parser.add_argument("--until-minutes", type=float, help="start nothing after so many")
-    parser.add_argument("--work", type=Path, default=Path("runs/experiment"), help="scratch folder")
-    parser.add_argument("--dry-run", action="store_true", help="list what can run now")
     given = parser.parse_args()
     if given.dry_run:
         print("\n".join(job.name for job in waiting(given.only)))
         return
-    end = time.monotonic() + 60 * (given.until_minutes or 1e6)
-    running, failed = {}, set[str]()
-    with ThreadPoolExecutor(given.jobs) as pool:
-        while True:
-            for name, future in list(running.items()):
-                if future.done():
-                    print(future.result(), flush=True)
-                    del running[name]
-                    if name not in read_runs():
-                        failed.add(name)
-            busy = running.keys() | failed
-            ready = [job for job in waiting(given.only) if job.name not in busy]
-            if time.monotonic() < end:
-                for job in ready[: given.jobs - len(running)]:
-                    running[job.name] = pool.submit(one, job, given.work)
-            if not running:
-                break
-            time.sleep(1)
+    work_off(
+        ready=lambda: [job.name for job in waiting(given.only)],
+        start=lambda name: run_process("benchmarks.experiment.one", name, given.work),
+        finished=lambda name: name in read_runs(),
+        given=given,
+    )
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         if not accepts(raw.get(key))
     ]
     if raw.get("core") == "ab" and not (isinstance(inner, int) and inner >= 1):
-        problems.append(f'inner_rank: got {inner!r}, core "ab" needs an integer >= r')
+        problems.append(f'inner_rank: got {inner!r}, core "ab" needs an integer >= 1')
     known = {
         *allowed,
         "weights_digest",

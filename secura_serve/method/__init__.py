@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secura_serve.method.coordinates import Coordinates, natural_coordinates
 from secura_serve.method.core import INITS, auto_alpha, delta, init_A, merged
 from secura_serve.method.cur import Basis, columns, gather, importance, select
 from secura_serve.method.fold_stats import FoldStats
@@ -38,6 +39,7 @@ __all__ = [
     "CALIBRATED",
     "INITS",
     "Basis",
+    "Coordinates",
     "FoldStats",
     "MagNorm",
     "Mode",
@@ -59,6 +61,7 @@ __all__ = [
     "init_A",
     "merged",
     "mode_names",
+    "natural_coordinates",
     "order_indices",
     "quantise_rows",
     "rank_by_energy",

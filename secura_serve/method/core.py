@@ -1,7 +1,8 @@
 """The trained core of an adapter: U, or its factors A·B, and the update that it makes.
 
 Δ = W[:, cols] · U · W[rows, :], shapes (out, r) · (r, r) · (r, in). CURLoRA (arXiv 2408.14572)
-trains U; SECURA's CABR (arXiv 2502.18168) trains A (r, m) and B (m, r), m >= r, with U = A·B.
+trains U; SECURA's CABR (arXiv 2502.18168) trains A (r, m) and B (m, r) with U = A·B. There
+m >= r; with m < r the update has rank m, as a LoRA confined to the span of C and R.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def init_A(W: Tensor, r: int, m: int, init: str = "block") -> Tensor:
     directions. Entries beyond W's shape are 0.
 
     Raises:
-        ConfigError: m < r, or an unknown ``init``.
+        ConfigError: m < 1, or an unknown ``init``.
     """
-    if m < r:
-        raise ConfigError(f"inner rank m={m} must be at least the rank r={r}")
+    if m < 1:
+        raise ConfigError(f"inner rank m={m} must be at least 1")
     if init not in INITS:
         raise ConfigError(f"unknown init {init!r}; allowed: {', '.join(INITS)}")
     A = torch.zeros(r, m, dtype=torch.float32, device=W.device)

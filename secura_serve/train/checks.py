@@ -64,8 +64,9 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
             "a share in [0, 1) or a whole number of steps",
         ),
         ("dropout", 0 <= config.dropout < 1, "in [0, 1)"),
+        ("damping", 0 < config.damping < inf, "> 0 and finite"),
         ("retain", 0 <= config.retain < inf, ">= 0 and finite"),
-        ("inner_rank", (config.inner_rank or config.rank) >= config.rank, ">= rank"),
+        ("inner_rank", config.inner_rank is None or config.inner_rank >= 1, ">= 1"),
     ]
     for name in ("retain_sequences", "retain_length", "retain_batch_size"):
         bounds.append((name, getattr(config, name) >= 1, ">= 1"))
@@ -138,6 +139,10 @@ def contradictions(config: TrainConfig) -> list[str]:
             (config.fusion_step and config.core != "ab", "fusion_step: needs core ab"),
             (config.inner_rank and config.core == "u", "inner_rank: needs core ab"),
             ("init" in changed and config.core == "u", "init: needs core ab"),
+            (
+                "damping" in changed and config.coordinates != "natural",
+                "damping: needs --coordinates natural",
+            ),
             (
                 "tau" in changed and not _has_parameter(config, "tau"),
                 f"tau: needs magnorm bounded, got {config.magnorm}",

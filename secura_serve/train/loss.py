@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data import IGNORE, Batch, Collate, Rows
+from secura_serve.train.prefix import can_share, causal_lm, split_prefix
 
 __all__ = ["ExtraLoss", "answer_logits", "score_rows", "summed_cross_entropy"]
 
@@ -31,7 +32,8 @@ def answer_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return the logits that predict the answers of one batch, and the tokens they should predict.
 
-    The output layer runs only on the columns that hold a label and on the one before them.
+    The output layer runs only on the columns that hold a label and on the one before them. What
+    all rows begin with is computed once, see :mod:`secura_serve.train.prefix`.
 
     Args:
         forward: called in place of ``model``, with its arguments.
@@ -40,18 +42,31 @@ def answer_logits(
         logits (rows, n, vocabulary) float32, and labels (rows, n) int64, −100 outside the answer;
         n counts the columns from the first one that holds a label.
     """
-    inputs = dict(batch)
+    causal = causal_lm(model)
+    # The class is asked, because accelerate wraps the method of the instance under autocast.
+    accepted = inspect.signature(type(causal).forward).parameters
+    inputs: dict[str, Any] = dict(batch)
+    cached = False
+    if can_share(causal) and (shared := split_prefix(batch)):
+        cache = DynamicCache()
+        # Not DistributedDataParallel itself, which expects one forward pass for each backward
+        # pass; the gradients of the model inside are averaged all the same.
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        keep_one = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        call = forward or inner
+        call(input_ids=shared.prefix, past_key_values=cache, use_cache=True, **keep_one)
+        cache.batch_repeat_interleave(len(batch["input_ids"]))
+        inputs = {**shared.rest, "past_key_values": cache}
+        cached = True
     labels = inputs.pop("labels")
     inputs.pop("replayed", None)
     first = int((labels != IGNORE).any(dim=0).nonzero()[0])
     keep = labels.shape[1] - first + 1
-    # The class is asked, because accelerate wraps the method of the instance under autocast.
-    accepted = inspect.signature(type(_causal_lm(model)).forward).parameters
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = keep  # type: ignore[assignment]
+        inputs["logits_to_keep"] = keep
     if "position_ids" not in accepted:
         inputs.pop("position_ids", None)
-    logits = (forward or model)(**inputs, use_cache=False).logits[:, -keep:-1].float()
+    logits = (forward or model)(**inputs, use_cache=cached).logits[:, -keep:-1].float()
     return logits, labels[:, first:]
 
 
@@ -60,13 +75,6 @@ def summed_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     return F.cross_entropy(
         logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-
-
-def _causal_lm(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of several processes and of PEFT."""
-    inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
-    return inner
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ class TrainConfig:
         "stop after so many evaluations without a new lowest loss, and keep the best; 0: off", 0
     )
     targets: str = option(
-        "modules to adapt: all-linear, names joined by commas, or a regular expression",
+        "modules to adapt: all-linear, names joined by commas, or a regular expression. full: all "
+        "weights, or those of the linear layers that are named",
         "all-linear",
     )
     exclude: str | None = option("modules to leave alone: names or a regular expression", None)
@@ -80,7 +81,9 @@ class TrainConfig:
     core: str | None = option(
         "u = U itself, ab = U as A·B (CABR) (default: by method)", None, ("u", "ab")
     )
-    inner_rank: int | None = option("inner rank m >= rank of core ab (default: rank)", None)
+    inner_rank: int | None = option(
+        "inner rank m of core ab; below rank it is the rank of the update (default: rank)", None
+    )
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
         "S-MagNorm mode (default: by method). none is served per request, published and bounded "
@@ -108,6 +111,15 @@ class TrainConfig:
         metavar="FILE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
+    coordinates: str = option(
+        "what U is trained in: plain = its own entries; natural = directions that cost the base "
+        "equally much on text that it wrote itself, which keeps far more of it",
+        "plain",
+        ("plain", "natural"),
+    )
+    damping: float = option(
+        "coordinates natural: what counts as no quieter, as a share of the mean energy", 0.01
+    )
     fusion_step: int = option(
         "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never", 0
     )
@@ -230,7 +242,7 @@ class TrainConfig:
         later = {
             item.name: item.default
             for item in fields(cls)
-            if item.name == "basis" or item.name.startswith("retain")
+            if item.name in ("basis", "coordinates", "damping") or item.name.startswith("retain")
         }
         return later | current
 

@@ -268,5 +268,7 @@ def test_init_a(W: Tensor, init: str) -> None:
         torch.testing.assert_close(
             full @ full.T, gram / torch.linalg.matrix_norm(gram, 2), atol=1e-6, rtol=1e-5
         )
-    with pytest.raises(ConfigError, match="at least the rank"):
-        init_A(W, 4, 3, init)
+    narrow = init_A(W, 4, 2, init)
+    assert narrow.shape == (4, 2) and torch.linalg.matrix_rank(narrow) == 2
+    with pytest.raises(ConfigError, match="at least 1"):
+        init_A(W, 4, 0, init)

@@ -42,6 +42,7 @@ from secura_serve.train.retention import (
     prepare_retention,
     self_written_rows,
 )
+from secura_serve.train.retention import kept as kept_module
 from tests.support.training import PAIRS, command, environment, flags, same, write
 
 TinyBase = Callable[[str], Path]
@@ -355,8 +356,39 @@ def grams(texts: list[str], n: int = 13) -> Iterator[tuple[str, ...]]:
         yield from (tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
+def test_the_targets_are_computed_once_for_a_base_and_a_text(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    few = ("--retain", "1", "--retain-sequences", "4", "--retain-length", "8")
+    kept, calls = [], []
+    real = kept_module.base_targets
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(kept_module, "base_targets", counted)
+    for method in ("curlora", "lora", "curlora"):
+        argv = flags(tiny_base("llama"), data, tmp_path / "o", *few, "--method", method)
+        retention = prepare_retention(prepare(settings(argv)))
+        assert retention is not None
+        kept.append(retention.targets)
+    assert len(calls) == 1
+    for targets in kept[1:]:
+        for name in ("ids", "log_p", "log_rest"):
+            assert torch.equal(getattr(targets, name), getattr(kept[0], name))
+    # Another text has its own, and a damaged file is replaced.
+    (file,) = (tmp_path / "cache" / "targets").glob("*.safetensors")
+    file.write_bytes(b"damaged")
+    prepare_retention(prepare(settings(argv)))
+    other = ("--retain", "1", "--retain-sequences", "3", "--retain-length", "8")
+    prepare_retention(prepare(settings(flags(tiny_base("llama"), data, tmp_path / "o", *other))))
+    assert len(calls) == 3 and file.stat().st_size > 100
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["questions", "neutral text"])
+@pytest.mark.parametrize("kind", ["questions", "questions of the front", "neutral text"])
 def test_no_text_of_the_evaluation_is_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -364,6 +396,9 @@ def test_no_text_of_the_evaluation_is_trained_on(
     if kind == "questions":
         tasks = [load_task(name) for name in KNOWLEDGE]
         evaluated = [" ".join(pair) for task in tasks for pair in task.rows("test")]
+    elif kind == "questions of the front":
+        questions = pytest.importorskip("benchmarks.front.questions", reason="not in a checkout")
+        evaluated = [question.text for question in questions.questions()]
     elif reason := missing():
         pytest.skip(reason)
     else:

@@ -213,7 +213,7 @@ GOOD = {"base": "b", "data": "d", "out": "o"}
         ({"alpha": "fast"}, "alpha: got 'fast'"),
         ({"eval_split": 1.0}, "eval_split"),
         ({"warmup_steps": 1.5}, "warmup_steps: got 1.5, must be a share"),
-        ({"inner_rank": 8, "rank": 16}, "inner_rank"),
+        ({"inner_rank": 0, "rank": 16}, "inner_rank"),
     ],
 )
 def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:

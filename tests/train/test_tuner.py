@@ -99,6 +99,21 @@ def test_nothing_but_the_core_is_trained_or_stored() -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
 
 
+@pytest.mark.parametrize("inner", [1, 2])
+def test_a_small_inner_rank_limits_the_rank_of_the_update(inner: int, tmp_path: Path) -> None:
+    """With m < r it is a LoRA inside the span of C and R, and is written like any other core."""
+    model = tuned(base(), core="ab", inner_rank=inner)
+    found = logits(model)
+    for layer in adapter_layers(model, "default").values():
+        assert torch.linalg.matrix_rank(layer.total_delta(["default"]), rtol=1e-5) == inner
+        A, B = layer.secura_A["default"], layer.secura_B["default"]
+        assert (A.shape, B.shape) == ((R, inner), (inner, R))
+    model.save_pretrained(tmp_path / "narrow")
+    assert adapter.load(tmp_path / "narrow").config.inner_rank == inner
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "narrow")
+    torch.testing.assert_close(logits(loaded), found, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n["mode"] if n else "none")
 def test_a_fresh_adapter_changes_nothing(norm: dict[str, Any] | None) -> None:
     model = get_peft_model(base(), SecuraConfig(r=R, target_modules=["q_proj"], magnorm=norm))
@@ -235,7 +250,7 @@ def test_what_cannot_be_combined_is_refused() -> None:
     [
         ({"r": 0}, "r: got 0"),
         ({"core": "x"}, "core: got"),
-        ({"core": "ab", "inner_rank": 2}, "inner_rank: got 2"),
+        ({"core": "ab", "inner_rank": 0}, "inner_rank: got 0"),
         ({"init": "x"}, "init: got"),
         ({"alpha": "fast"}, "alpha: got"),
         ({"magnorm": {"mode": "bounded", "tau": -1}}, "tau"),

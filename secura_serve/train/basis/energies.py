@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.train.data.base_text import BaseText
 
-__all__ = ["Energies", "linears", "measure", "weight_of"]
+__all__ = ["Energies", "linears", "measure", "read_text", "weight_of"]
 
 
 @dataclass
@@ -64,8 +64,19 @@ def measure(
         name: Energies(*(torch.zeros(n, dtype=torch.float64) for n in weight_of(layer).shape))
         for name, layer in layers.items()
     }
+    with _watched(layers, sums, gradients):
+        read_text(model, text, gradients=gradients, batch_size=batch_size)
+    return sums
+
+
+def read_text(model: Any, text: BaseText, *, gradients: bool, batch_size: int = 8) -> None:
+    """Run the base over its own text, for hooks on its layers to see it.
+
+    With ``gradients`` also backwards, from the cross-entropy in nats, summed over the tokens that
+    the base wrote. No parameter gets a gradient.
+    """
     starts = range(0, len(text.tokens), batch_size)
-    with _frozen(model), _watched(layers, sums, gradients), torch.set_grad_enabled(gradients):
+    with _frozen(model), torch.set_grad_enabled(gradients):
         for start in tqdm(starts, "the base reads it", unit="batch"):
             tokens = text.tokens[start : start + batch_size].to(model.device)
             if not gradients:
@@ -79,7 +90,6 @@ def measure(
             F.cross_entropy(
                 logits.flatten(0, 1).to(wide), written.flatten(), reduction="sum"
             ).backward()
-    return sums
 
 
 @contextmanager

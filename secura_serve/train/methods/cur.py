@@ -17,6 +17,7 @@ __all__ = ["CURLORA", "SECURA"]
 _SETTINGS = ADAPTER_SETTINGS | {
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "alpha"),
     *("selection", "selection_seed", "basis", "fusion_step"),
+    *("coordinates", "damping"),
     *("push_to", "push_name", "push_every"),
 }
 
@@ -41,9 +42,10 @@ def _peft_config(config: TrainConfig, common: dict[str, Any]) -> PeftConfig:
 
 
 def _describe(settings: Mapping[str, Any], base: str) -> str:
+    natural = ", natural coordinates" if settings.get("coordinates") == "natural" else ""
     return (
         f"A CUR adapter (ΔW = C·U·R, only U trained) for `{base}`: rank {settings['rank']}, core "
-        f"`{settings['core']}`, S-MagNorm `{settings['magnorm']}`"
+        f"`{settings['core']}`, S-MagNorm `{settings['magnorm']}`{natural}"
     )
 
 

@@ -12,7 +12,9 @@ from secura_serve.bases import EMBEDDED
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.method import CALIBRATED
 from secura_serve.train.basis.make import basis_of_run
+from secura_serve.train.coordinates import set_natural_coordinates
 from secura_serve.train.methods.base import load_base
+from secura_serve.train.methods.full import open_weights
 from secura_serve.train.methods.registry import METHODS, Method
 from secura_serve.train.settings import TrainConfig
 
@@ -60,10 +62,10 @@ def prepare(config: TrainConfig) -> PreparedModel:
     layers = getattr(model.config, "num_hidden_layers", 0)
     if beyond := [n for n in config.layer_numbers() or () if n >= layers]:
         raise ConfigError(f"--layers: the base has layers 0-{layers - 1}, got {beyond}")
-    if method.peft_config is None:
-        return PreparedModel(model.requires_grad_(True), tokenizer, model_id, config)
     modules = [name for name, _ in model.named_modules()]
     common = _adapter_settings(config, model.name_or_path)
+    if method.peft_config is None:
+        return PreparedModel(open_weights(model, config, common), tokenizer, model_id, config)
     if config.selection == CALIBRATED:
         common["basis"] = basis or basis_of_run(config, model, tokenizer, model_id)
     try:
@@ -77,7 +79,10 @@ def prepare(config: TrainConfig) -> PreparedModel:
     message = f"names no module that would be adapted; the others adapt {', '.join(leaves)}"
     _refuse_unused_names(config.target_modules(), targets, f"--targets: {{}} {message}")
     _refuse_unused_names(config.exclude_modules(), modules, "--exclude: the base has no module {}")
-    return PreparedModel(adapted, tokenizer, model_id, config)
+    prepared = PreparedModel(adapted, tokenizer, model_id, config)
+    if config.coordinates == "natural":
+        set_natural_coordinates(prepared, config.damping)
+    return prepared
 
 
 def _refuse_unused_names(wanted: str | list[str] | None, modules: list[str], message: str) -> None:

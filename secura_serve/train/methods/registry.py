@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
     from secura_serve.train.settings import TrainConfig
 
-__all__ = ["ADAPTER_SETTINGS", "METHODS", "Method", "register_method"]
+__all__ = ["ADAPTER_SETTINGS", "METHODS", "TARGET_SETTINGS", "Method", "register_method"]
 
-ADAPTER_SETTINGS = frozenset({"rank", "targets", "exclude", "layers", "layers_pattern", "dropout"})
+TARGET_SETTINGS = frozenset({"targets", "exclude", "layers", "layers_pattern"})
+"""Settings that say which layers are trained."""
+ADAPTER_SETTINGS = TARGET_SETTINGS | {"rank", "dropout"}
 """Settings that every method with an adapter supports."""
 
 
@@ -26,8 +28,8 @@ class Method:
     Args:
         summary: what is trained, for ``--help``.
         describe: ``(settings, base) -> str``, the start of the first sentence of the card.
-        peft_config: ``(settings, what all adapters need) -> PeftConfig``; None trains all weights
-            of the base. Import PEFT inside it.
+        peft_config: ``(settings, what all adapters need) -> PeftConfig``; None trains the weights
+            of the base themselves. Import PEFT inside it.
         settings: the settings that it supports, of those that some methods do not.
         defaults: values of the settings that are None unless they are given.
         is_cur: whether it gives this project's adapter folder, and not a plain PEFT one.
@@ -46,7 +48,7 @@ class Method:
 
     @property
     def trains_all_weights(self) -> bool:
-        """Whether there is no adapter: the base itself changes."""
+        """Whether there is no adapter: weights of the base change, all or those that are named."""
         return self.peft_config is None
 
 

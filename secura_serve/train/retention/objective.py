@@ -16,7 +16,8 @@ from secura_serve.errors import ConfigError
 from secura_serve.train.data import IGNORE, Batch, Collator, Rows
 from secura_serve.train.loss import answer_logits
 from secura_serve.train.methods.prepared import PreparedModel
-from secura_serve.train.retention.targets import Targets, base_targets, bucketed_kl
+from secura_serve.train.retention.kept import kept_targets
+from secura_serve.train.retention.targets import Targets, bucketed_kl
 from secura_serve.train.retention.text import self_written_rows
 from secura_serve.train.settings import SELF
 
@@ -114,7 +115,7 @@ def prepare_retention(prepared: PreparedModel, supplied: Rows | None = None) -> 
     _check_context(prepared, max(len(row["input_ids"]) for row in rows))
     return Retention(
         rows,
-        base_targets(prepared, rows),
+        kept_targets(prepared, rows),
         config.retain,
         config.retain_batch_size,
         prepared.tokenizer.pad_token_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from secura_serve.atomic import only_writer, write_whole
 from secura_serve.bases import cache_root
+from secura_serve.train.base_digest import base_digest
 from secura_serve.train.data import (
     IGNORE,
     BaseText,
@@ -32,7 +32,6 @@ __all__ = ["self_written_rows", "supplied_rows"]
 
 _SEED = 1234
 """Not ``--seed``: runs with other seeds should share the text that took minutes to write."""
-_VALUES = 1024
 
 
 def supplied_rows(config: TrainConfig) -> Rows:
@@ -103,31 +102,13 @@ def _read(file: Path, config: TrainConfig) -> BaseText | None:
 
 
 def _key(prepared: PreparedModel) -> str:
-    """Return a digest of all that the text depends on.
-
-    Of each weight of the base it reads the first values only: two bases that differ do so in
-    more than what follows them.
-    """
-    config, model = prepared.config, prepared.model
-    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
-    adapted = not prepared.method.trains_all_weights
-    base = model.get_base_model() if adapted else model
-    digest = hashlib.sha256()
-    for name, value in base.named_parameters():
-        if not (adapted and prefix and prefix in name):
-            plain = name.replace(".base_layer", "")
-            first = value.detach().flatten()[:_VALUES].float().cpu().numpy().tobytes()
-            digest.update(f"{plain} {tuple(value.shape)} {value.dtype}".encode() + first)
+    """Return a digest of all that the text depends on."""
+    config = prepared.config
     facts = {
         "sequences": config.retain_sequences,
         "length": config.retain_length,
         "seed": _SEED,
-        "template": prepared.tokenizer.chat_template,
-        "computes": config.dtype,
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": [version(name) for name in ("torch", "transformers")],
         "source": SELF,
     }
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()[:32]
+    text = base_digest(prepared) + json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -66,7 +66,10 @@ class SecuraConfig(PeftConfig):
         default=None, metadata=_help("a calibrated basis, from load_basis; it sets selection")
     )
     core: str = field(default="u", metadata=_help("u: U is trained; ab: U = A·B (CABR)"))
-    inner_rank: int | None = field(default=None, metadata=_help("m of core ab; r by default"))
+    inner_rank: int | None = field(
+        default=None,
+        metadata=_help("m of core ab; r by default, below r it is the rank of the update"),
+    )
     init: str = field(default="block", metadata=_help("start of A: block or svd"))
     magnorm: Mapping[str, Any] | str | None = field(
         default=None,
@@ -104,8 +107,8 @@ class SecuraConfig(PeftConfig):
             problems.append(f"init: got {self.init!r}, allowed: {', '.join(INITS)}")
         if self.core == "ab":
             self.inner_rank = self.r if self.inner_rank is None else self.inner_rank
-            if self.inner_rank < self.r:
-                problems.append(f"inner_rank: got {self.inner_rank}, must be >= r = {self.r}")
+            if not isinstance(self.inner_rank, int) or self.inner_rank < 1:
+                problems.append(f"inner_rank: got {self.inner_rank!r}, must be an integer >= 1")
         number = isinstance(self.alpha, (int, float)) and 0 < self.alpha < inf
         if self.alpha != "auto" and not number:
             problems.append(f'alpha: got {self.alpha!r}, must be "auto" or a number > 0')

@@ -12,7 +12,15 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.adapter import CURModule, fingerprint
 from secura_serve.errors import ConfigError
-from secura_serve.method import CALIBRATED, Basis, MagNorm, auto_alpha, init_A, select
+from secura_serve.method import (
+    CALIBRATED,
+    Basis,
+    Coordinates,
+    MagNorm,
+    auto_alpha,
+    init_A,
+    select,
+)
 from secura_serve.train.tuner.config import SecuraConfig
 
 __all__ = ["AdapterState"]
@@ -22,13 +30,14 @@ class AdapterState(BaseTunerLayer):
     """The adapters of one layer, by name: how they are created, loaded and fused.
 
     ``secura_U`` (r, r), or ``secura_A`` (r, m) and ``secura_B`` (m, r), are trained, in float32.
-    ``secura_rows``, ``secura_cols`` and ``secura_running`` (r, r), the sum that :meth:`fuse` makes,
-    are buffers outside the state dict. C and R are gathered from W ``(out, in)`` when needed.
+    ``secura_rows``, ``secura_cols``, ``secura_running`` (r, r), the sum that :meth:`fuse` makes,
+    and ``secura_left`` and ``secura_right`` (r, r), the coordinates if there are any, are buffers
+    outside the state dict. C and R are gathered from W ``(out, in)`` when needed.
     """
 
     adapter_layer_names = ("secura_U", "secura_A", "secura_B")
     other_param_names = (
-        *("secura_rows", "secura_cols", "secura_running"),
+        *("secura_rows", "secura_cols", "secura_running", "secura_left", "secura_right"),
         *("secura_alpha", "secura_norm", "secura_dropout"),
     )
 
@@ -43,6 +52,8 @@ class AdapterState(BaseTunerLayer):
         self.secura_rows = BufferDict(persistent=False)
         self.secura_cols = BufferDict(persistent=False)
         self.secura_running = BufferDict(persistent=False)
+        self.secura_left = BufferDict(persistent=False)
+        self.secura_right = BufferDict(persistent=False)
         self.secura_alpha: dict[str, float] = {}
         self.secura_norm: dict[str, MagNorm] = {}
         self.secura_dropout: dict[str, float] = {}
@@ -108,13 +119,14 @@ class AdapterState(BaseTunerLayer):
         """Set the effective core and the indices of adapter ``name``, as a file holds them.
 
         A frozen adapter takes them exactly, with s = 1. An adapter that is to be trained keeps s,
-        so that the learning rate has the same effect (U = core / s, rounded once). With core
+        so that the learning rate has the same effect (U = core / s, rounded once); coordinates are
+        those of U itself until :meth:`set_coordinates` is called again. With core
         ``ab``, whose factors are not in the file, core / s becomes the running core, and B starts
         at 0.
         """
         parameters = (self.secura_U, self.secura_A, self.secura_B)
         trained = any(values[name].requires_grad for values in parameters if name in values)
-        for parts in (*parameters, self.secura_running):
+        for parts in (*parameters, self.secura_running, self.secura_left, self.secura_right):
             if name in parts:
                 del parts[name]
         alpha = self._scale(config, cur.basis) if trained else 1.0
@@ -128,14 +140,34 @@ class AdapterState(BaseTunerLayer):
             self.secura_U[name] = nn.Parameter(U, requires_grad=trained)
 
     def core(self, name: str) -> Tensor:
-        """Return the core ``s·U`` or ``s·(running + A·B)``, ``(r, r)``; differentiable."""
+        """Return the core ``s·L·U·P``, ``(r, r)``; differentiable.
+
+        L and P are the coordinates, if there are any; of core ``ab``, U is ``running + A·B``.
+        """
         if name in self.secura_U:
             U: Tensor = self.secura_U[name]
         else:
             U = self.secura_A[name] @ self.secura_B[name]
             if name in self.secura_running:
                 U = U + self.secura_running[name]
+        if name in self.secura_left:
+            U = self.secura_left[name] @ U @ self.secura_right[name]
         return self.secura_alpha[name] * U
+
+    def set_coordinates(self, name: str, coordinates: Coordinates) -> None:
+        """Train a new adapter ``name`` in other coordinates of U; Δ stays 0.
+
+        Raises:
+            ConfigError: the adapter is not new: its Δ would change.
+        """
+        with torch.no_grad():
+            if self.core(name).any():
+                raise ConfigError(
+                    f"{self.module}: adapter {name!r} has been trained; coordinates are set before"
+                )
+        device = self.pristine.device
+        self.secura_left[name] = coordinates.left.to(device, torch.float32)
+        self.secura_right[name] = coordinates.right.to(device, torch.float32)
 
     def basis(self, name: str) -> Basis:
         """Return the rows and columns of adapter ``name``.
@@ -196,6 +228,7 @@ class AdapterState(BaseTunerLayer):
         for values in (self.secura_U, self.secura_A, self.secura_B):
             if adapter_name in values:
                 values[adapter_name].data = values[adapter_name].data.to(device)
-        for values in (self.secura_rows, self.secura_cols, self.secura_running):
+        buffers = (self.secura_rows, self.secura_cols, self.secura_running)
+        for values in (*buffers, self.secura_left, self.secura_right):
             if adapter_name in values:
                 values[adapter_name] = values[adapter_name].to(device)
