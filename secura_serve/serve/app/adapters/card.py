@@ -14,12 +14,19 @@ __all__ = ["read_card"]
 
 _LARGEST = 2**20
 _LONGEST = 400
+_EXAMPLES, _LONGEST_EXAMPLE = 5, 2000
+# Settings of a run that say where files were, or nothing about the adapter.
+_NO_RECIPE = ("data", "eval_data", "out", "overwrite", "device")
 # How the scores of an evaluation are called that compare with the base instead of with answers.
 _RETENTION = ("kl", "perplexity", "unchanged", "still_right", "kept", "retention")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Return ``task`` (text), ``scores`` and ``retention`` (name -> number); each may be empty."""
+    """Return what is told of an adapter; each may be empty.
+
+    ``task`` (text), ``examples`` (prompts: the quotations of ``README.md``), ``scores`` and
+    ``retention`` (name -> number), ``recipe`` (setting -> value: how it was trained).
+    """
     facts = _json(folder / "train.json")
     numbers = {}
     if isinstance(facts.get("scores"), dict):
@@ -30,7 +37,29 @@ def read_card(folder: Path) -> dict[str, Any]:
         }
     kept = {k: v for k, v in numbers.items() if k.lower().startswith(_RETENTION)}
     scores = {k: v for k, v in numbers.items() if k not in kept}
-    return {"task": _first_sentence(folder / "README.md"), "scores": scores, "retention": kept}
+    lines = _text(folder / "README.md").splitlines()
+    return {
+        "task": _first_paragraph(lines),
+        "examples": _quotations(lines),
+        "scores": scores,
+        "retention": kept,
+        "recipe": _recipe(facts.get("config")),
+    }
+
+
+def _recipe(config: object) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in (config.items() if isinstance(config, dict) else ())
+        if key not in _NO_RECIPE
+        and key.isprintable()
+        and len(key) <= 100
+        and (isinstance(value, bool) or _is_number(value) or _is_short(value))
+    }
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= 100
 
 
 def _is_number(value: object) -> bool:
@@ -47,9 +76,8 @@ def _json(file: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _first_sentence(file: Path) -> str:
+def _first_paragraph(lines: list[str]) -> str:
     """Return the first paragraph below the first heading, on one line."""
-    lines = _text(file).splitlines()
     heading = next((i for i, line in enumerate(lines) if line.startswith("# ")), None)
     paragraph: list[str] = []
     for line in lines[heading + 1 :] if heading is not None else ():
@@ -57,8 +85,24 @@ def _first_sentence(file: Path) -> str:
             paragraph.append(line.strip())
         elif paragraph:
             break
-    text = " ".join(paragraph).encode(errors="replace").decode()
+    text = _encodable(" ".join(paragraph))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _quotations(lines: list[str]) -> list[str]:
+    """Return the block quotes, without their marks; one that is too long to be typed is left."""
+    found: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(">"):
+            found[-1].append(line[1:].removeprefix(" ").rstrip())
+        elif found[-1]:
+            found.append([])
+    texts = [_encodable("\n".join(quote)).strip() for quote in found]
+    return [text for text in texts if 0 < len(text) <= _LONGEST_EXAMPLE][:_EXAMPLES]
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _text(file: Path) -> str:

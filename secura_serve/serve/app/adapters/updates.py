@@ -112,7 +112,7 @@ class AdapterUpdates:
                 f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
                 "that it changes: restart it with the folder there, and with --resident above 0"
             )
-        card = read_card(snapshot.source)
+        card = read_card(snapshot.source) | {"lora_size": self.verifier.lora_size(entry)}
         return Version(entry, next(self._numbers), origin, created, card, image)
 
     def fill(self, entries: Iterable[Entry]) -> None:
