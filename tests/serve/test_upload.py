@@ -59,7 +59,11 @@ def put(server, name, files):
 
 def test_an_upload_is_written_served_listed_rolled_back_and_deleted(server, made):
     card = b"# two\n\nAnswers in two words. Type:\n\n> Hello.\n>\n> Who?\n\n> Bye.\n"
-    facts = {"config": {"lr": 0.01, "core": "u", "out": "/home/ann/two", "init": ["no"]}}
+    facts = {"config": {"lr": 0.01, "seed": 3, "out": "/home/ann/two", "init": ["no"]}}
+    facts["evaluation"] = {
+        "base": {"accuracy": 0.5},
+        "seeds": {"3": {"accuracy": 0.75, "retention": {"kl": 0.25, "base_perplexity": 9}}},
+    }
     two = files_of(made.folder / "two") | {"README.md": card}
     two["train.json"] = json.dumps(facts).encode()
     answer = put(server, "new", two)
@@ -68,7 +72,9 @@ def test_an_upload_is_written_served_listed_rolled_back_and_deleted(server, made
     assert (shown["id"], shown["state"], shown["type"], shown["rank"]) == ("new", "known", "cur", 4)
     assert shown["task"] == "Answers in two words. Type:" and shown["reason"] is None
     assert shown["examples"] == ["Hello.\n\nWho?", "Bye."]
-    assert shown["recipe"] == {"lr": 0.01, "core": "u"}
+    assert shown["recipe"] == {"lr": 0.01, "seed": 3}
+    assert shown["scores"] == {"accuracy": 0.75, "base_accuracy": 0.5}
+    assert shown["retention"] == {"kl": 0.25}
     axes = sum(sum(made.base_shape(name)) for name in made.modules)
     assert shown["lora_size"] == 4 * 4 * axes
     assert [v["origin"] for v in shown["versions"]] == ["upload"]

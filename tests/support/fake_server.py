@@ -60,7 +60,7 @@ def adapter_card(name: str, **changed: Any) -> dict[str, Any]:
         "source": f"/srv/adapters/{name}",
         "task": f"What {name} was trained for.",
         "examples": [f"An example for {name}."],
-        "scores": {"base": 0.505, "held_out": 0.89},
+        "scores": {"accuracy": 0.89, "base_accuracy": 0.505, "held_out_loss": 0.134},
         "retention": {"kl": 0.138, "perplexity_ratio": 1.098, "still_right": 0.25},
         "recipe": {"core": "u", "lr": 0.005, "max_steps": 100},
         "type": "cur",
@@ -179,7 +179,11 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(script.first_s)
         for count, piece in enumerate(script.pieces[: body["max_tokens"]], start=1):
             usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
-            delta = {"index": 0, "delta": {"content": piece}}
+            delta = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            if count == len(script.pieces):
+                delta["finish_reason"] = "stop"
+            elif count == body["max_tokens"]:
+                delta["finish_reason"] = "length"
             try:
                 self.wfile.write(
                     f"data: {json.dumps({'choices': [delta], 'usage': usage})}\n\n".encode()

@@ -28,13 +28,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     ``retention`` (name -> number), ``recipe`` (setting -> value: how it was trained).
     """
     facts = _json(folder / "train.json")
-    numbers = {}
-    if isinstance(facts.get("scores"), dict):
-        numbers = {
-            key[:100]: float(value)
-            for key, value in facts["scores"].items()
-            if key.isprintable() and _is_number(value)
-        }
+    numbers = _numbers(facts.get("scores")) | _evaluated(facts)
     kept = {k: v for k, v in numbers.items() if k.lower().startswith(_RETENTION)}
     scores = {k: v for k, v in numbers.items() if k not in kept}
     lines = _text(folder / "README.md").splitlines()
@@ -45,6 +39,26 @@ def read_card(folder: Path) -> dict[str, Any]:
         "retention": kept,
         "recipe": _recipe(facts.get("config")),
     }
+
+
+def _numbers(raw: object) -> dict[str, float]:
+    return {
+        key[:100]: float(value)
+        for key, value in (raw.items() if isinstance(raw, dict) else ())
+        if key.isprintable() and _is_number(value)
+    }
+
+
+def _evaluated(facts: dict[str, Any]) -> dict[str, float]:
+    """Return what the evaluation of the run's own seed found, and its accuracy on the base."""
+    try:
+        evaluation = facts["evaluation"]
+        own = evaluation["seeds"][str(facts["config"]["seed"])]
+        accuracies = {"accuracy": own["accuracy"], "base_accuracy": evaluation["base"]["accuracy"]}
+        kept = _numbers(own["retention"])
+    except (KeyError, TypeError):
+        return {}
+    return _numbers(accuracies) | {k: v for k, v in kept.items() if k.startswith(_RETENTION)}
 
 
 def _recipe(config: object) -> dict[str, Any]:
