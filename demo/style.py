@@ -10,9 +10,12 @@ __all__ = ["CSS", "HEAD", "HEADERS", "theme"]
 FONT = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
 
 CSS = """
-:root { --quiet: var(--neutral-600); --bad: #b91c1c; --good: #166534; }
+:root { --quiet: var(--neutral-600); --bad: #b91c1c; --good: #166534;
+  --color-accent: var(--primary-600);
+  --keyword: #6d28d9; --string: #166534; --number: #9a3412; --name: #1d4ed8; }
 .dark { --quiet: var(--neutral-300); --bad: #fca5a5; --good: #86efac;
-  --color-accent: var(--primary-400); }
+  --color-accent: var(--primary-400);
+  --keyword: #c4b5fd; --string: #86efac; --number: #fdba74; --name: #93c5fd; }
 .gradio-container { width: 100%; max-width: 1680px !important; margin: 0 auto !important; }
 #head { align-items: center; }
 #title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
@@ -28,6 +31,16 @@ CSS = """
   #head { flex-direction: column; align-items: start; gap: 0; }
   #ask { position: static; }
 }
+.message pre, .message pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+.message-wrap .prose.chatbot.md { opacity: 1 !important; }
+.message .token { color: inherit !important; }
+.message .token.comment { color: var(--quiet) !important; }
+.message .token:is(.keyword, .decorator, .important) { color: var(--keyword) !important; }
+.message .token:is(.string, .char, .attr-value) { color: var(--string) !important; }
+.message .token:is(.number, .boolean, .attr-name) { color: var(--number) !important; }
+.message .token:is(.property, .tag, .selector) { color: var(--bad) !important; }
+.message .token:is(.function, .class-name, .builtin) { color: var(--name) !important; }
+.message td, .message th { overflow-wrap: anywhere; }
 .figures p { margin: 0; font-size: .8rem; color: var(--quiet); overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums; }
 p.error, .figures p.error { color: var(--bad); overflow-wrap: anywhere; margin: .25rem 0 0; }

@@ -267,4 +267,4 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-LABELS = {ADDED: "#86efac", MISSING: "#fca5a5"}
+LABELS = {ADDED: "#bbf7d0", MISSING: "#fecaca"}

@@ -64,6 +64,8 @@ def visit(browser: Any, place: SimpleNamespace) -> Iterator[Callable[..., Any]]:
         page = open_page(browser, place.url + query, **window)
         pages.append(page)
         page.locator("#status p.up", has_text="at http").wait_for(timeout=20_000)
+        filled = "document.querySelector('#model-2 input')?.value || location.search.includes('=')"
+        page.wait_for_function(filled)
         if tab != "Chat":
             page.get_by_role("tab", name=tab).click()
         return page
