@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -90,7 +91,7 @@ def explain_response(answer: httpx.Response) -> str:
     return _refusal(answer, said, None)
 
 
-def _refusal(answer: httpx.Response, said: object, advice: str | None) -> str:
+def _refusal(answer: Any, said: object, advice: str | None) -> str:
     said = str(said or answer.reason_phrase)[:_LONGEST].rstrip(". ")
     parts = "; ".join(filter(None, [said, advice]))
     return f"The server refused ({answer.status_code}): {parts}."

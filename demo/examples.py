@@ -33,7 +33,7 @@ def read_examples(path: str | None) -> Examples:
         raise ValueError(shape)
     for name, examples in examples_by_adapter.items():
         for example in examples if isinstance(examples, list) else [None]:
-            texts = example.values() if isinstance(example, dict) else [None]
-            if not all(isinstance(text, str) for text in texts) or "prompt" not in example:
+            known = isinstance(example, dict) and "prompt" in example
+            if not known or not all(isinstance(text, str) for text in example.values()):
                 raise ValueError(f"{shape}; see adapter {name!r}")
     return {str(name): examples for name, examples in examples_by_adapter.items()}

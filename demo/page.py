@@ -61,9 +61,9 @@ def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
                 return [gr.skip()] * len(follows)
             if now.problem is not None:
                 # The last known models stay: the server may be back in a moment.
-                kept = Snapshot(problem=now.problem)
+                absent = Snapshot(problem=now.problem)
                 rest = [gr.skip()] * (len(follows) - 2)
-                return [kept, status(f"{now.problem} Trying again…", up=False), *rest]
+                return [absent, status(f"{now.problem} Trying again…", up=False), *rest]
             names = [card["id"] for card in now.adapters]
             return [
                 now,

@@ -38,7 +38,7 @@ class Conversation:
 
     def shown(self) -> list[Mapping[str, str]]:
         """Return two messages for each turn, as Markdown without HTML."""
-        messages = []
+        messages: list[Mapping[str, str]] = []
         for turn in self.turns:
             answer = turn.answer
             text = safe_text(answer.text)

@@ -44,9 +44,10 @@ def from_query(query: Mapping[str, str], columns: int) -> Shared | None:
     values: dict[str, Any] = {}
     for field in fields(Settings):
         try:
-            kind = type(field.default)
+            kind = float if isinstance(field.default, float) else int
             value = query[field.name]
-            values[field.name] = None if value == "none" else kind(value)
+            no_seed = field.name == "seed" and value == "none"
+            values[field.name] = None if no_seed else kind(value)
         except (KeyError, ValueError):
             continue
     return Shared(tuple(models), prompt, system, Settings(**values).within_limits())
