@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 FLAGS = [
@@ -64,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 device_scale_factor=1.5,
             )
             for picture in draw(window, url, few=width < 600):
-                window.screenshot(path=args.out / f"{picture}-{name}.png", full_page=True)
-                print(args.out / f"{picture}-{name}.png", flush=True)
+                file = args.out / f"{picture}-{name}.png"
+                window.screenshot(path=file, full_page=True)
+                # A page has few colours: a third of the bytes.
+                Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+                print(file, flush=True)
         browser.close()
 
 
@@ -75,7 +79,7 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
     page.wait_for_function("document.querySelector('#model-2 input')?.value", timeout=60_000)
     base = page.locator("#model-1 input").input_value().removesuffix(" (base)")
     models = [name.format(base=base) for name in MODELS[: 2 if few else 3]]
-    page.goto(f"{url}?models={','.join(models)}&prompt={PROMPT}&max_tokens=40")
+    page.goto(f"{url}?models={','.join(models)}&prompt={PROMPT}&max_tokens=150")
     page.wait_for_function("document.querySelector('#prompt textarea')?.value")
     page.wait_for_function(f"document.querySelector('#model-{len(models)} input')?.value")
     page.locator("#prompt textarea").press("Enter")
@@ -83,8 +87,11 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
         f"document.querySelectorAll('.figures[data-state=done]').length === {len(models)}",
         timeout=180_000,
     )
+    page.locator("#difference-2").wait_for()
     page.wait_for_timeout(500)
     yield "chat"
+    if few:
+        return
     page.get_by_role("tab", name="Adapters").click()
     page.locator("#cards article").first.wait_for()
     yield "adapters"
@@ -96,7 +103,11 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
     yield "retention"
     page.get_by_role("tab", name="Live").click()
     page.locator("#traffic-table table").wait_for(timeout=30_000)
-    page.wait_for_timeout(9000)
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#prompt textarea").fill("Tell me a long story about a river.")
+    page.locator("#prompt textarea").press("Enter")
+    page.get_by_role("tab", name="Live").click()
+    page.wait_for_timeout(24_000)
     yield "live"
 
 

@@ -30,6 +30,7 @@ CSS = """
 @media (max-width: 640px) {
   #head { flex-direction: column; align-items: start; gap: 0; }
   #ask { position: static; }
+  #bar .form, #mix .form { flex-direction: column; }
 }
 .message pre, .message pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .message-wrap .prose.chatbot.md { opacity: 1 !important; }
@@ -41,6 +42,7 @@ CSS = """
 .message .token:is(.property, .tag, .selector) { color: var(--bad) !important; }
 .message .token:is(.function, .class-name, .builtin) { color: var(--name) !important; }
 .message td, .message th { overflow-wrap: anywhere; }
+.placeholder-content, .placeholder { padding: 0 1rem; text-align: center; }
 .figures p { margin: 0; font-size: .8rem; color: var(--quiet); overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums; }
 p.error, .figures p.error { color: var(--bad); overflow-wrap: anywhere; margin: .25rem 0 0; }
@@ -62,7 +64,7 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .cards dl div { display: flex; gap: .6em; }
 .cards dt { color: var(--quiet); min-width: 7.5em; flex: none; }
 .cards dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-.cards a { align-self: start; }
+.cards a { align-self: start; padding: 0; margin: 0; }
 .cards a, .cards summary { color: var(--link-text-color); text-decoration: underline;
   font-size: .9rem; cursor: pointer; }
 .figure-table { overflow-x: auto; }

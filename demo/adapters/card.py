@@ -10,6 +10,8 @@ from urllib.parse import urlencode
 __all__ = ["card", "gallery", "kind", "main_score", "number", "size"]
 
 SHOWN = 60
+SHORT = ("method", "core", "magnorm", "lr", "max_steps", "epochs", "batch_size", "seed")
+"""Those settings of a recipe that most differ between adapters."""
 KINDS = {"cur": "CUR", "lora": "LoRA", "full": "fine-tune"}
 Card = Mapping[str, Any]
 
@@ -32,10 +34,11 @@ def card(of: Card, bases: Sequence[str]) -> str:
     rows = [(label, value) for label, value in _rows(of) if value]
     facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in rows)
     reason = f'<p class="error">{escape(str(of["reason"]))}</p>' if of.get("reason") else ""
-    task = escape(str(of.get("task") or "Its card names no task."))
+    task = escape(_task(of))
+    more = _recipe(of) + _versions(of) + _link(of, bases)
     return (
         f'<article aria-label="{name}"><header><h3>{name}</h3>{marks}</header>'
-        f"<p>{task}</p>{reason}<dl>{facts}</dl>{_versions(of)}{_link(of, bases)}</article>"
+        f"<p>{task}</p>{reason}<dl>{facts}</dl>{more}</article>"
     )
 
 
@@ -79,14 +82,15 @@ def _rows(of: Card) -> list[tuple[str, str]]:
     if best is not None:
         score = f"{number(best[1])} {best[0].replace('_', ' ')}"
         score += f" (base {number(best[2])})" if best[2] is not None else ""
-    recipe = ", ".join(f"{k} {number(v)}" for k, v in (of.get("recipe") or {}).items())
+    recipe = of.get("recipe") or {}
+    short = ", ".join(f"{key} {number(recipe[key])}" for key in SHORT if key in recipe)
     return [
         ("kind", kind(of)),
         ("rank", f"{rank} on {of.get('modules')} linears" if rank else ""),
         ("size", there),
         ("score", score),
         ("kept of the base", _named(of.get("retention"))),
-        ("recipe", recipe),
+        ("trained with", short),
         ("digest", str(of.get("digest") or "")[:12]),
         ("aliases", ", ".join(map(str, of.get("aliases") or []))),
         ("asked", {"fold": "once it is folded"}.get(str(of.get("mode")), "per request")),
@@ -95,6 +99,20 @@ def _rows(of: Card) -> list[tuple[str, str]]:
 
 def _named(numbers: Mapping[str, object] | None) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in (numbers or {}).items())
+
+
+def _task(of: Card) -> str:
+    """Return the task without the words that lead over to an example."""
+    said = str(of.get("task") or "Its card names no task.")
+    return said.rpartition(". ")[0] + "." if said.endswith(":") and ". " in said else said
+
+
+def _recipe(of: Card) -> str:
+    rows = "".join(
+        f"<div><dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(number(value))}</dd></div>"
+        for key, value in (of.get("recipe") or {}).items()
+    )
+    return f"<details><summary>Recipe</summary><dl>{rows}</dl></details>" if rows else ""
 
 
 def _versions(of: Card) -> str:

@@ -45,14 +45,13 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     chosen = gr.Dropdown([], label="Adapter", elem_id="kept-adapter")
     numbers = gr.HTML(kept(None), elem_id="kept")
     picture = gr.ScatterPlot(
-        front(Snapshot(), None, results),
-        visible=bool(results.points),
+        # Not before there is something to draw: two drawings at once may end in the wrong order.
+        visible=False,
         x="KL to the base",
         y="score",
         color="what",
         color_map=COLORS,
         tooltip="all",
-        height=400,
         elem_id="front",
         label=f"Score against KL to the base, as far as {FARTHEST:g}: left and high is better",
     )
@@ -130,5 +129,6 @@ def front(now: Snapshot, name: str | None, results: Results) -> pd.DataFrame:
         kl, best = (card.get("retention") or {}).get("kl"), main_score(card)
         if kl is not None and kl <= FARTHEST and best is not None:
             rows.append((card["id"], kl, best[1], THIS if card["id"] == name else SERVED))
+    rows.sort(key=lambda row: row[-1] == THIS)  # Drawn last, it lies on top.
     frame = pd.DataFrame(rows, columns=["name", "KL to the base", "score", "what"])
     return frame.astype({"KL to the base": float, "score": float})

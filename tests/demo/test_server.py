@@ -7,6 +7,7 @@ says "somebody else asks" against the real server's rule.
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from tests.support.fake_server import BASE, FakeServer
 
 
 def run(work: Any) -> Any:
-    return asyncio.run(work)
+    """Run a coroutine; in a thread of its own, since Playwright's loop may run in this one."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(asyncio.run, work).result()
 
 
 def test_a_snapshot_has_models_cards_and_who_may_change():
