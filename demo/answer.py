@@ -19,6 +19,8 @@ class Answer:
     tokens_per_s: float | None = None
     error: str | None = None
     state: str = "waiting"
+    limited: bool = False
+    """It ended because it may not be longer."""
 
     @property
     def finished(self) -> bool:
@@ -32,6 +34,8 @@ def summary(answer: Answer) -> str:
         parts.append(f"{answer.tokens_per_s:.1f} tokens/s")
     if answer.first_token_s is not None:
         parts.append(f"first token {answer.first_token_s * 1000:.0f} ms")
+    if answer.limited:
+        parts.append("ends at the limit")
     return " | ".join(parts)
 
 

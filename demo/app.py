@@ -1,131 +1,45 @@
-"""A page that asks the base and any of its adapters the same, and shows the answers side by side.
+"""The chat page: base, adapters and mixes of a server side by side, and what the server has.
 
 A process of its own, which knows an endpoint's address and no more:
 
-    python -m demo.app --endpoint http://127.0.0.1:8000/v1
+    secura-demo --endpoint http://127.0.0.1:8000/v1
 """
 
 from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import os
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import metadata
+from typing import Any
 
-# Gradio reads this while it is imported.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-import gradio as gr
-
-from .cards import CSS, hint, status
 from .endpoint import add_arguments, connect
-from .page import ANY, Examples, Page
+from .examples import Examples, read_examples
+from .retention.results import Results, read_results
 
-# Gradio's own bold face of this font lacks the letters; the 700 weight beside it has them.
-FONT = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
-START = "Tick models, write a prompt and press Enter: the answers stream here side by side."
-EXAMPLES = {
-    ANY: [
-        {"prompt": "What is the capital of France?"},
-        {"prompt": "Explain in two sentences why the sky is blue."},
-        {"prompt": "Write a Python function that reverses a string."},
-    ]
-}
-
-
-def build(page: Page) -> gr.Blocks:
-    with gr.Blocks(title="secura-serve", analytics_enabled=False, fill_width=True) as blocks:
-        bases, adapters = gr.State([]), gr.State([])
-        with gr.Row(elem_id="head"):
-            title = "<h1>secura-serve</h1><p>One base, many adapters: one prompt, side by side.</p>"
-            gr.HTML(title, elem_id="title", min_width=280)
-            line = gr.HTML(status("asking the endpoint…", up=True), elem_id="status", min_width=280)
-            refresh = gr.Button("Refresh", elem_id="refresh", size="sm", scale=0, min_width=110)
-        models = gr.CheckboxGroup(
-            [], label="Models", elem_id="models", show_select_all=True, interactive=True
-        )
-        with gr.Row(elem_id="ask"):
-            system = gr.Textbox(
-                "", label="System prompt (optional)", elem_id="system", max_lines=10, scale=3
-            )
-            prompt = gr.Textbox(
-                "", label="Prompt (Enter runs it)", elem_id="prompt", max_lines=10, scale=8
-            )
-            run = gr.Button("Run", elem_id="run", variant="primary", scale=0, min_width=110)
-            stop = gr.Button("Stop", elem_id="stop", interactive=False, scale=0, min_width=110)
-        hidden = [gr.Textbox(visible=False) for _ in range(3)]
-        chips = gr.Dataset(
-            components=hidden,
-            samples=[],
-            sample_labels=[],
-            label="Examples",
-            elem_id="examples",
-            samples_per_page=12,
-        )
-        with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-            limit = gr.Slider(1, 2048, 256, step=1, label="Max tokens", elem_id="max-tokens")
-            heat = gr.Slider(0, 2, 0, step=0.05, label="Temperature", elem_id="temperature")
-            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-        answers = gr.HTML(hint(START), elem_id="answers")
-
-        gr.on(
-            [blocks.load, refresh.click],
-            page.refresh,
-            [models],
-            [line, models, bases, adapters, chips],
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        chips.click(
-            page.pick,
-            [chips, bases, models],
-            [system, prompt, models],
-            show_progress="hidden",
-            api_visibility="private",
-        )
-        gr.on(
-            [run.click, prompt.submit],
-            page.run,
-            [models, prompt, system, limit, heat, seed, adapters],
-            [answers, run, stop],
-            show_progress="hidden",
-            trigger_mode="once",
-            concurrency_limit=None,
-            api_visibility="private",
-        )
-        stop.click(page.stop, show_progress="hidden", api_visibility="private")
-    return blocks
-
-
-def read_examples(path: str | None) -> Examples:
-    """Return `{adapter: [{"prompt": ..., "system": optional}]}`. Raises ValueError if malformed."""
-    if path is None:
-        return EXAMPLES
-    try:
-        examples_by_adapter = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} as JSON: {error}") from error
-    shape = f'{path} should be {{"adapter": [{{"prompt": "...", "system": "optional"}}]}}'
-    if not isinstance(examples_by_adapter, dict):
-        raise ValueError(shape)
-    for name, examples in examples_by_adapter.items():
-        for example in examples if isinstance(examples, list) else [None]:
-            texts = example.values() if isinstance(example, dict) else [None]
-            if not all(isinstance(text, str) for text in texts) or "prompt" not in example:
-                raise ValueError(f"{shape}; see adapter {name!r}")
-    return examples_by_adapter
+LARGEST_UPLOAD = "512mb"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="secura-serve demo", description=__doc__.split("\n")[0])
+    made = argparse.ArgumentParser(
+        prog="secura-demo", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    made.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_arguments(made)
     made.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
     made.add_argument("--port", type=int, default=7860, help="(%(default)s)")
     made.add_argument("--examples", metavar="FILE", help='JSON: {adapter: [{"prompt": "..."}]}')
+    made.add_argument(
+        "--results",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="summary.json of an experiment, or continual.json of a run, for the retention tab; "
+        "may be given again",
+    )
     made.add_argument(
         "--share",
         choices=["never", "public"],
@@ -183,16 +97,27 @@ def end_with_stdin() -> None:
     os._exit(0)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser()
-    args = arguments.parse_args(argv)
-    if args.until_stdin_closes:
-        threading.Thread(target=end_with_stdin, daemon=True).start()
+def _version() -> str:
     try:
-        examples, auth = read_examples(args.examples), login(args)
-    except ValueError as error:
-        arguments.error(str(error))
-    blocks = build(Page(connect(args.endpoint, args.api_key), examples))
+        return metadata.version("secura-serve")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def launch(
+    args: argparse.Namespace, examples: Examples, results: Results, auth: tuple[str, str] | None
+) -> Any:
+    """Open the page and return it; None if it cannot listen there."""
+    # Gradio reads this while it is imported, which takes seconds: not for `--help`.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from starlette.middleware import Middleware
+
+    from .headers import WithHeaders
+    from .page import build
+    from .server import Server
+    from .style import CSS, HEAD, theme
+
+    blocks = build(Server(connect(args.endpoint, args.api_key)), examples, results)
     try:
         blocks.launch(
             server_name=args.host,
@@ -200,18 +125,39 @@ def main(argv: Sequence[str] | None = None) -> None:
             auth=auth,
             share=args.share == "public",
             css=CSS,
-            theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=FONT),
+            head=HEAD,
+            # Else the browser would keep every call, and with it the admin key.
+            run_history=False,
+            app_kwargs={"middleware": [Middleware(WithHeaders)]},
+            max_file_size=LARGEST_UPLOAD,
+            theme=theme(),
             footer_links=[],
             ssr_mode=False,
             quiet=True,
             prevent_thread_lock=True,
         )
     except OSError:
+        return None
+    return blocks
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    if args.until_stdin_closes:
+        threading.Thread(target=end_with_stdin, daemon=True).start()
+    try:
+        examples, auth = read_examples(args.examples), login(args)
+        results = read_results(args.results)
+    except ValueError as error:
+        arguments.error(str(error))
+    blocks = launch(args, examples, results, auth)
+    if blocks is None:
         taken = f"cannot listen on {args.host}:{args.port}"
         arguments.error(f"{taken}: is the port taken? Choose another with --port")
     # Gradio's own lines advertise a public link; without its lock it would return at once.
     print(
-        f"secura-serve demo: {blocks.share_url or blocks.local_url} asks {args.endpoint}",
+        f"secura-demo: {blocks.share_url or blocks.local_url} asks {args.endpoint}",
         flush=True,
     )
     blocks.block_thread()

@@ -1,4 +1,4 @@
-"""One prompt, N models of an OpenAI-compatible endpoint: stream all answers at once.
+"""Conversations with N models of an OpenAI-compatible endpoint: stream all answers at once.
 
 Knows HTTP and nothing else, so it works with any server that has /v1/models and streaming chat
 completions. `app.py` draws what this yields; the command line prints it:
@@ -13,14 +13,18 @@ import asyncio
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import openai
 
 from .answer import Answer, render
 from .endpoint import add_arguments, connect, explain, list_models
+
+Message = Mapping[str, str]
+LONGEST = 4096
+"""How many tokens of an answer the page offers at most."""
 
 
 @dataclass(frozen=True)
@@ -29,27 +33,35 @@ class Settings:
 
     max_tokens: int = 256
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int | None = 0
+
+    def within_limits(self) -> Settings:
+        """Return the nearest settings that the page offers."""
+        # `min` and `max` would let NaN through.
+        heat = self.temperature if self.temperature >= 0 else 0.0
+        top = self.top_p if 0 < self.top_p <= 1 else 1.0
+        return Settings(min(max(self.max_tokens, 1), LONGEST), min(heat, 2.0), top, self.seed)
 
 
 @dataclass
 class Comparison:
-    """A prompt on its way to several models. Iterate for states, `stop()` to end early.
+    """Conversations on their way to several models. Iterate for states, `stop()` to end early.
 
     Each step yields the one list of live answers after at least one of them has changed: a slow
     reader misses steps, never text. Leaving the loop or cancelling it closes every request, upon
     which the server stops generating.
+
+    Args:
+        asks: the answer to fill, which names its model, and the messages to send for it.
     """
 
     client: openai.AsyncOpenAI
-    models: Sequence[str]
-    prompt: str
-    system: str = ""
+    asks: Sequence[tuple[Answer, Sequence[Message]]]
     settings: Settings = Settings()
-    answers: list[Answer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.answers = [Answer(model) for model in self.models]
+        self.answers = [answer for answer, _ in self.asks]
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -63,8 +75,11 @@ class Comparison:
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Answer]]:
-        asked = [answer for answer in self.answers if not answer.finished]
-        self._tasks = [asyncio.create_task(self._ask(answer)) for answer in asked]
+        self._tasks = [
+            asyncio.create_task(self._ask(answer, messages))
+            for answer, messages in self.asks
+            if not answer.finished
+        ]
         try:
             while not all(answer.finished for answer in self.answers):
                 await self._changed.wait()
@@ -74,37 +89,39 @@ class Comparison:
             self.stop()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _ask(self, answer: Answer) -> None:
+    async def _ask(self, answer: Answer, messages: Sequence[Message]) -> None:
         try:
-            await self._stream(answer)
+            await self._stream(answer, messages)
             answer.state = "done"
         # Whatever fails here must not take the other answers with it.
         except Exception as error:
             answer.state, answer.error = "failed", explain(error, self.client.base_url)
         self._changed.set()
 
-    async def _open(self, model: str, **usage: bool) -> openai.AsyncStream[Any]:
-        messages: list[Any] = [{"role": "system", "content": self.system}] if self.system else []
+    async def _open(
+        self, model: str, messages: Sequence[Message], **usage: bool
+    ) -> openai.AsyncStream[Any]:
         return await self.client.chat.completions.create(
             model=model,
-            messages=[*messages, {"role": "user", "content": self.prompt}],
+            messages=cast(Any, messages),
             max_tokens=self.settings.max_tokens,
             temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
             seed=self.settings.seed,
             stream=True,
             stream_options={"include_usage": True, **usage},  # type: ignore[typeddict-item]
         )
 
-    async def _stream(self, answer: Answer) -> None:
+    async def _stream(self, answer: Answer, messages: Sequence[Message]) -> None:
         start = first = last = time.perf_counter()
-        tokens_at_first = 0
+        tokens_at_first, reason = 0, None
         try:
-            stream = await self._open(answer.model, continuous_usage_stats=True)
+            stream = await self._open(answer.model, messages, continuous_usage_stats=True)
         except openai.BadRequestError as error:
             # vLLM counts in every chunk; a server that does not know that counts in the last one.
             if "continuous_usage_stats" not in str(error):
                 raise
-            stream = await self._open(answer.model)
+            stream = await self._open(answer.model, messages)
         async with stream:
             async for chunk in stream:
                 text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
@@ -112,7 +129,7 @@ class Comparison:
                 counted = chunk.usage.completion_tokens if chunk.usage else None
                 answer.tokens = answer.tokens + bool(text) if counted is None else counted
                 if chunk.choices:
-                    last = time.perf_counter()
+                    last, reason = time.perf_counter(), chunk.choices[0].finish_reason or reason
                 if answer.tokens and answer.first_token_s is None:
                     # The first chunk may hold several tokens: none of them belongs to the rate.
                     first, tokens_at_first = last, answer.tokens
@@ -120,6 +137,10 @@ class Comparison:
                 elif answer.tokens > tokens_at_first and last > first:
                     answer.tokens_per_s = (answer.tokens - tokens_at_first) / (last - first)
                 self._changed.set()
+        # A connection that closes looks like an answer that ends.
+        if reason is None:
+            raise ConnectionError("the server closed the connection")
+        answer.limited = reason == "length"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -141,14 +162,18 @@ def parser() -> argparse.ArgumentParser:
 
 async def run(args: argparse.Namespace) -> int:
     """Print all answers and return the exit status: 1 if one of them failed."""
-    settings = Settings(args.max_tokens, args.temperature, args.seed)
+    settings = Settings(args.max_tokens, args.temperature, seed=args.seed)
     async with connect(args.endpoint, args.api_key) as client:
         try:
             served = [] if args.models else [model.id for model in await list_models(client)]
         except openai.OpenAIError as error:
             print(f"compare: {explain(error, args.endpoint)}", file=sys.stderr)
             return 1
-        comparison = Comparison(client, args.models or served, args.prompt, args.system, settings)
+        messages = [{"role": "user", "content": args.prompt}]
+        if args.system:
+            messages.insert(0, {"role": "system", "content": args.system})
+        asks = [(Answer(model), messages) for model in args.models or served]
+        comparison = Comparison(client, asks, settings)
         async for answers in comparison:
             if sys.stderr.isatty():
                 total = sum(answer.tokens for answer in answers)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import Any
 
+import httpx
 import openai
+
+_LONGEST = 1000
+VIA = {"Via": "1.1 secura-demo"}
+"""Says to the server that somebody else asks through this machine."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
         # openai insists on a key and would otherwise send OPENAI_API_KEY to this endpoint.
         api_key=api_key or "none",
         max_retries=0,
+        default_headers=VIA,
         timeout=openai.Timeout(600, connect=5),
     )
 
@@ -65,14 +72,26 @@ def explain(error: Exception, endpoint: object) -> str:
     if isinstance(error, openai.APIConnectionError):
         return f"No server answers at {endpoint}: start it, or check the endpoint's address."
     if isinstance(error, openai.APIStatusError):
-        said = error.body.get("message") if isinstance(error.body, dict) else None
         in_v1 = endpoint.endswith("/v1")
         advice = {
-            401: "give the server's key with --api-key",
-            404: "refresh the list of models" if in_v1 else "the endpoint should end in /v1",
+            401: "start the page with the server's key (--api-key)",
+            404: None if in_v1 else "the endpoint should end in /v1",
         }.get(error.status_code)
-        said = str(said or error.response.reason_phrase).rstrip(". ")
-        return (
-            f"The server refused ({error.status_code}): {'; '.join(filter(None, [said, advice]))}."
-        )
+        said = error.body.get("message") if isinstance(error.body, dict) else None
+        return _refusal(error.response, said, advice)
     return f"The answer of {endpoint} broke off ({type(error).__name__}): {error or 'no details'}."
+
+
+def explain_response(answer: httpx.Response) -> str:
+    """Return the refusal of a request that openai's client does not know."""
+    try:
+        said = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        said = None
+    return _refusal(answer, said, None)
+
+
+def _refusal(answer: Any, said: object, advice: str | None) -> str:
+    said = str(said or answer.reason_phrase)[:_LONGEST].rstrip(". ")
+    parts = "; ".join(filter(None, [said, advice]))
+    return f"The server refused ({answer.status_code}): {parts}."

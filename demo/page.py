@@ -1,102 +1,178 @@
-"""What the page does: ask the endpoint what it serves, fill in an example, run, stop."""
+"""The whole page: its tabs, and what keeps them up to date with the server."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
-import openai
 
-from .cards import cards, hint, status
-from .compare import Comparison, Settings
-from .endpoint import explain, list_models
+from .adapters.card import gallery
+from .adapters.search import matching
+from .adapters.tab import build_adapters, notice
+from .chat.handlers import COLUMNS, Chat
+from .chat.share import from_query
+from .chat.tab import build_chat
+from .examples import ANY, Examples
+from .live.tab import build_live
+from .retention.results import Results
+from .retention.tab import build_retention
+from .server import Server, Snapshot
 
-REDRAW_S = 0.1
-ANY = ""  # the name under which an example belongs to no adapter and leaves the ticks alone
-Examples = Mapping[str, Sequence[Mapping[str, str]]]
+__all__ = ["build", "examples_of", "mixable", "status"]
+
+POLL_S = 3.0
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
-class Page:
-    """The handlers of one endpoint's page; what they return goes to components of that name."""
+def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
+    """Return the page of one server."""
+    with gr.Blocks(title="secura-serve", analytics_enabled=False, fill_width=True) as blocks:
+        seen = gr.State(None)
+        with gr.Row(elem_id="head"):
+            gr.HTML("<h1>secura-serve</h1>", elem_id="title", min_width=150)
+            line = gr.HTML(
+                status("asking the server…", up=True), elem_id="status", min_width=260, scale=4
+            )
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Chat", id="chat") as first:
+                chat = build_chat(Chat(server))
+            with gr.Tab("Adapters", id="adapters") as second:
+                shelf = build_adapters(server)
+            with gr.Tab("Retention", id="retention") as third:
+                retention = build_retention(server, results)
+            with gr.Tab("Live", id="live") as fourth:
+                live = build_live(server)
+        for tab in (first, second, third, fourth):
+            tab.select(_switch(tab is fourth), None, [live], **QUIET)
 
-    def __init__(self, client: openai.AsyncOpenAI, examples: Examples) -> None:
-        self.client = client
-        self.endpoint = str(client.base_url).rstrip("/")
-        self.examples = examples
-        self.running: dict[str | None, Comparison] = {}
+        follows = [
+            seen, line, *chat.models, chat.examples, chat.mixer.parts,
+            shelf.notice, shelf.cards, shelf.changes, shelf.chosen, retention.chosen,
+        ]  # fmt: skip
 
-    async def refresh(self, ticked: list[str]) -> tuple[Any, ...]:
-        """Ask the endpoint what it serves -> status, models, bases, adapters, example chips."""
-        try:
-            served = await list_models(self.client)
-        except openai.OpenAIError as error:
-            sentence = f"{explain(error, self.endpoint)} Then press Refresh."
-            empty = gr.CheckboxGroup(choices=[], value=[])
-            return status(sentence, up=False), empty, [], [], self._chips([])
-        bases = [model.id for model in served if model.parent is None]
-        adapters = [model.id for model in served if model.parent is not None]
-        choices = [(f"{name} (base)", name) for name in bases] + [(name, name) for name in adapters]
-        kept = [name for name in ticked if name in bases + adapters]
-        models = gr.CheckboxGroup(choices=choices, value=kept or bases[:1] + adapters[:1])
-        count = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
-        said = f"{', '.join(bases)} and {count}"
-        if folded := next((model for model in served if model.folded), None):
-            said = f"{folded.id}, folded into {folded.parent}: nothing else answers until unfolded,"
-        line = status(f"{said} at {self.endpoint}", up=True)
-        return line, models, bases, adapters, self._chips(adapters)
+        async def follow(
+            last: Snapshot | None, text: str, which: str, kept: str | None, *models: str | None
+        ) -> list[Any]:
+            """Show what the server offers, where that has changed."""
+            now = await server.snapshot()
+            if now == last:
+                return [gr.skip()] * len(follows)
+            if now.problem is not None:
+                # The last known models stay: the server may be back in a moment.
+                absent = Snapshot(problem=now.problem)
+                rest = [gr.skip()] * (len(follows) - 2)
+                return [absent, status(f"{now.problem} Trying again…", up=False), *rest]
+            names = [card["id"] for card in now.adapters]
+            return [
+                now,
+                status(_offer(now, server.endpoint), up=True),
+                *_model_updates(now, models),
+                _example_updates(examples_of(now, examples)),
+                gr.update(choices=mixable(now)),
+                notice(now),
+                gallery(matching(now.adapters, text, which), now.bases, len(now.adapters)),
+                gr.update(visible=now.operator == "key"),
+                gr.update(choices=names),
+                gr.update(choices=names, value=kept if kept in names else next(iter(names), None)),
+            ]
 
-    def _chips(self, adapters: Sequence[str]) -> gr.Dataset:
-        rows = [
-            [name, example.get("system", ""), example["prompt"]]
-            for name, examples in self.examples.items()
-            if name == ANY or name in adapters
-            for example in examples
-        ]
-        labels = [f"{name} · {prompt}" if name else prompt for name, _, prompt in rows]
-        return gr.Dataset(samples=rows, sample_labels=labels, visible=bool(rows))
+        def shared(request: gr.Request, *usual: Any) -> list[Any]:
+            """Fill in what a link carries."""
+            link = from_query(dict(request.query_params), COLUMNS)
+            if link is None:
+                return [gr.skip()] * (COLUMNS + len(usual) + 3)
+            names = [*link.models, *[gr.skip()] * (COLUMNS - len(link.models))]
+            chosen = link.settings
+            sampling = [chosen.max_tokens, chosen.temperature, chosen.top_p, chosen.seed]
+            count = len(link.models) or gr.skip()
+            return [count, link.prompt, link.system, *sampling, *names]
 
-    def pick(self, row: list[str], bases: list[str], ticked: list[str]) -> tuple[Any, ...]:
-        """Return system prompt, prompt and models of the example that was clicked."""
-        name, system, prompt = row
-        return system, prompt, [*bases[:1], name] if name else ticked
+        asked = [seen, shelf.search, shelf.wanted, retention.chosen, *chat.models]
+        gr.on(
+            [blocks.load],
+            shared,
+            chat.settings,
+            [chat.columns, chat.prompt, chat.system, *chat.settings, *chat.models],
+            **QUIET,
+        ).then(follow, asked, follows, **QUIET)
+        gr.Timer(POLL_S).tick(follow, asked, follows, **QUIET)
+        chat.examples.click(
+            pick, [chat.examples, seen], [chat.system, chat.prompt, *chat.models[:2]], **QUIET
+        )
+    return blocks
 
-    async def run(
-        self,
-        ticked: list[str],
-        prompt: str,
-        system: str,
-        max_tokens: float,
-        temperature: float,
-        seed: float | None,
-        adapters: list[str],
-        request: gr.Request,
-    ) -> AsyncIterator[tuple[Any, ...]]:
-        """Stream the answers as HTML, each time with the run button and the stop button."""
-        idle = gr.Button(interactive=True), gr.Button(interactive=False)
-        busy = gr.Button(interactive=False), gr.Button(interactive=True)
-        if not ticked or not prompt.strip():
-            yield hint("Tick at least one model." if not ticked else "Write a prompt."), *idle
-            return
-        settings = Settings(int(max_tokens), temperature, None if seed is None else int(seed))
-        comparison = Comparison(self.client, ticked, prompt, system.strip(), settings)
-        self.running[request.session_hash] = comparison
-        try:
-            yield cards(comparison.answers, adapters), *busy
-            drawn = 0.0
-            async for answers in comparison:
-                # A browser that redraws after every token is slower than the model.
-                await asyncio.sleep(max(0.0, drawn + REDRAW_S - time.monotonic()))
-                drawn = time.monotonic()
-                yield cards(answers, adapters), *busy
-            yield cards(comparison.answers, adapters), *idle
-        finally:
-            # Also reached when the browser has gone.
-            comparison.stop()
-            self.running.pop(request.session_hash, None)
 
-    async def stop(self, request: gr.Request) -> None:
-        if comparison := self.running.get(request.session_hash):
-            comparison.stop()
+def _switch(active: bool) -> Callable[[], Any]:
+    return lambda: gr.update(active=active)
+
+
+def status(text: str, up: bool) -> str:
+    return f'<p class="{"up" if up else "down"}" role="status">{escape(text)}</p>'
+
+
+def _offer(now: Snapshot, endpoint: str) -> str:
+    count = f"{len(now.served)} adapter{'' if len(now.served) == 1 else 's'}"
+    said = f"{', '.join(now.bases)} and {count}"
+    if now.folded is not None:
+        name, base = now.folded.id, now.folded.parent
+        said = f"{name}, folded into {base}: nothing else answers until unfolded,"
+    return f"{said} at {endpoint}"
+
+
+def _model_updates(now: Snapshot, models: Sequence[str | None]) -> list[Any]:
+    """Return the choices of all columns, and a model for the columns that have none."""
+    choices = [(f"{name} (base)", name) for name in now.bases]
+    for name in now.served:
+        choices.append((name, name))
+        card = now.card(name) or {}
+        versions = [each["digest"] for each in card.get("versions", [])]
+        choices += [(f"{name}@{d[:12]}", f"{name}@{d[:12]}") for d in versions if len(versions) > 1]
+    usual = [*now.bases[:1], *now.served] or [""]
+    return [
+        gr.update(choices=choices)
+        if model
+        else gr.update(choices=choices, value=usual[min(i, len(usual) - 1)] or None)
+        for i, model in enumerate(models)
+    ]
+
+
+def mixable(now: Snapshot) -> list[str]:
+    """Return the adapters of which a sum can be asked: C·U·R without a norm."""
+    return [
+        card["id"]
+        for card in now.adapters
+        if card["id"] in now.served
+        and card.get("type") == "cur"
+        and card.get("magnorm") in (None, "none")
+    ]
+
+
+def examples_of(now: Snapshot, given: Examples) -> list[tuple[str, str, str]]:
+    """Return name, system prompt and prompt of every example: the given ones, then the cards'."""
+    rows = [
+        (name, example.get("system", ""), example["prompt"])
+        for name, examples in given.items()
+        if name == ANY or name in now.served
+        for example in examples
+    ]
+    prompts = {(name, prompt) for name, _, prompt in rows}
+    for card in now.adapters:
+        for prompt in card.get("examples") or []:
+            if card["id"] in now.served and (card["id"], prompt) not in prompts:
+                rows.append((card["id"], "", str(prompt)))
+    return rows
+
+
+def _example_updates(rows: Sequence[tuple[str, str, str]]) -> Any:
+    labels = [f"{name} · {prompt}" if name else prompt for name, _, prompt in rows]
+    return gr.Dataset(samples=[list(row) for row in rows], sample_labels=labels, visible=bool(rows))
+
+
+def pick(row: list[str], now: Snapshot | None) -> list[Any]:
+    """Return system prompt, prompt and the first two models of the example that was clicked."""
+    name, system, prompt = row
+    if not name or now is None:
+        return [system, prompt, gr.skip(), gr.skip()]
+    return [system, prompt, *(now.bases[:1] or [gr.skip()]), name]

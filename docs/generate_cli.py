@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
 _GUIDES = {
     "secura-basis": "retention.md",
+    "secura-demo": "chat-page.md",
     "secura-serve": "serving.md",
     "secura-train": "training.md",
     "secura-merge": "merging.md",

@@ -8,7 +8,7 @@ import sys
 
 from secura_serve.garbage import exit_without_collecting
 
-__all__ = ["basis", "evaluate", "merge", "train"]
+__all__ = ["basis", "demo", "evaluate", "merge", "train"]
 
 
 def basis() -> None:
@@ -17,6 +17,23 @@ def basis() -> None:
 
     exit_without_collecting()
     sys.exit(main())
+
+
+def demo() -> None:
+    """Run ``secura-demo``."""
+    from importlib import import_module
+
+    from secura_serve.page_module import page_module
+
+    module = page_module()
+    if module is None:
+        sys.exit("secura-demo: error: the page is not part of this installation; reinstall it")
+    try:
+        sys.exit(import_module(module).main())
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "httpx", "openai", "prometheus_client"):
+            raise
+        sys.exit(f"secura-demo: error: it needs {error.name}: pip install 'secura-serve[demo]'")
 
 
 def evaluate() -> None:

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
     "garbage": set(),
+    "page_module": set(),
     "suggest": set(),
     "registry": {"errors", "suggest"},
     "config": {"errors", "suggest"},
@@ -49,8 +50,8 @@ ALLOWED["train"] = ALLOWED["adapter"] | {
     *("adapter", "client", "registry", "train.data", "train.tuner"),
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
-ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "garbage", "merge", "registry"}
-ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage", "serve"}
+ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "garbage", "merge", "page_module", "registry"}
+ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage", "page_module", "serve"}
 # Two processes of one server: neither may import the other's room.
 APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}
 # Third parties that only some rooms import.

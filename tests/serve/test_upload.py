@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from secura_serve import adapter as A
+from secura_serve.checkpoint import Checkpoint
 from secura_serve.serve.app.adapters.snapshots import digest_of
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import cores, files_of, house, multipart, serving_app
@@ -33,7 +34,13 @@ def made(tiny_base, tmp_path_factory):
     folder, base = tmp_path_factory.mktemp("made"), tiny_base("llama")
     for seed, name in enumerate(("one", "two")):
         random_adapter(base, folder / name, r=4, seed=seed, only=("q_proj",))
-    return SimpleNamespace(base=base, folder=folder, one=files_of(folder / "one"))
+    return SimpleNamespace(
+        base=base,
+        folder=folder,
+        one=files_of(folder / "one"),
+        base_shape=Checkpoint(base).shape,
+        modules=list(A.load(folder / "one").modules),
+    )
 
 
 @pytest.fixture
@@ -51,12 +58,25 @@ def put(server, name, files):
 
 
 def test_an_upload_is_written_served_listed_rolled_back_and_deleted(server, made):
-    two = files_of(made.folder / "two") | {"README.md": b"# two\n\nAnswers in two words.\n"}
+    card = b"# two\n\nAnswers in two words. Type:\n\n> Hello.\n>\n> Who?\n\n> Bye.\n"
+    facts = {"config": {"lr": 0.01, "seed": 3, "out": "/home/ann/two", "init": ["no"]}}
+    facts["evaluation"] = {
+        "base": {"accuracy": 0.5},
+        "seeds": {"3": {"accuracy": 0.75, "retention": {"kl": 0.25, "base_perplexity": 9}}},
+    }
+    two = files_of(made.folder / "two") | {"README.md": card}
+    two["train.json"] = json.dumps(facts).encode()
     answer = put(server, "new", two)
     shown = answer.json()
     assert answer.status_code == 200 and shown["digest"] == digest_of(made.folder / "two")
     assert (shown["id"], shown["state"], shown["type"], shown["rank"]) == ("new", "known", "cur", 4)
-    assert shown["task"] == "Answers in two words." and shown["reason"] is None
+    assert shown["task"] == "Answers in two words. Type:" and shown["reason"] is None
+    assert shown["examples"] == ["Hello.\n\nWho?", "Bye."]
+    assert shown["recipe"] == {"lr": 0.01, "seed": 3}
+    assert shown["scores"] == {"accuracy": 0.75, "base_accuracy": 0.5}
+    assert shown["retention"] == {"kl": 0.25}
+    axes = sum(sum(made.base_shape(name)) for name in made.modules)
+    assert shown["lora_size"] == 4 * 4 * axes
     assert [v["origin"] for v in shown["versions"]] == ["upload"]
     assert files_of(server.parts.folder / "new") == files_of(made.folder / "two")
     assert "new" in server.models.lora_requests

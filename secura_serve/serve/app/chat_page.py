@@ -13,8 +13,8 @@ import urllib.request
 from pathlib import Path
 from types import TracebackType
 
-import secura_serve
 from secura_serve.errors import ServeError
+from secura_serve.page_module import CHECKOUT, IN_CHECKOUT, page_module
 from secura_serve.serve.app.http.access import PageAccess
 from secura_serve.serve.logs import follow, is_json, say
 
@@ -23,16 +23,12 @@ __all__ = ["ChatPage"]
 
 def _command() -> list[str] | None:
     """Return how to start the page, from a checkout or an installed wheel; None without gradio."""
-    if importlib.util.find_spec("gradio") is None:
+    module = page_module()
+    if module is None or importlib.util.find_spec("gradio") is None:
         return None
-    root = Path(secura_serve.__file__).resolve().parents[1]
-    if (root / "demo" / "app.py").is_file():
-        # Without -P, Python would prefer a folder `demo` in the current one.
-        path = ["-P"] if str(root) in sys.path else []
-        return [sys.executable, *path, "-m", "demo.app"]
-    if importlib.util.find_spec("secura_serve_demo") is not None:
-        return [sys.executable, "-m", "secura_serve_demo.app"]
-    return None
+    # Without -P, Python would prefer a folder `demo` in the current one.
+    path = ["-P"] if str(CHECKOUT) in sys.path and module == IN_CHECKOUT else []
+    return [sys.executable, *path, "-m", module]
 
 
 class ChatPage:

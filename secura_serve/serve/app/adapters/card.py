@@ -14,23 +14,66 @@ __all__ = ["read_card"]
 
 _LARGEST = 2**20
 _LONGEST = 400
+_EXAMPLES, _LONGEST_EXAMPLE = 5, 2000
+# Settings of a run that say where files were, or nothing about the adapter.
+_NO_RECIPE = ("data", "eval_data", "out", "overwrite", "device")
 # How the scores of an evaluation are called that compare with the base instead of with answers.
 _RETENTION = ("kl", "perplexity", "unchanged", "still_right", "kept", "retention")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Return ``task`` (text), ``scores`` and ``retention`` (name -> number); each may be empty."""
+    """Return what is told of an adapter; each may be empty.
+
+    ``task`` (text), ``examples`` (prompts: the quotations of ``README.md``), ``scores`` and
+    ``retention`` (name -> number), ``recipe`` (setting -> value: how it was trained).
+    """
     facts = _json(folder / "train.json")
-    numbers = {}
-    if isinstance(facts.get("scores"), dict):
-        numbers = {
-            key[:100]: float(value)
-            for key, value in facts["scores"].items()
-            if key.isprintable() and _is_number(value)
-        }
+    numbers = _numbers(facts.get("scores")) | _evaluated(facts)
     kept = {k: v for k, v in numbers.items() if k.lower().startswith(_RETENTION)}
     scores = {k: v for k, v in numbers.items() if k not in kept}
-    return {"task": _first_sentence(folder / "README.md"), "scores": scores, "retention": kept}
+    lines = _text(folder / "README.md").splitlines()
+    return {
+        "task": _first_paragraph(lines),
+        "examples": _quotations(lines),
+        "scores": scores,
+        "retention": kept,
+        "recipe": _recipe(facts.get("config")),
+    }
+
+
+def _numbers(raw: object) -> dict[str, float]:
+    return {
+        key[:100]: float(value)
+        for key, value in (raw.items() if isinstance(raw, dict) else ())
+        if key.isprintable() and _is_number(value)
+    }
+
+
+def _evaluated(facts: dict[str, Any]) -> dict[str, float]:
+    """Return what the evaluation of the run's own seed found, and its accuracy on the base."""
+    try:
+        evaluation = facts["evaluation"]
+        own = evaluation["seeds"][str(facts["config"]["seed"])]
+        accuracies = {"accuracy": own["accuracy"], "base_accuracy": evaluation["base"]["accuracy"]}
+        kept = _numbers(own["retention"])
+    except (KeyError, TypeError):
+        return {}
+    return _numbers(accuracies) | {k: v for k, v in kept.items() if k.startswith(_RETENTION)}
+
+
+def _recipe(config: object) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in (config.items() if isinstance(config, dict) else ())
+        if key not in _NO_RECIPE
+        and key.isprintable()
+        and len(key) <= 100
+        and (isinstance(value, bool) or _is_number(value) or _is_short(value))
+    }
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= 100
 
 
 def _is_number(value: object) -> bool:
@@ -47,9 +90,8 @@ def _json(file: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _first_sentence(file: Path) -> str:
+def _first_paragraph(lines: list[str]) -> str:
     """Return the first paragraph below the first heading, on one line."""
-    lines = _text(file).splitlines()
     heading = next((i for i, line in enumerate(lines) if line.startswith("# ")), None)
     paragraph: list[str] = []
     for line in lines[heading + 1 :] if heading is not None else ():
@@ -57,8 +99,24 @@ def _first_sentence(file: Path) -> str:
             paragraph.append(line.strip())
         elif paragraph:
             break
-    text = " ".join(paragraph).encode(errors="replace").decode()
+    text = _encodable(" ".join(paragraph))
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _quotations(lines: list[str]) -> list[str]:
+    """Return the block quotes, without their marks; one that is too long to be typed is left."""
+    found: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(">"):
+            found[-1].append(line[1:].removeprefix(" ").rstrip())
+        elif found[-1]:
+            found.append([])
+    texts = [_encodable("\n".join(quote)).strip() for quote in found]
+    return [text for text in texts if 0 < len(text) <= _LONGEST_EXAMPLE][:_EXAMPLES]
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _text(file: Path) -> str:

@@ -12,6 +12,8 @@ from secura_serve.serve.basis import base_id
 
 __all__ = ["describe"]
 
+_CARD = ("task", "examples", "scores", "retention", "recipe", "lora_size")
+
 
 def describe(
     library: Library, name: str, *, resident: Collection[int], folded: Version | None
@@ -77,7 +79,7 @@ def _content(version: Version) -> dict[str, Any]:
         "size": adapter.file_size if entry.fine_tune is not None else _size(version),
         "mode": "per-request" if version.per_request else "fold",
         "source": str(version.snapshot.source),
-        **{key: version.card.get(key) for key in ("task", "scores", "retention")},
+        **{key: version.card.get(key) for key in _CARD},
     }
     if entry.adapter is None:
         return common | {"type": "lora" if entry.lora is not None else "full"}

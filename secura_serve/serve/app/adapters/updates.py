@@ -118,7 +118,8 @@ class AdapterUpdates:
         # Requests may still run on the same content, and the engine must not have it under two
         # numbers: it tells adapters apart by name in one place and by number in another.
         number = self._retiring_numbers.get(snapshot.path) or next(self._numbers)
-        return Version(entry, number, origin, created, read_card(snapshot.source), image)
+        card = read_card(snapshot.source) | {"lora_size": self.verifier.lora_size(entry)}
+        return Version(entry, number, origin, created, card, image)
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""

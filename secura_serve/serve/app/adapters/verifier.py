@@ -90,6 +90,7 @@ class Verifier:
         self._base, self.store, self._images = base, store, images
         self._verified = verified
         self._seen: dict[str, Comparison] = {}
+        self._lora_sizes: dict[str, int] = {}
 
     @property
     def norm_bounds(self) -> Mapping[str, NormBounds]:
@@ -118,6 +119,20 @@ class Verifier:
     def examine_copy(self, snapshot: Snapshot) -> Entry:
         """Check an adapter that is in the store. Raises SecuraError."""
         return self._check(snapshot.path, snapshot)
+
+    def lora_size(self, entry: Entry) -> int | None:
+        """Return how many bytes a LoRA of the same rank would take on the same linears.
+
+        Σ r·(out + in) numbers of 4 bytes, as PEFT saves them; None of what is no CUR adapter.
+        """
+        if entry.adapter is None:
+            return None
+        identity = base_id(entry.adapter)
+        if identity not in self._lora_sizes:
+            base = self._base()
+            axes = sum(sum(base.shape(name)) for name in entry.adapter.modules)
+            self._lora_sizes[identity] = 4 * entry.adapter.r * axes
+        return self._lora_sizes[identity]
 
     def save(self) -> None:
         """Keep for the next start what was verified."""

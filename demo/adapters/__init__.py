@@ -1,0 +1,1 @@
+"""The adapters tab: what the server has, and for its operator, how to change it."""

@@ -1,0 +1,1 @@
+"""The chat tab: one prompt to one to four models, column by column."""

@@ -1,0 +1,270 @@
+"""What the chat tab does: ask, ask again, edit, stop and clear."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..answer import Answer, summary
+from ..compare import Comparison, Settings
+from ..server import Server
+from .conversation import Conversation
+from .difference import ADDED, MISSING, difference
+from .safe_text import without_joiners
+
+__all__ = ["COLUMNS", "Chat", "Handler", "figures"]
+
+COLUMNS = 4
+REDRAW_S = 0.15
+Handler = Callable[..., AsyncIterator[list[Any]]]
+
+
+class Chat:
+    """The handlers of one page; each yields prompt, buttons, and what the columns show."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.running: dict[str | None, Comparison] = {}
+
+    async def send(
+        self,
+        request: gr.Request,
+        prompt: str,
+        conversations: list[Conversation],
+        columns: int,
+        marked: bool,
+        system: str,
+        *values: Any,
+    ) -> AsyncIterator[list[Any]]:
+        """Ask all columns the same.
+
+        ``values`` are the numbers of the settings, and the model of each column.
+        """
+        settings, models = _settings(values[:-COLUMNS]), values[-COLUMNS:]
+        asked = [i for i in range(columns) if (models[i] or "").strip()]
+        if request.session_hash in self.running or not prompt.strip() or not asked:
+            if not asked:
+                gr.Warning("Choose a model first.")
+            yield _nothing()
+            return
+        for i in asked:
+            conversations[i].ask(models[i].strip(), prompt.strip())
+        async for update in self._run(request, conversations, asked, system, settings, marked):
+            yield update
+
+    async def retry(
+        self,
+        request: gr.Request,
+        conversations: list[Conversation],
+        columns: int,
+        marked: bool,
+        system: str,
+        *values: Any,
+    ) -> AsyncIterator[list[Any]]:
+        """Ask the last turn of every column again, of the model that the column has now."""
+        every = [i for i in range(columns) if conversations[i].turns]
+        async for update in self._again(
+            request, conversations, every, None, marked, system, values
+        ):
+            yield update
+
+    def retry_one(self, column: int) -> Handler:
+        """Return the handler of one column's own button."""
+
+        async def retry(
+            request: gr.Request,
+            conversations: list[Conversation],
+            columns: int,
+            marked: bool,
+            system: str,
+            *values: Any,
+        ) -> AsyncIterator[list[Any]]:
+            one = [column] if conversations[column].turns else []
+            steps = self._again(request, conversations, one, None, marked, system, values)
+            async for update in steps:
+                yield update
+
+        return retry
+
+    def edit(self, column: int) -> Handler:
+        """Return the handler of an edited turn: all columns that said the same ask it anew."""
+
+        async def edit(
+            request: gr.Request,
+            edited: gr.EditData,
+            conversations: list[Conversation],
+            columns: int,
+            marked: bool,
+            system: str,
+            *values: Any,
+        ) -> AsyncIterator[list[Any]]:
+            message = edited.index if isinstance(edited.index, int) else edited.index[0]
+            turn = message // 2
+            before = _prompt(conversations[column], turn)
+            same = [i for i in range(columns) if _prompt(conversations[i], turn) == before]
+            if request.session_hash in self.running or before is None or column not in same:
+                yield _redrawn(conversations)
+                return
+            for i in same:
+                del conversations[i].turns[turn + 1 :]
+            prompt = without_joiners(_text(edited.value)).strip() or before
+            steps = self._again(request, conversations, same, prompt, marked, system, values)
+            async for update in steps:
+                yield update
+
+        return edit
+
+    async def stop(self, request: gr.Request) -> None:
+        if comparison := self.running.get(request.session_hash):
+            comparison.stop()
+
+    def clear(self, conversations: list[Conversation]) -> list[Any]:
+        for conversation in conversations:
+            conversation.turns.clear()
+        return _redrawn(conversations)
+
+    def clear_one(self, column: int) -> Callable[[list[Conversation]], list[Any]]:
+        def clear(conversations: list[Conversation]) -> list[Any]:
+            conversations[column].turns.clear()
+            return _redrawn(conversations)
+
+        return clear
+
+    def mark(self, conversations: list[Conversation], columns: int, marked: bool) -> list[Any]:
+        """Show or hide how the last answers differ from the first column's."""
+        return _differences(conversations, columns if marked else 0)
+
+    async def _again(
+        self,
+        request: gr.Request,
+        conversations: list[Conversation],
+        asked: Sequence[int],
+        prompt: str | None,
+        marked: bool,
+        system: str,
+        values: Sequence[Any],
+    ) -> AsyncIterator[list[Any]]:
+        if request.session_hash in self.running or not asked:
+            yield _nothing()
+            return
+        settings, models = _settings(values[:-COLUMNS]), values[-COLUMNS:]
+        for i in asked:
+            last = conversations[i].turns.pop()
+            conversations[i].ask((models[i] or last.answer.model).strip(), prompt or last.prompt)
+        async for update in self._run(request, conversations, asked, system, settings, marked):
+            yield update
+
+    async def _run(
+        self,
+        request: gr.Request,
+        conversations: list[Conversation],
+        asked: Sequence[int],
+        system: str,
+        settings: Settings,
+        marked: bool,
+    ) -> AsyncIterator[list[Any]]:
+        answers = {i: conversations[i].turns[-1].answer for i in asked}
+        asks = [(answers[i], conversations[i].messages(system.strip())) for i in asked]
+        comparison = Comparison(self.server.client, asks, settings)
+        self.running[request.session_hash] = comparison
+        drawn: dict[int, tuple[Any, ...]] = {}
+        try:
+            yield _step(conversations, answers, drawn, running=True)
+            at = 0.0
+            async for _ in comparison:
+                # A browser that redraws after every token is slower than the model.
+                await asyncio.sleep(max(0.0, at + REDRAW_S - time.monotonic()))
+                at = time.monotonic()
+                yield _step(conversations, answers, drawn, running=True)
+            last = _step(conversations, answers, drawn, running=False)
+            marks = _differences(conversations, COLUMNS) if marked else [gr.skip()] * (COLUMNS - 1)
+            yield [*last[: -(COLUMNS - 1)], *marks]
+        finally:
+            # Also reached when the browser has gone.
+            comparison.stop()
+            self.running.pop(request.session_hash, None)
+
+
+def figures(answer: Answer) -> str:
+    """Return the line below an answer: its speed, or why there is none."""
+    text = summary(answer) if answer.tokens or answer.finished else "waiting"
+    if answer.state == "stopped":
+        text += " | stopped"
+    alert = f'<p role="alert" class="error">{escape(answer.error)}</p>' if answer.error else ""
+    name = escape(answer.model)
+    return (
+        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {text}</p>{alert}</div>'
+    )
+
+
+def _step(
+    conversations: list[Conversation],
+    answers: dict[int, Answer],
+    drawn: dict[int, tuple[Any, ...]],
+    *,
+    running: bool,
+) -> list[Any]:
+    """Return prompt, buttons, chats, figures and differences; what has not changed is skipped."""
+    bots: list[Any] = [gr.skip()] * COLUMNS
+    lines: list[Any] = [gr.skip()] * COLUMNS
+    first = not drawn
+    for i, answer in answers.items():
+        state = (len(answer.text), answer.tokens, answer.state)
+        if drawn.get(i) != state:
+            bots[i], lines[i], drawn[i] = conversations[i].shown(), figures(answer), state
+    prompt = gr.update(value="") if first else gr.skip()
+    send, stop = gr.update(interactive=not running), gr.update(interactive=running)
+    buttons = [send, stop] if first or not running else [gr.skip(), gr.skip()]
+    hide = [gr.update(visible=False) if first else gr.skip() for _ in range(COLUMNS - 1)]
+    return [prompt, *buttons, *bots, *lines, *hide]
+
+
+def _nothing() -> list[Any]:
+    return [gr.skip()] * (3 * COLUMNS + 2)
+
+
+def _redrawn(conversations: list[Conversation]) -> list[Any]:
+    lasts = [conversation.turns[-1:] for conversation in conversations]
+    lines = [figures(last[0].answer) if last else "" for last in lasts]
+    bots = [conversation.shown() for conversation in conversations]
+    hidden = [gr.update(visible=False)] * (COLUMNS - 1)
+    return [gr.skip(), gr.skip(), gr.skip(), *bots, *lines, *hidden]
+
+
+def _differences(conversations: list[Conversation], columns: int) -> list[Any]:
+    lasts = [turns[-1].answer.text if (turns := c.turns) else "" for c in conversations]
+    return [
+        gr.update(
+            value=difference(lasts[0], lasts[i]),
+            visible=bool(i < columns and lasts[0] and lasts[i]),
+        )
+        for i in range(1, COLUMNS)
+    ]
+
+
+def _settings(values: Sequence[Any]) -> Settings:
+    limit, heat, top, seed = values
+    seed = None if seed is None else int(seed)
+    return Settings(int(limit), float(heat), float(top), seed).within_limits()
+
+
+def _prompt(conversation: Conversation, turn: int) -> str | None:
+    turns = conversation.turns
+    return turns[turn].prompt if turn < len(turns) else None
+
+
+def _text(value: Any) -> str:
+    """Return the text of a message, which may come in pieces."""
+    if isinstance(value, list):
+        return "".join(_text(piece) for piece in value)
+    if isinstance(value, dict):
+        return str(value.get("text", value.get("content", "")))
+    return str(value)
+
+
+LABELS = {ADDED: "#bbf7d0", MISSING: "#fecaca"}

@@ -1,0 +1,73 @@
+"""The panel that gives a comparison away: as a link, a command, a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..answer import Answer
+from ..compare import Settings
+from .conversation import Conversation, Turn
+from .handlers import COLUMNS, Chat
+from .share import Shared, as_curl, as_python, to_query
+
+__all__ = ["build_sharing"]
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# The browser knows under which address the page is open; this process may stand behind a proxy.
+LINK = "(query) => [window.location.origin + window.location.pathname + '?' + query]"
+
+
+def build_sharing(
+    chat: Chat,
+    prompt: gr.Textbox,
+    conversations: gr.State,
+    columns: gr.Radio,
+    system: gr.Textbox,
+    settings: Sequence[Any],
+    models: Sequence[gr.Dropdown],
+) -> None:
+    """Add the panel to the page that is being built."""
+    with gr.Accordion("Share", open=False, elem_id="share"):
+        made = gr.Button("Write link, curl and Python", elem_id="share-write", size="sm")
+        query = gr.Textbox(visible="hidden", label="query")
+        link, curl, python = (
+            gr.Textbox(
+                label=label, buttons=["copy"], interactive=False, lines=1, max_lines=8, elem_id=name
+            )
+            for label, name in (
+                ("Link", "share-link"),
+                ("curl", "share-curl"),
+                ("Python", "share-python"),
+            )
+        )
+
+    def write(
+        text: str, kept: list[Conversation], count: int, said: str, *values: Any
+    ) -> list[str]:
+        limit, heat, top, seed = values[:-COLUMNS]
+        chosen = Settings(int(limit), heat, top, None if seed is None else int(seed))
+        asked = [(n.strip(), kept[i]) for i, n in enumerate(values[-COLUMNS:][:count]) if n]
+        latest = text.strip() or next((c.turns[-1].prompt for c in kept if c.turns), "")
+        shared = Shared(tuple(name for name, _ in asked), latest, said.strip(), chosen)
+        asks = []
+        for name, conversation in asked:
+            turns = conversation.turns
+            if text.strip() or not turns:
+                turns = [*turns, Turn(latest, Answer(name))]
+            asks.append((name, Conversation(turns).messages(said.strip())))
+        endpoint = chat.server.endpoint
+        return [
+            to_query(shared),
+            as_curl(endpoint, asks, chosen),
+            as_python(endpoint, asks, chosen),
+        ]
+
+    made.click(
+        write,
+        [prompt, conversations, columns, system, *settings, *models],
+        [query, curl, python],
+        **QUIET,
+    ).then(None, [query], [link], js=LINK, **QUIET)

@@ -1,0 +1,1 @@
+"""The live tab: the server's metrics as they change."""

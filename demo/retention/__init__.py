@@ -1,0 +1,1 @@
+"""The retention tab: what an adapter keeps of its base."""

@@ -1,0 +1,98 @@
+"""Files with results that the page is started with: an experiment's, a continual run's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Matrix", "Point", "Results", "heat_table", "read_results"]
+
+SHAPES = (
+    'an experiment\'s summary ({"single": {variant: {"score": {"mean"}, "kl": {"mean"}}}}), or a '
+    'continual run\'s {"tasks": [...], "accuracy": name, "matrix": {name: rows}}'
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One variant of an experiment: its score, and how far it moved the base."""
+
+    name: str
+    score: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """R[i][j]: the score of task j after training on task i."""
+
+    title: str
+    tasks: tuple[str, ...]
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    points: tuple[Point, ...] = ()
+    matrices: tuple[Matrix, ...] = ()
+
+
+def read_results(files: Sequence[str]) -> Results:
+    """Read all files. Raises ValueError if one of them has neither known shape."""
+    points: list[Point] = []
+    matrices: list[Matrix] = []
+    for name in files:
+        try:
+            raw = json.loads(Path(name).read_text(encoding="utf-8"))
+            if "single" in raw:
+                points += _points(raw["single"])
+            else:
+                matrices.append(_matrix(raw, Path(name)))
+        except OSError as error:
+            raise ValueError(f"cannot read {name}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{name} should be JSON of {SHAPES}") from error
+    return Results(tuple(points), tuple(matrices))
+
+
+def heat_table(matrix: Matrix) -> str:
+    """Return the matrix as a table whose cells are the darker the higher they are."""
+    heads = "".join(f"<th scope=col>{escape(task)}</th>" for task in ("after", *matrix.tasks))
+    rows = "".join(
+        f"<tr><th scope=row>{escape(task)}</th>{''.join(map(_cell, row))}</tr>"
+        for task, row in zip(matrix.tasks, matrix.rows, strict=True)
+    )
+    label = escape(f"Accuracy matrix of {matrix.title}")
+    return (
+        f'<div class="figure-table" tabindex="0" role="region" aria-label="{label}"><table>'
+        f"<caption>{escape(matrix.title)}: accuracy on each task, after training on each in turn"
+        f"</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(value: float) -> str:
+    # From white to a green on which dark letters keep a contrast of 7 to 1.
+    share = min(max(value, 0.0), 1.0)
+    red, green, blue = (round(255 + (end - 255) * share) for end in (110, 205, 140))
+    return f'<td class="heat" style="background: rgb({red} {green} {blue})">{value:.2f}</td>'
+
+
+def _points(single: dict[str, Any]) -> list[Point]:
+    return [
+        Point(str(name), float(facts["score"]["mean"]), float(facts["kl"]["mean"]))
+        for name, facts in single.items()
+        if facts.get("score") and facts.get("kl")
+    ]
+
+
+def _matrix(raw: dict[str, Any], file: Path) -> Matrix:
+    tasks = tuple(map(str, raw["tasks"]))
+    rows = raw["matrix"][raw["accuracy"]] if isinstance(raw["matrix"], dict) else raw["matrix"]
+    numbers = tuple(tuple(float(value) for value in row) for row in rows)
+    if len(numbers) != len(tasks) or any(len(row) != len(tasks) for row in numbers):
+        raise ValueError("not square")
+    return Matrix(str(raw.get("name") or file.parent.name or file.name), tasks, numbers)

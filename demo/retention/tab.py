@@ -1,0 +1,134 @@
+"""The retention tab: its numbers, its picture, and questions asked live."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from ..adapters.card import main_score, number
+from ..answer import Answer
+from ..compare import Comparison, Settings
+from ..server import Server, Snapshot
+from .questions import QUESTIONS, table
+from .results import Results, heat_table
+
+__all__ = ["RetentionTab", "build_retention", "front", "kept"]
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+REDRAW_S = 0.4
+SETTINGS = Settings(max_tokens=32)
+FARTHEST = 0.5
+THIS, SERVED, EXPERIMENT = "this adapter", "other adapters", "experiment"
+COLORS = {THIS: "#dc2626", SERVED: "#4f46e5", EXPERIMENT: "#6b7280"}
+MEANING = {
+    "kl": "KL to the base per token of neutral text: 0 is unchanged",
+    "perplexity_ratio": "perplexity of neutral text over the base's: 1 is unchanged",
+    "unchanged": "share of general questions answered in the base's words",
+    "still_right": "share of the base's right answers that stay right",
+}
+
+
+@dataclass
+class RetentionTab:
+    chosen: gr.Dropdown
+
+
+def build_retention(server: Server, results: Results) -> RetentionTab:
+    """Add the tab to the page that is being built."""
+    chosen = gr.Dropdown([], label="Adapter", elem_id="kept-adapter")
+    numbers = gr.HTML(kept(None), elem_id="kept")
+    picture = gr.ScatterPlot(
+        # Not before there is something to draw: two drawings at once may end in the wrong order.
+        visible=False,
+        x="KL to the base",
+        y="score",
+        color="what",
+        color_map=COLORS,
+        tooltip="all",
+        elem_id="front",
+        label=f"Score against KL to the base, as far as {FARTHEST:g}: left and high is better",
+    )
+    with gr.Row():
+        ask = gr.Button("Ask base and adapter", elem_id="ask-questions", variant="primary")
+        stop = gr.Button("Stop", elem_id="stop-questions", min_width=90)
+    answers = gr.HTML("", elem_id="questions")
+    for matrix in results.matrices:
+        gr.HTML(heat_table(matrix), elem_classes="matrix")
+    running: dict[str | None, Comparison] = {}
+
+    async def show(name: str | None) -> list[Any]:
+        now = await server.snapshot()
+        points = front(now, name, results)
+        return [kept(now.card(name)), gr.update(value=points, visible=not points.empty), ""]
+
+    async def questions(request: gr.Request, name: str | None) -> AsyncIterator[str]:
+        now = await server.snapshot()
+        if not name or not now.bases or name not in now.served:
+            text = now.problem or "Choose an adapter that can be asked now."
+            yield f'<p role="alert" class="error">{escape(text)}</p>'
+            return
+        if request.session_hash in running:
+            return
+        base, adapter = ([Answer(model) for _ in QUESTIONS] for model in (now.bases[0], name))
+        asked = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
+        asks = [*zip(base, asked, strict=True), *zip(adapter, asked, strict=True)]
+        comparison = Comparison(server.client, asks, SETTINGS)
+        running[request.session_hash] = comparison
+        try:
+            yield table(base, adapter)
+            at = time.monotonic()
+            async for _ in comparison:
+                await asyncio.sleep(max(0.0, at + REDRAW_S - time.monotonic()))
+                at = time.monotonic()
+                yield table(base, adapter)
+            yield table(base, adapter)
+        finally:
+            comparison.stop()
+            running.pop(request.session_hash, None)
+
+    async def end(request: gr.Request) -> None:
+        if comparison := running.get(request.session_hash):
+            comparison.stop()
+
+    chosen.change(show, [chosen], [numbers, picture, answers], queue=False, **QUIET)
+    ask.click(questions, [chosen], [answers], concurrency_limit=None, trigger_mode="once", **QUIET)
+    stop.click(end, queue=False, **QUIET)
+    return RetentionTab(chosen)
+
+
+def kept(card: Any) -> str:
+    """Return what a card says of score and retention, as large numbers."""
+    if card is None:
+        return '<p class="notice">Choose an adapter.</p>'
+    items = []
+    if (best := main_score(card)) is not None:
+        base = f", base {number(best[2])}" if best[2] is not None else ""
+        items.append((f"{best[0].replace('_', ' ')}{base}", number(best[1])))
+    for name, value in (card.get("retention") or {}).items():
+        items.append((MEANING.get(name, name.replace("_", " ")), number(value)))
+    if not items:
+        return '<p class="notice">Its card has no numbers.</p>'
+    inside = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in items)
+    return f'<dl class="numbers">{inside}</dl>'
+
+
+def front(now: Snapshot, name: str | None, results: Results) -> pd.DataFrame:
+    """Return a row for each adapter whose card has both numbers, and each variant.
+
+    What moved the base beyond `FARTHEST` would press all others against the axis.
+    """
+    rows = [(p.name, p.kl, p.score, EXPERIMENT) for p in results.points if p.kl <= FARTHEST]
+    for card in now.adapters:
+        kl, best = (card.get("retention") or {}).get("kl"), main_score(card)
+        if kl is not None and kl <= FARTHEST and best is not None:
+            rows.append((card["id"], kl, best[1], THIS if card["id"] == name else SERVED))
+    rows.sort(key=lambda row: row[-1] == THIS)  # Drawn last, it lies on top.
+    frame = pd.DataFrame(rows, columns=["name", "KL to the base", "score", "what"])
+    return frame.astype({"KL to the base": float, "score": float})

@@ -1,0 +1,181 @@
+"""What the page asks a server besides chats: models, adapters, metrics, and changes of them.
+
+Every request says that it comes through a page, by the header ``Via``. A server without an admin
+key trusts direct requests of its own machine: the page may run there, its visitors do not. So such
+a server refuses their changes, whatever they enter as a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+import openai
+
+from .endpoint import VIA, Model, explain, explain_response, list_models
+
+__all__ = ["Operator", "Refused", "Server", "Snapshot"]
+
+Operator = Literal["key", "nobody"]
+"""Who may change the server through the page: whoever has its admin key, or nobody."""
+
+_FRESH_S = 1.5
+_READ = httpx.Timeout(10, connect=4)
+# A fold waits a minute for running requests, an upload for its check.
+_CHANGE = httpx.Timeout(180, connect=4)
+
+
+class Refused(Exception):
+    """The server said no, or nothing; the text is a sentence for the visitor."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the server had to offer a moment ago; ``problem`` is a sentence where it did not."""
+
+    models: tuple[Model, ...] = ()
+    adapters: tuple[Mapping[str, Any], ...] = ()
+    operator: Operator = "nobody"
+    problem: str | None = None
+
+    @property
+    def bases(self) -> list[str]:
+        return [model.id for model in self.models if model.parent is None]
+
+    @property
+    def served(self) -> list[str]:
+        """The names of the adapters that can be asked now."""
+        return [model.id for model in self.models if model.parent is not None]
+
+    @property
+    def folded(self) -> Model | None:
+        return next((model for model in self.models if model.folded), None)
+
+    def card(self, name: str | None) -> Mapping[str, Any] | None:
+        """Return what ``/v1/adapters`` says of one adapter."""
+        return next((card for card in self.adapters if card["id"] == name), None)
+
+
+@dataclass
+class Server:
+    """One server, as all visitors of the page see it: they share its snapshots."""
+
+    client: openai.AsyncOpenAI
+    _http: httpx.AsyncClient = field(init=False)
+    _snapshot: Snapshot = field(default_factory=Snapshot)
+    _taken: float = float("-inf")
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        # One for all: each would read the certificates of the system anew.
+        self._http = httpx.AsyncClient(headers=VIA, timeout=_READ, follow_redirects=False)
+
+    @property
+    def endpoint(self) -> str:
+        return str(self.client.base_url).rstrip("/")
+
+    @property
+    def _root(self) -> str:
+        return self.endpoint.removesuffix("/v1")
+
+    async def snapshot(self, *, fresh: bool = False) -> Snapshot:
+        """Return what the server offers, at most one and a half seconds old."""
+        async with self._lock:
+            if fresh or time.monotonic() - self._taken > _FRESH_S:
+                self._snapshot = await self._take()
+                self._taken = time.monotonic()
+            return self._snapshot
+
+    async def _take(self) -> Snapshot:
+        try:
+            models = await list_models(self.client)
+        except openai.OpenAIError as error:
+            return Snapshot(problem=explain(error, self.endpoint))
+        adapters, fold = await asyncio.gather(
+            self._get("/v1/adapters", self._key), self._get("/admin/fold", None)
+        )
+        cards: Sequence[Any] = ()
+        if adapters is not None and adapters.status_code == 200:
+            cards = _list_of_cards(adapters)
+        # 401 asks for a key; 403 says that there is none, 404 that this is another server.
+        key_helps = fold is not None and fold.status_code == 401
+        return Snapshot(tuple(models), tuple(cards), "key" if key_helps else "nobody")
+
+    async def metrics(self) -> str:
+        """Return the text of ``/metrics``. Raises Refused."""
+        answer = await self._get("/metrics", self._key)
+        if answer is None:
+            raise Refused(f"No server answers at {self.endpoint}.")
+        if answer.status_code != 200:
+            raise Refused(explain_response(answer))
+        return answer.text
+
+    async def upload(self, key: str, name: str, files: Sequence[Path]) -> str:
+        """Send an adapter's files; return a sentence. Raises Refused."""
+        parts = [("file", (file.name, file.read_bytes())) for file in files]
+        await self._change(key, "PUT", f"/v1/adapters/{quote(name, safe='')}", files=parts)
+        return f"{name} is served."
+
+    async def pin(self, key: str, name: str, pinned: bool) -> str:
+        await self._change(key, "POST", f"{_path(name)}/pin", json={"pinned": pinned})
+        return f"{name} is kept in its slot." if pinned else f"{name} may leave its slot."
+
+    async def rollback(self, key: str, name: str, version: str) -> str:
+        await self._change(key, "POST", f"{_path(name)}/rollback", json={"version": version})
+        return f"{name} is served as {version[:12]}."
+
+    async def fold(self, key: str, name: str | None) -> str:
+        """Fold an adapter into the weights, or with None take out what is there."""
+        if name is None:
+            await self._change(key, "POST", "/admin/unfold", json={})
+            return "The weights are those of the base again."
+        await self._change(key, "POST", "/admin/fold", json={"name": name})
+        return f"{name} is folded: nothing else is answered until it is unfolded."
+
+    async def delete(self, key: str, name: str) -> str:
+        await self._change(key, "DELETE", _path(name))
+        return f"{name} is deleted."
+
+    async def _change(self, key: str, method: str, path: str, **content: Any) -> None:
+        if not key:
+            raise Refused("Enter the server's admin key first.")
+        if not key.isascii() or not key.isprintable():
+            raise Refused("This is no key: it holds characters that no header can.")
+        headers = {"Authorization": f"Bearer {key}"}
+        try:
+            answer = await self._http.request(
+                method, self._root + path, headers=headers, timeout=_CHANGE, **content
+            )
+        except httpx.HTTPError as error:
+            raise Refused(f"No answer from {self.endpoint} ({type(error).__name__}).") from error
+        if answer.status_code >= 400:
+            raise Refused(explain_response(answer))
+
+    @property
+    def _key(self) -> str | None:
+        return self.client.api_key
+
+    async def _get(self, path: str, key: str | None) -> httpx.Response | None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        try:
+            return await self._http.get(self._root + path, headers=headers)
+        except httpx.HTTPError:
+            return None
+
+
+def _path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _list_of_cards(answer: httpx.Response) -> list[Mapping[str, Any]]:
+    try:
+        cards = answer.json()["data"]
+        return [card for card in cards if isinstance(card.get("id"), str)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,153 @@
+"""The retention and live tabs, and what holds for every tab: nothing is cut, nothing shuts out.
+
+Proves that questions are asked of base and adapter, numbers and pictures are those of cards and
+files, the live numbers follow the server; and with axe-core that no tab has a serious finding,
+in both widths and both themes, and that no tab is wider than the window.
+
+Needs gradio, openai, playwright and axe-playwright-python, and Chromium.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.browser import scroll_width
+from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
+
+pytestmark = pytest.mark.long
+TABS = ("Chat", "Adapters", "Retention", "Live")
+PANELS = ("settings", "mix", "share", "changes")
+
+
+def test_an_adapter_is_asked_beside_the_base(server: FakeServer, visit: Callable[..., Any]) -> None:
+    server.scripts = {"sentiment": Script(("positive",))}
+    server.adapters.append(adapter_card("bare", scores={}, retention={}))
+    page = visit(tab="Retention")
+    page.locator("#kept", has_text="0.89").wait_for(timeout=10_000)
+    assert "KL to the base" in page.locator("#kept").inner_text()
+    page.locator("#front svg.marks").wait_for(timeout=10_000)
+    page.locator("#ask-questions").click()
+    page.locator("#questions caption", has_text="12 of 12 answered").wait_for(timeout=20_000)
+    said = page.locator("#questions caption").inner_text()
+    assert "0 in the base's words; of the 1 that the base gets right, 0 still right" in said
+    assert {body["model"] for body in server.asked} == {BASE, "sentiment"}
+    assert len(server.asked) == 24
+    matrix = page.locator(".matrix").first
+    assert "four tasks" in matrix.inner_text() and matrix.locator("td.heat").count() == 4
+    page.locator("#kept-adapter input").click()
+    page.get_by_role("option", name="bare").click()
+    page.locator("#kept", has_text="no numbers").wait_for()
+
+
+def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[..., Any]) -> None:
+    server.scripts = {BASE: Script(("word ",) * 400, wait_s=0.03)}
+    page = visit()
+    page.locator("#prompt textarea").fill("Go on")
+    page.locator("#prompt textarea").press("Enter")
+    server.metrics["vllm:num_requests_running"] = 7
+    page.get_by_role("tab", name="Live").click()
+    page.locator("#numbers", has_text="requests running").wait_for(timeout=10_000)
+    assert page.locator("#numbers dd").first.inner_text() == "7"
+    server.metrics["vllm:num_requests_running"] = 8
+    page.wait_for_function(
+        "document.querySelector('#numbers dd').innerText === '8'", timeout=10_000
+    )
+    page.locator("#traffic-table", has_text="iso-date").wait_for(timeout=15_000)
+    server.metrics['secura_adapter_generation_tokens_total{adapter="iso-date"}'] = 5000
+    page.locator("#traffic-table", has_text="5000").wait_for(timeout=10_000)
+    page.locator("#speed svg.marks").wait_for(timeout=10_000)
+    server.__exit__()
+    page.locator("#numbers", has_text="Trying again").wait_for(timeout=15_000)
+    server.__enter__()
+    page.wait_for_function("!document.querySelector('#numbers .error')", timeout=15_000)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_no_tab_has_a_serious_finding_or_is_cut(
+    server: FakeServer, visit: Callable[..., Any], width: int, dark: bool
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    server.admin_key = "secret"
+    server.adapters.append(adapter_card("a-rather-long-name-of-an-adapter-that-somebody-uploaded"))
+    server.adapters.append(
+        {"id": "broken", "object": "adapter", "state": "refused", "reason": "U holds NaN"}
+    )
+    code = (
+        "```python\n# a rather long comment in a line of code that is wider than a phone is\n"
+        "import os\n\n\n@decorated\nclass A(B):\n    def f(self, x: int = 1) -> str:\n"
+        "        return f'{x!r}' + \"b\" if x is not None and True else len(x) / 2.5e3\n```\n"
+        '```json\n{"a": [1, true, null]}\n```\n```html\n<a href="x">b</a>\n```'
+    )
+    server.scripts = {
+        BASE: Script(("| a | b |\n|---|---|\n| 1 | 2 |\n\n", code)),
+        "iso-date": Script(refusal=(409, "'iso-date' waits for an unfold")),
+    }
+    page = visit(width=width, dark=dark)
+    page.locator("#prompt textarea").fill("A prompt with [a link](http://127.0.0.1/) and `code`")
+    page.locator("#prompt textarea").press("Enter")
+    page.locator("#figures-1 [data-state=done]").wait_for(timeout=20_000)
+    found = []
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Retention":
+            page.locator("#ask-questions").click()
+            page.locator("#questions table").wait_for(timeout=20_000)
+        if tab == "Live":
+            page.locator("#traffic-table table").wait_for(timeout=20_000)
+        for panel in PANELS:
+            button = page.locator(f"#{panel} > button")
+            if button.count() and button.is_visible():
+                button.click()
+        page.wait_for_timeout(1500)
+        for finding in axe.run(page).response["violations"]:
+            if finding["impact"] in ("serious", "critical"):
+                found += [
+                    f"{tab}: {finding['id']}: {n['html'][:150]} {n['failureSummary'][-220:]}"
+                    for n in finding["nodes"]
+                ]
+        assert scroll_width(page) <= width, tab
+        assert not _cut(page), tab
+        assert not _overlapping(page), tab
+    assert not found, "\n".join(found)
+
+
+def _cut(page: Any) -> list[str]:
+    """Return visible controls and labels that reach beyond the box that holds them, or the window.
+
+    What scrolls by itself may be wider: chats, tables and code.
+    """
+    return page.evaluate(
+        """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, label')]
+        .filter((e) => e.checkVisibility() && !e.closest('[id^=chat-], .figure-table'))
+        .filter((e) => { const r = e.getBoundingClientRect(), box = e.closest('.form');
+          const right = Math.min(innerWidth, box ? box.getBoundingClientRect().right : innerWidth);
+          return r.width > 4 && r.right > right + 1; })
+        .map((e) => e.outerHTML.slice(0, 150))"""
+    )
+
+
+def _overlapping(page: Any) -> list[list[str]]:
+    """Return pairs of visible controls that lie on each other, where neither holds the other.
+
+    Chats scroll by themselves, and the prompt stays at the foot: both may lie upon others.
+    """
+    return page.evaluate(
+        """() => {
+        const kinds = 'button, input:not([type=file]), textarea, h1, h3';
+        const parts = [...document.querySelectorAll(kinds)]
+          .filter((e) => e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true}))
+          .map((e) => [e, e.getBoundingClientRect()])
+          .filter(([e, r]) => r.width > 4 && r.height > 4 && !e.closest('#ask, [id^=chat-]'));
+        const cut = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 3
+          && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
+        const pairs = [];
+        for (const [i, [a, ra]] of parts.entries())
+          for (const [b, rb] of parts.slice(i + 1))
+            if (cut(ra, rb) && !a.contains(b) && !b.contains(a))
+              pairs.push([a.outerHTML.slice(0, 120), b.outerHTML.slice(0, 120)]);
+        return pairs; }"""
+    )
