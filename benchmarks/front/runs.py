@@ -113,13 +113,14 @@ def _of_stage(stage: dict[str, Any]) -> list[Job]:
         return continual()
     pairs = [(task, variant) for task in stage["tasks"] for variant in stage["variants"]]
     if stage["kind"] == "sweep":
-        # Each variant's middle rates first, so that a queue that is stopped early shows something.
+        # Each variant's middle rates first, then the smaller ones, which decide what is chosen: so
+        # a queue that is stopped early shows something.
         ranked = [
-            (abs(2 * number - len(jobs) + 1) // 2, job)
+            (abs(2 * number - len(jobs) + 1) // 2, 2 * number >= len(jobs), job)
             for jobs in (sweep(*pair) for pair in pairs)
             for number, job in enumerate(jobs)
         ]
-        return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]
+        return [job for *_, job in sorted(ranked, key=lambda entry: entry[:2])]
     seeds = PLAN["seeds"][: stage["seeds"]]
     found = [job for pair in pairs for job in tests(*pair) if job.seed in seeds]
     return sorted(found, key=lambda job: job.seed)
