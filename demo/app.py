@@ -21,6 +21,7 @@ from .examples import Examples, read_examples
 from .retention.results import Results, read_results
 
 LARGEST_UPLOAD = "512mb"
+TRIES = 4
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,26 +119,34 @@ def launch(
     from .style import CSS, HEAD, theme
 
     blocks = build(Server(connect(args.endpoint, args.api_key)), examples, results)
-    try:
-        blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            auth=auth,
-            share=args.share == "public",
-            css=CSS,
-            head=HEAD,
-            # Else the browser would keep every call, and with it the admin key.
-            run_history=False,
-            app_kwargs={"middleware": [Middleware(WithHeaders)]},
-            max_file_size=LARGEST_UPLOAD,
-            theme=theme(),
-            footer_links=[],
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError:
-        return None
+    how = {
+        "server_name": args.host,
+        "server_port": args.port,
+        "auth": auth,
+        "share": args.share == "public",
+        "css": CSS,
+        "head": HEAD,
+        # Else the browser would keep every call, and with it the admin key.
+        "run_history": False,
+        "app_kwargs": {"middleware": [Middleware(WithHeaders)]},
+        "max_file_size": LARGEST_UPLOAD,
+        "theme": theme(),
+        "footer_links": [],
+        "ssr_mode": False,
+        "quiet": True,
+        "prevent_thread_lock": True,
+    }
+    for tries_left in reversed(range(TRIES)):
+        try:
+            blocks.launch(**how)
+            break
+        except OSError:
+            return None
+        except ValueError as error:
+            # Gradio asks the page once and waits three seconds, which a busy machine may exceed.
+            if "localhost is not accessible" not in str(error) or not tries_left:
+                raise
+            blocks.close(verbose=False)
     return blocks
 
 

@@ -11,7 +11,8 @@ import gradio as gr
 from .adapters.card import gallery
 from .adapters.search import matching
 from .adapters.tab import build_adapters, notice
-from .chat.handlers import COLUMNS, Chat
+from .chat.display import COLUMNS
+from .chat.handlers import Chat
 from .chat.share import from_query
 from .chat.tab import build_chat
 from .examples import ANY, Examples
@@ -28,7 +29,13 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
     """Return the page of one server."""
-    with gr.Blocks(title="secura-serve", analytics_enabled=False, fill_width=True) as blocks:
+    # Uploads are files of this process: those of an hour ago are deleted every ten minutes.
+    with gr.Blocks(
+        title="secura-serve",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(600, 3600),
+    ) as blocks:
         seen = gr.State(None)
         with gr.Row(elem_id="head"):
             gr.HTML("<h1>secura-serve</h1>", elem_id="title", min_width=150)

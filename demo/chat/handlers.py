@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from html import escape
 from typing import Any
 
 import gradio as gr
 
-from ..answer import Answer, summary
 from ..compare import Comparison, Settings
 from ..server import Server
 from .conversation import Conversation
-from .difference import ADDED, MISSING, difference
+from .display import COLUMNS, differences, nothing, redrawn, step
 from .safe_text import without_joiners
 
-__all__ = ["COLUMNS", "Chat", "Handler", "figures"]
+__all__ = ["Chat", "Handler"]
 
-COLUMNS = 4
 REDRAW_S = 0.15
 Handler = Callable[..., AsyncIterator[list[Any]]]
 
@@ -50,7 +47,7 @@ class Chat:
         if request.session_hash in self.running or not prompt.strip() or not asked:
             if not asked:
                 gr.Warning("Choose a model first.")
-            yield _nothing()
+            yield nothing()
             return
         for i in asked:
             conversations[i].ask(models[i].strip(), prompt.strip())
@@ -108,7 +105,7 @@ class Chat:
             before = _prompt(conversations[column], turn)
             same = [i for i in range(columns) if _prompt(conversations[i], turn) == before]
             if request.session_hash in self.running or before is None or column not in same:
-                yield _redrawn(conversations)
+                yield redrawn(conversations)
                 return
             for i in same:
                 del conversations[i].turns[turn + 1 :]
@@ -126,18 +123,18 @@ class Chat:
     def clear(self, conversations: list[Conversation]) -> list[Any]:
         for conversation in conversations:
             conversation.turns.clear()
-        return _redrawn(conversations)
+        return redrawn(conversations)
 
     def clear_one(self, column: int) -> Callable[[list[Conversation]], list[Any]]:
         def clear(conversations: list[Conversation]) -> list[Any]:
             conversations[column].turns.clear()
-            return _redrawn(conversations)
+            return redrawn(conversations)
 
         return clear
 
     def mark(self, conversations: list[Conversation], columns: int, marked: bool) -> list[Any]:
         """Show or hide how the last answers differ from the first column's."""
-        return _differences(conversations, columns if marked else 0)
+        return differences(conversations, columns if marked else 0)
 
     async def _again(
         self,
@@ -150,7 +147,7 @@ class Chat:
         values: Sequence[Any],
     ) -> AsyncIterator[list[Any]]:
         if request.session_hash in self.running or not asked:
-            yield _nothing()
+            yield nothing()
             return
         settings, models = _settings(values[:-COLUMNS]), values[-COLUMNS:]
         for i in asked:
@@ -174,77 +171,20 @@ class Chat:
         self.running[request.session_hash] = comparison
         drawn: dict[int, tuple[Any, ...]] = {}
         try:
-            yield _step(conversations, answers, drawn, running=True)
+            yield step(conversations, answers, drawn, running=True)
             at = 0.0
             async for _ in comparison:
                 # A browser that redraws after every token is slower than the model.
                 await asyncio.sleep(max(0.0, at + REDRAW_S - time.monotonic()))
                 at = time.monotonic()
-                yield _step(conversations, answers, drawn, running=True)
-            last = _step(conversations, answers, drawn, running=False)
-            marks = _differences(conversations, COLUMNS) if marked else [gr.skip()] * (COLUMNS - 1)
+                yield step(conversations, answers, drawn, running=True)
+            last = step(conversations, answers, drawn, running=False)
+            marks = differences(conversations, COLUMNS) if marked else [gr.skip()] * (COLUMNS - 1)
             yield [*last[: -(COLUMNS - 1)], *marks]
         finally:
             # Also reached when the browser has gone.
             comparison.stop()
             self.running.pop(request.session_hash, None)
-
-
-def figures(answer: Answer) -> str:
-    """Return the line below an answer: its speed, or why there is none."""
-    text = summary(answer) if answer.tokens or answer.finished else "waiting"
-    if answer.state == "stopped":
-        text += " | stopped"
-    alert = f'<p role="alert" class="error">{escape(answer.error)}</p>' if answer.error else ""
-    name = escape(answer.model)
-    return (
-        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {text}</p>{alert}</div>'
-    )
-
-
-def _step(
-    conversations: list[Conversation],
-    answers: dict[int, Answer],
-    drawn: dict[int, tuple[Any, ...]],
-    *,
-    running: bool,
-) -> list[Any]:
-    """Return prompt, buttons, chats, figures and differences; what has not changed is skipped."""
-    bots: list[Any] = [gr.skip()] * COLUMNS
-    lines: list[Any] = [gr.skip()] * COLUMNS
-    first = not drawn
-    for i, answer in answers.items():
-        state = (len(answer.text), answer.tokens, answer.state)
-        if drawn.get(i) != state:
-            bots[i], lines[i], drawn[i] = conversations[i].shown(), figures(answer), state
-    prompt = gr.update(value="") if first else gr.skip()
-    send, stop = gr.update(interactive=not running), gr.update(interactive=running)
-    buttons = [send, stop] if first or not running else [gr.skip(), gr.skip()]
-    hide = [gr.update(visible=False) if first else gr.skip() for _ in range(COLUMNS - 1)]
-    return [prompt, *buttons, *bots, *lines, *hide]
-
-
-def _nothing() -> list[Any]:
-    return [gr.skip()] * (3 * COLUMNS + 2)
-
-
-def _redrawn(conversations: list[Conversation]) -> list[Any]:
-    lasts = [conversation.turns[-1:] for conversation in conversations]
-    lines = [figures(last[0].answer) if last else "" for last in lasts]
-    bots = [conversation.shown() for conversation in conversations]
-    hidden = [gr.update(visible=False)] * (COLUMNS - 1)
-    return [gr.skip(), gr.skip(), gr.skip(), *bots, *lines, *hidden]
-
-
-def _differences(conversations: list[Conversation], columns: int) -> list[Any]:
-    lasts = [turns[-1].answer.text if (turns := c.turns) else "" for c in conversations]
-    return [
-        gr.update(
-            value=difference(lasts[0], lasts[i]),
-            visible=bool(i < columns and lasts[0] and lasts[i]),
-        )
-        for i in range(1, COLUMNS)
-    ]
 
 
 def _settings(values: Sequence[Any]) -> Settings:
@@ -265,6 +205,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("text", value.get("content", "")))
     return str(value)
-
-
-LABELS = {ADDED: "#bbf7d0", MISSING: "#fecaca"}

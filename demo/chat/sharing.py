@@ -10,7 +10,8 @@ import gradio as gr
 from ..answer import Answer
 from ..compare import Settings
 from .conversation import Conversation, Turn
-from .handlers import COLUMNS, Chat
+from .display import COLUMNS
+from .handlers import Chat
 from .share import Shared, as_curl, as_python, to_query
 
 __all__ = ["build_sharing"]

@@ -9,7 +9,8 @@ import gradio as gr
 
 from ..compare import LONGEST, Settings
 from .conversation import Conversation
-from .handlers import COLUMNS, LABELS, Chat
+from .display import COLUMNS, LABELS
+from .handlers import Chat
 from .mixer import Mixer, build_mixer
 from .sharing import build_sharing
 

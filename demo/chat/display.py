@@ -1,0 +1,77 @@
+"""What the columns show: one list of updates for prompt, buttons, chats, figures, differences."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..answer import Answer, summary
+from .conversation import Conversation
+from .difference import ADDED, MISSING, difference
+
+__all__ = ["COLUMNS", "LABELS", "differences", "figures", "nothing", "redrawn", "step"]
+
+COLUMNS = 4
+LABELS = {ADDED: "#bbf7d0", MISSING: "#fecaca"}
+
+
+def figures(answer: Answer) -> str:
+    """Return the line below an answer: its speed, or why there is none."""
+    text = summary(answer) if answer.tokens or answer.finished else "waiting"
+    if answer.state == "stopped":
+        text += " | stopped"
+    alert = f'<p role="alert" class="error">{escape(answer.error)}</p>' if answer.error else ""
+    name = escape(answer.model)
+    return (
+        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {text}</p>{alert}</div>'
+    )
+
+
+def step(
+    conversations: list[Conversation],
+    answers: dict[int, Answer],
+    drawn: dict[int, tuple[Any, ...]],
+    *,
+    running: bool,
+) -> list[Any]:
+    """Return prompt, buttons, chats, figures and differences; what has not changed is skipped."""
+    bots: list[Any] = [gr.skip()] * COLUMNS
+    lines: list[Any] = [gr.skip()] * COLUMNS
+    first = not drawn
+    for i, answer in answers.items():
+        state = (len(answer.text), answer.tokens, answer.state)
+        if drawn.get(i) != state:
+            bots[i], lines[i], drawn[i] = conversations[i].shown(), figures(answer), state
+    prompt = gr.update(value="") if first else gr.skip()
+    send, stop = gr.update(interactive=not running), gr.update(interactive=running)
+    buttons = [send, stop] if first or not running else [gr.skip(), gr.skip()]
+    hide = [gr.update(visible=False) if first else gr.skip() for _ in range(COLUMNS - 1)]
+    return [prompt, *buttons, *bots, *lines, *hide]
+
+
+def nothing() -> list[Any]:
+    """Change nothing."""
+    return [gr.skip()] * (3 * COLUMNS + 2)
+
+
+def redrawn(conversations: list[Conversation]) -> list[Any]:
+    """Return what the columns show anew; prompt and buttons stay."""
+    lasts = [conversation.turns[-1:] for conversation in conversations]
+    lines = [figures(last[0].answer) if last else "" for last in lasts]
+    bots = [conversation.shown() for conversation in conversations]
+    hidden = [gr.update(visible=False)] * (COLUMNS - 1)
+    return [gr.skip(), gr.skip(), gr.skip(), *bots, *lines, *hidden]
+
+
+def differences(conversations: list[Conversation], columns: int) -> list[Any]:
+    """Return how the last answers of the first `columns` columns differ from the first one's."""
+    lasts = [turns[-1].answer.text if (turns := c.turns) else "" for c in conversations]
+    return [
+        gr.update(
+            value=difference(lasts[0], lasts[i]),
+            visible=bool(i < columns and lasts[0] and lasts[i]),
+        )
+        for i in range(1, COLUMNS)
+    ]
