@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from secura_serve.errors import BaseModelError, UnservableError
+from secura_serve.errors import BaseModelError
 
 __all__ = ["Checkpoint"]
 
@@ -137,37 +137,9 @@ class Checkpoint:
                 if name in wanted.get(shard, ()):
                     yield name, handle.get_tensor(name)
 
-    def compared(self, base: Checkpoint) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield name, own tensor and the base's, of every tensor of either.
-
-        An ``lm_head`` that only one of them has is compared with the embeddings of the other, to
-        which it is tied then. Tensors are views of the mapped files: do not write to them.
-
-        Raises:
-            UnservableError: a tensor that only one of them has, or of another shape.
-        """
-        for name in sorted({*self._entries, *base._entries}):
-            pair = [checkpoint._tied(name) for checkpoint in (self, base)]
-            own, others = pair
-            if own is None or others is None:
-                who = base.path.name if others is None else self.path.name
-                raise UnservableError(f"{self.path.name}: {name}: {who} has no such tensor")
-            if own.shape != others.shape:
-                raise UnservableError(
-                    f"{self.path.name}: {name} is {tuple(own.shape)}, the base's "
-                    f"{tuple(others.shape)}"
-                )
-            yield name, own, others
-
-    def _tied(self, name: str) -> torch.Tensor | None:
-        names = [name]
-        if name == "lm_head.weight":
-            names += [n for n in self._entries if n.endswith(("embed_tokens.weight", "wte.weight"))]
-        for each in names:
-            if (entry := self._entries.get(each)) is not None:
-                tensor: torch.Tensor = self._shards[entry[1]].get_tensor(entry[0])
-                return tensor
-        return None
+    def stored_names(self) -> dict[str, str]:
+        """Return name in the *ForCausalLM* module tree -> name in the file, of every tensor."""
+        return {name: stored for name, (stored, _) in self._entries.items()}
 
     def shards(self) -> dict[str, list[str]]:
         """Return file name -> the tensor names in it, in file order."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -32,7 +33,7 @@ __all__ = ["DTYPES", "DeltaImage", "image_nbytes", "write_image"]
 DTYPES: Mapping[str, torch.dtype] = {"int8": torch.int8, "float32": torch.float32}
 _CODES = {"int8": "I8", "float32": "F32"}
 _WEIGHTS, _FACTS = "delta.safetensors", "delta.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def image_nbytes(shapes: Iterable[tuple[int, int]], dtype: str) -> int:
@@ -72,11 +73,14 @@ def write_image(
                     _write(file, weight)
                     _write(file, scale)
                 size = file.tell()
+                file.flush()
+                digest = _digest(new / _WEIGHTS)
             facts = {
                 "format": _FORMAT,
                 "dtype": dtype,
                 "modules": list(shapes),
                 "size": size,
+                "digest": digest,
                 "error": math.sqrt(error / total) if total else 0.0,
             }
             (new / _FACTS).write_text(json.dumps(facts))
@@ -96,6 +100,14 @@ def _encode(D: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
 
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def _digest(file: Path) -> str:
+    state = blake3(max_threads=blake3.AUTO)
+    with file.open("rb") as source:
+        while block := source.read(2**24):
+            state.update(block)
+    return str(state.hexdigest())
 
 
 def _header(shapes: Mapping[str, tuple[int, int]], dtype: str) -> bytes:
@@ -121,6 +133,8 @@ class DeltaImage:
     modules: tuple[str, ...]
     size: int
     """Bytes of the weights' file."""
+    digest: str
+    """BLAKE3 of that file."""
     error: float
     """‖D̂ − D‖ / ‖D‖ over all modules, D̂ being what is kept."""
 
@@ -136,14 +150,35 @@ class DeltaImage:
             if facts["format"] != _FORMAT:
                 raise ValueError(f"it has format {facts['format']}, expected {_FORMAT}")
             image = cls(
-                folder, facts["dtype"], tuple(facts["modules"]), facts["size"], facts["error"]
+                folder,
+                facts["dtype"],
+                tuple(facts["modules"]),
+                facts["size"],
+                facts["digest"],
+                facts["error"],
             )
             actual = (folder / _WEIGHTS).stat().st_size
-            if image.dtype not in DTYPES or actual != image.size:
+            if not image.modules or image.dtype not in DTYPES:
+                raise ValueError(f"{_FACTS} is damaged")
+            if actual != image.size:
                 raise ValueError(f"{_WEIGHTS} has {actual} bytes, expected {image.size}")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise StorageError(f"{folder} holds no usable delta image: {error}") from error
         return image
+
+    def stamp(self) -> tuple[int, int, int]:
+        """Return inode, size and change time of the weights' file. Raises OSError."""
+        stat = (self.folder / _WEIGHTS).stat()
+        return stat.st_ino, stat.st_size, stat.st_ctime_ns
+
+    def check(self) -> None:
+        """Raise StorageError unless the weights are the bytes that were written."""
+        try:
+            same = _digest(self.folder / _WEIGHTS) == self.digest
+        except OSError as error:
+            raise StorageError(f"{self.folder} cannot be read: {error}") from error
+        if not same:
+            raise StorageError(f"{self.folder} holds no usable delta image: its bytes have changed")
 
     def read(self, modules: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield module, weight ``(out, in)`` and scale ``(out,)`` of some modules.

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secura_serve.train.data import IGNORE, Rows
 from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.prefix import can_share, causal_lm, shared_length
 from secura_serve.train.retention import Retention
 from secura_serve.train.settings import REPRODUCTION_ONLY
 
@@ -52,7 +53,8 @@ def estimate(prepared: PreparedModel, rows: Rows, retention: Retention | None = 
     """Estimate the memory of one step with the longest batch that ``rows`` can give.
 
     With b bytes per number of the base, B sequences of T tokens (the longest row), A answer
-    columns, V entries of the vocabulary and n = B·T:
+    columns, V entries of the vocabulary, and n = B·(T − P) + P where all rows begin with the same P
+    tokens:
 
     - weights: all parameters and buffers.
     - training: 12 bytes per trainable parameter, a float32 gradient and two Adam moments.
@@ -93,7 +95,9 @@ def _activations(
     b = 2 if full and config.dtype == "bfloat16" else inner.dtype.itemsize
     longest = max(len(row["input_ids"]) for row in rows)
     answer = max(sum(v != IGNORE for v in row["labels"]) for row in rows)
-    n, rank = batch_size * longest, config.rank
+    # What all rows begin with is computed once.
+    alike = shared_length(rows, batch_size) if can_share(causal_lm(prepared.model)) else 0
+    n, rank = batch_size * (longest - alike) + alike, config.rank
     saved = largest = 0
     for module in inner.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not inner.get_output_embeddings():

@@ -8,6 +8,7 @@ are those of the whole batch, up to the order of summation.
 from __future__ import annotations
 
 import inspect
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from secura_serve.train.data import IGNORE, Batch
+from secura_serve.train.data.batches import Rows
 
-__all__ = ["WORTH", "Shared", "can_share", "causal_lm", "split_prefix"]
+__all__ = ["WORTH", "Shared", "can_share", "causal_lm", "shared_length", "split_prefix"]
 
 WORTH = 64
 """Tokens that must be saved, so that the second forward pass costs less than it saves."""
@@ -49,6 +51,16 @@ def can_share(causal: nn.Module) -> bool:
         and getattr(config, "sliding_window", None) is None
         and not getattr(causal, "is_gradient_checkpointing", False)
     )
+
+
+def shared_length(rows: Rows, count: int) -> int:
+    """Return how many tokens every batch of ``count`` of these rows computes once."""
+    if count < 2:
+        return 0
+    first = min(next((i for i, v in enumerate(r["labels"]) if v != IGNORE), 0) for r in rows)
+    alike = (len(set(ids)) == 1 for ids in zip(*(r["input_ids"] for r in rows), strict=False))
+    length = sum(takewhile(bool, islice(alike, max(0, first - 1))))
+    return length if length * (count - 1) >= WORTH else 0
 
 
 def split_prefix(batch: Batch) -> Shared | None:

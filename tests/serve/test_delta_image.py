@@ -93,7 +93,7 @@ def _set(key, value):
     "damage",
     [
         _truncate,
-        _set("format", 2),
+        _set("format", 1),
         _set("dtype", "int4"),
         lambda folder: (folder / "delta.json").write_text("[]"),
         lambda folder: (folder / "delta.json").unlink(),
@@ -108,6 +108,15 @@ def test_a_damaged_image_is_refused_and_made_again(damage, tiny_base, tmp_path):
     with pytest.raises(StorageError, match="no usable delta image"):
         DeltaImage.open(image.folder)
     assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+    # Bytes that changed without a change of size.
+    file = image.folder / "delta.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match="its bytes have changed"):
+        DeltaImages(images.root, base, "int8").found(image.folder)
+    assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+    image.check()
     assert [p.name for p in images.root.iterdir() if not p.name.startswith(".")] == [
         image.folder.name
     ]
@@ -141,5 +150,8 @@ def test_images_that_no_server_uses_are_removed(tmp_path):
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
     os.utime(tmp_path / "old", (1, 1))
+    (tmp_path / "process-999999999-1").mkdir()
+    (tmp_path / f"process-{os.getpid()}-1").mkdir()
     images.remove_unused()
+    (tmp_path / f"process-{os.getpid()}-1").rmdir()
     assert [p.name for p in tmp_path.iterdir()] == ["new"]

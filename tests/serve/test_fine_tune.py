@@ -6,6 +6,7 @@ Needs torch and transformers; tiny random bases, no engine.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -144,6 +145,15 @@ def test_other_faults_are_told(base, tuned, tmp_path):
     _change(tuned, **{name: torch.full_like(load_file(base / "model.safetensors")[name], 1e999)})
     with pytest.raises(UnservableError, match="NaN or Inf"):
         FineTune.load(tuned, Checkpoint(base))
+    for dtype, size in ((torch.bfloat16, 1e38), (torch.float64, 1e300), (torch.float32, 2e2)):
+        W = load_file(base / "model.safetensors")[name]
+        _change(tuned, **{name: torch.full(W.shape, size, dtype=dtype)})
+        with pytest.raises(UnservableError, match="would overflow in the engine"):
+            FineTune.load(tuned, Checkpoint(base))
+    _change(tuned, **{name: torch.zeros(W.shape, dtype=torch.float8_e4m3fn)})
+    with pytest.raises(UnservableError, match="only floats of 16 bits or more"):
+        FineTune.load(tuned, Checkpoint(base))
+    _change(tuned, **{name: W * 1.5})
     _change(tuned, extra=torch.ones(1))
     with pytest.raises(UnservableError, match="extra: .* has no such tensor"):
         FineTune.load(tuned, Checkpoint(base))
@@ -176,3 +186,66 @@ def test_without_a_place_it_is_refused_and_with_one_it_is_asked(base, tmp_path):
     version = parts.library.find("tuned")
     assert version.per_request and not version.foldable
     assert version.engine_path == version.snapshot.path
+
+
+HOSTILE = {
+    "dtype": "nosuch",
+    "num_attention_heads": 0,
+    "hidden_size": "x",
+    "rope_scaling": "x",
+    "layer_types": 5,
+    "id2label": [1],
+    "model_type": ["llama"],
+}
+
+
+@pytest.mark.parametrize("key", list(HOSTILE))
+def test_a_configuration_that_libraries_choke_on_is_a_refusal(key, base, tuned):
+    _set(tuned, key, HOSTILE[key])
+    with pytest.raises(UnservableError):
+        FineTune.load(tuned, Checkpoint(base))
+
+
+def test_brackets_without_end_are_a_refusal(base, tuned):
+    (tuned / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UnservableError):
+        FineTune.load(tuned, Checkpoint(base))
+
+
+def _sharded(folder, index):
+    (folder / "model.safetensors").rename(folder / "w.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_a_pipe_in_the_place_of_a_shard_is_refused_and_not_opened(base, tuned, tmp_path):
+    _sharded(tuned, {"weight_map": {"a": "w.safetensors"}})
+    (tuned / "w.safetensors").unlink()
+    os.mkfifo(tuned / "w.safetensors")
+    (tuned / "model1.safetensors").write_bytes(b"decoy")
+    for verifier in (_verifier(base, tmp_path)[0], Verifier(lambda: Checkpoint(base))):
+        with pytest.raises(UnservableError, match="regular files"):
+            verifier.examine(tuned)
+
+
+def test_the_shards_that_an_index_names_are_the_content(base, tuned, tmp_path):
+    names = load_file(tuned / "model.safetensors")
+    _sharded(tuned, {"weight_map": dict.fromkeys(names, "w.safetensors")})
+    (tuned / "model1.safetensors").write_bytes(b"decoy")
+    verifier, _ = _verifier(base, tmp_path)
+    first = verifier.examine(tuned)
+    tensors = load_file(tuned / "w.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name] * 1.5}, tuned / "w.safetensors")
+    assert verifier.examine(tuned).snapshot.path != first.snapshot.path
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_a_refusal(base, tuned, monkeypatch):
+    compared = torch.equal
+
+    def shrinking(*args):
+        os.truncate(tuned / "model.safetensors", 4000)
+        return compared(*args)
+
+    monkeypatch.setattr(torch, "equal", shrinking)
+    with pytest.raises(UnservableError, match="ends early"):
+        FineTune.load(tuned, Checkpoint(base))

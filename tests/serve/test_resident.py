@@ -99,7 +99,7 @@ def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkey
             for name in ("a", "b"):
                 assert await ready(parts, name) is None
                 running.enter_context(parts.updates.admit(name))
-            with pytest.raises(LifecycleError, match=r"in use by other requests for 0.2 s") as late:
+            with pytest.raises(LifecycleError, match=r"was ready for 0.2 s") as late:
                 await ready(parts, "c")
             assert late.value.status == 503
             assert images(parts) == sorted(str(version(parts, n).image) for n in ("a", "b"))
@@ -128,6 +128,47 @@ def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(parts):
 
     asyncio.run(work())
     assert not parts.updates.resident._users
+
+
+def test_those_who_keep_a_place_busy_let_the_next_one_in(parts):
+    """A waiting request is not overtaken for ever by new ones for who is in the place."""
+    resident = parts.updates.resident
+    resident.spec = ResidentSpec(1, "int8", resident.spec.modules)
+    resident._free = [0]
+    done = []
+
+    async def ask(name, times):
+        for _ in range(times):
+            assert await ready(parts, name) is None
+            with parts.updates.admit(name):
+                await asyncio.sleep(0.01)
+            done.append(name)
+
+    async def work():
+        crowd = [asyncio.ensure_future(ask("a", 40)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(ask("b", 3), 10)
+        assert done.count("a") < 120
+        await asyncio.gather(*crowd)
+
+    asyncio.run(work())
+    assert done.count("a") == 120 and done.count("b") == 3
+
+
+def test_who_went_away_while_waiting_is_not_filled_in(parts):
+    async def work():
+        with ExitStack() as running:
+            for name in ("a", "b"):
+                assert await ready(parts, name) is None
+                running.enter_context(parts.updates.admit(name))
+            gone = asyncio.ensure_future(ready(parts, "c"))
+            await asyncio.sleep(0.05)
+            gone.cancel()
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*parts.updates.resident._loading.values())
+        assert str(version(parts, "c").image) not in images(parts)
+
+    asyncio.run(work())
 
 
 def test_requests_for_one_that_is_on_its_way_wait_for_the_same(parts):

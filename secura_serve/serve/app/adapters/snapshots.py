@@ -12,6 +12,7 @@ next start, and shared by servers; those that no start used for :data:`KEPT_DAYS
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -40,6 +41,7 @@ __all__ = [
 
 KEPT_DAYS = 30
 _FILES = (CONFIG_NAME, WEIGHTS_NAME)
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 2**22
 _DIGEST_LENGTH = 32
 
@@ -195,8 +197,21 @@ def files_of(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that are an adapter, or those of a whole fine-tune."""
     if (folder / CONFIG_NAME).exists() or not (folder / "config.json").is_file():
         return _FILES
-    weights = sorted(file.name for file in folder.glob("model*.safetensors"))
-    return ("config.json", *weights) if weights else _FILES
+    if os.path.lexists(folder / _SINGLE):
+        return "config.json", _SINGLE
+    if not (folder / _INDEX).is_file():
+        return _FILES
+    return "config.json", _INDEX, *_indexed(folder / _INDEX)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the files that an index names; what is no name of a file beside it is left out, as
+    reading the checkpoint will refuse it."""
+    try:
+        shards = {str(s) for s in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+        return sorted(s for s in shards if Path(s).name == s and s.isprintable())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def stamps_of(folder: Path) -> Stamps:

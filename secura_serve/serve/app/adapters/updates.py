@@ -378,7 +378,8 @@ class AdapterUpdates:
         Raises:
             UnservableError: see ``strict``.
         """
-        for version in list(self.library):
+        pinned = {name for name, record in self.library.records.items() if record.pinned}
+        for version in sorted(self.library, key=lambda v: v.name not in pinned):
             if self.resident is not None and version.image and not self.resident.has_room:
                 # It gets a place when it is asked.
                 continue

@@ -148,18 +148,21 @@ class Verifier:
 
     def _fine_tune(self, path: Path) -> Entry:
         """Compare a checkpoint with the base, and keep what it changes."""
-        if self.store is None or self._images is None:
-            return Entry(path.name, None, fine_tune=FineTune.load(path, self._base()))
         try:
+            # Before anything is opened: a pipe or a device would wait, or never end.
+            stamps = stamps_of(path)
+            if self.store is None or self._images is None:
+                return Entry(path.name, None, fine_tune=FineTune.load(path, self._base()))
             stamps, digest = self.store.known(path)
+            tuned = FineTune.load(path, self._base())
+            folder = self._images.folder(path.name, digest)
+            made = self._images.of_fine_tune(folder, tuned, path)
+            if stamps_of(path) != stamps:
+                if made:
+                    self._images.remove(folder)
+                raise UnservableError(f"{path.name} was still being written; try again")
         except OSError as error:
             raise UnservableError(f"{path.name} cannot be read: {error}") from error
-        tuned = FineTune.load(path, self._base())
-        folder = self._images.folder(path.name, digest)
-        self._images.of_fine_tune(folder, tuned, path)
-        if stamps_of(path) != stamps:
-            self._images.remove(folder)
-            raise UnservableError(f"{path.name} was still being written; try again")
         snapshot = Snapshot(folder, path, digest, stamps)
         return Entry(path.name, None, fine_tune=tuned, snapshot=snapshot)
 

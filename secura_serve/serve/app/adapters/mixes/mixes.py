@@ -180,7 +180,7 @@ class Mixes:
     def _occupant(self, mix: Mix, resident: ResidentSlots) -> Occupant:
         """Return what stands for a mix in a place: a fold of the sum, made anew each time."""
         meaning = mix.meaning
-        image = resident.images.folder(meaning.shown, meaning.engine_name)
+        image = resident.images.own_folder(mix.number)
         specs = tuple(f"{v.snapshot.path}*{weight!r}" for v, weight in meaning.parts)
         return Occupant(mix.number, meaning.shown, image, specs, kept=False)
 

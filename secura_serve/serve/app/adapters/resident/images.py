@@ -27,6 +27,7 @@ __all__ = ["KEPT_DAYS", "DeltaImages"]
 
 KEPT_DAYS = 30
 _FORMAT = 1
+_OWN = "process"
 
 
 class DeltaImages:
@@ -43,7 +44,7 @@ class DeltaImages:
         self._base = base
         # One at a time, at the lowest priority: who is being answered comes first.
         self._thread = ThreadPoolExecutor(1, "delta-image", _step_back)
-        self._checked: dict[Path, DeltaImage] = {}
+        self._checked: dict[Path, tuple[int, int, int] | None] = {}
 
     def folder(self, name: str, digest: str) -> Path:
         """Return where the image of an adapter's content is, or will be.
@@ -57,6 +58,10 @@ class DeltaImages:
         what = f"{_FORMAT}|{self._base.resolve()}|{facts}|{self.dtype}|{name}|{digest}"
         return self.root / hashlib.sha256(what.encode()).hexdigest()[:32]
 
+    def own_folder(self, number: int) -> Path:
+        """Return where the image of something is that only this process has, by its number."""
+        return self.root / f"{_OWN}-{os.getpid()}-{number}"
+
     async def make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         """Return the image in ``folder``, made now in the background if it is not there.
 
@@ -68,25 +73,35 @@ class DeltaImages:
             MergeError: see :func:`~secura_serve.merge.update_stream`.
             StorageError: it cannot be written.
         """
+        with suppress(StorageError):
+            # Not behind those that are being made.
+            return await asyncio.to_thread(self.found, folder)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._make, folder, specs)
 
-    def of_fine_tune(self, folder: Path, tuned: FineTune, path: Path) -> DeltaImage:
-        """Return the image of a checkpoint in ``path``, made now if it is not there.
+    def of_fine_tune(self, folder: Path, tuned: FineTune, path: Path) -> bool:
+        """Make the image of a checkpoint in ``path``; return False if it is there already.
 
         Raises:
             StorageError: it cannot be written.
         """
         with suppress(StorageError):
-            return self.found(folder)
+            self.found(folder)
+            return False
         base = Checkpoint(self._base)
-        return self._write(folder, tuned.modules, updates_of(path, base, tuned.modules))
+        self._write(folder, tuned.modules, updates_of(path, base, tuned.modules))
+        return True
 
     def found(self, folder: Path) -> DeltaImage:
-        """Return the image in ``folder``. Raises StorageError if there is none."""
-        image = DeltaImage.open(folder)
+        """Return the image in ``folder``, whose bytes are compared with what was written unless
+        that was done since they changed. Raises StorageError if there is none."""
+        image, stamp = DeltaImage.open(folder), None
         with suppress(OSError):
+            stamp = image.stamp()
             os.utime(folder)
+        if stamp is None or self._checked.get(folder) != stamp:
+            image.check()
+            self._checked[folder] = stamp
         return image
 
     def _make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
@@ -112,7 +127,7 @@ class DeltaImages:
         self._refuse_without_space(image_nbytes(shapes.values(), self.dtype))
         with only_writer(folder, wait=True):
             with suppress(StorageError):
-                return DeltaImage.open(folder)
+                return self.found(folder)
             return write_image(folder, shapes, updates, self.dtype)
 
     def _refuse_without_space(self, nbytes: int) -> None:
@@ -131,14 +146,33 @@ class DeltaImages:
     def remove(self, folder: Path) -> None:
         """Remove an image that nothing needs any more."""
         shutil.rmtree(folder, ignore_errors=True)
+        self._checked.pop(folder, None)
+        with suppress(OSError):
+            (folder.parent / f".{folder.name}.lock").unlink()
 
     def remove_unused(self, keep: Collection[Path] = (), days: float = KEPT_DAYS) -> None:
         """Remove images that no server has used for ``days``, and what killed processes left."""
         oldest = time.time() - days * 86400
         for entry in self.root.glob("*"):
             with suppress(OSError):
-                if entry not in keep and entry.stat().st_mtime < oldest:
-                    shutil.rmtree(entry, ignore_errors=True)
+                old = entry not in keep and entry.stat().st_mtime < oldest
+                if old or _left_behind(entry.name):
+                    self.remove(entry)
+
+
+def _left_behind(name: str) -> bool:
+    """Return whether a folder is that of a process that is no more."""
+    prefix, _, rest = name.partition("-")
+    number = rest.partition("-")[0]
+    if prefix != _OWN or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _step_back() -> None:

@@ -62,14 +62,17 @@ class Occupant:
     specs: tuple[str, ...]
     """What its image is made of, see :meth:`DeltaImages.make`."""
     kept: bool = True
-    """Whether its image stays on the disk when it leaves."""
+    """Whether its image stays on the disk when it leaves its place."""
+    lasting: bool = False
+    """Whether its image cannot be made again, and so is never removed here."""
 
     @classmethod
     def of(cls, version: Version) -> Occupant:
         """Return what stands for a version that needs a place."""
         assert version.image is not None
         specs = (str(version.snapshot.path),)
-        return cls(version.number, version.name, version.image, specs)
+        lasting = version.entry.fine_tune is not None
+        return cls(version.number, version.name, version.image, specs, lasting=lasting)
 
 
 class ResidentSlots:
@@ -93,9 +96,12 @@ class ResidentSlots:
         """Number -> who it is and the place, least recently asked first."""
         self._loading: dict[int, asyncio.Task[str | None]] = {}
         self._users: Counter[int] = Counter()
+        self._waiting: Counter[int] = Counter()
         self._pinned: set[int] = set()
         self._one_at_a_time = asyncio.Lock()
         self._released = asyncio.Event()
+        self._leaving: int | None = None
+        """Who must leave for one that waits, and is therefore not admitted until it has."""
 
     def takes(self, entry: Entry) -> bool:
         """Return whether an adapter has to be, and can be, in a place to be asked per request."""
@@ -122,7 +128,7 @@ class ResidentSlots:
 
     def preparation(self, who: Occupant) -> Awaitable[str | None] | None:
         """Return what has to be awaited before it may run; None if it is in a place."""
-        if who.number in self._filled:
+        if who.number in self._filled and who.number != self._leaving:
             self._filled.move_to_end(who.number)
             return None
         return self._wait_for(who)
@@ -133,15 +139,19 @@ class ResidentSlots:
             task = asyncio.ensure_future(self._load(who))
             self._loading[who.number] = task
             task.add_done_callback(lambda _: self._loading.pop(who.number, None))
-        with self.held(who.number):
-            try:
-                return await asyncio.wait_for(asyncio.shield(task), _WAIT_S)
-            except TimeoutError as error:
-                raise LifecycleError(
-                    503,
-                    f"the places of full-rank adapters ({self.spec.count}, --resident) were in use "
-                    f"by other requests for {_WAIT_S:g} s",
-                ) from error
+        self._waiting[who.number] += 1
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), _WAIT_S)
+        except TimeoutError as error:
+            raise LifecycleError(
+                503,
+                f"no place of full-rank adapters ({self.spec.count}, --resident) was ready for "
+                f"{_WAIT_S:g} s: other requests use them, or they are being filled",
+            ) from error
+        finally:
+            self._waiting[who.number] -= 1
+            self._waiting = +self._waiting
+            self._released.set()
 
     @contextmanager
     def held(self, number: int) -> Iterator[None]:
@@ -196,18 +206,29 @@ class ResidentSlots:
         """Put it into a place; return why that cannot be done, or None."""
         assert self.workers is not None
         try:
-            image = await self.images.make(who.image, who.specs)
+            if who.kept:
+                # While others are being filled in.
+                await self.images.make(who.image, who.specs)
         except SecuraError as error:
             return str(error)
         async with self._one_at_a_time:
-            place = await self._empty_place()
+            if who.number in self._filled or who.number not in self._waiting:
+                # Whoever asked has gone, or it came back to its place.
+                return None
+            place = await self._empty_place(who)
+            if place is None:
+                return None
             begin = time.perf_counter()
             refused = "it was interrupted"
             try:
+                # Again: it may have left its place since, and its image with it.
+                image = await self.images.make(who.image, who.specs)
                 refused = await self._fill(place, image) or ""
                 if not refused:
                     await self.workers.publish(place, who.image)
                     self._filled[who.number] = (who, place)
+            except SecuraError as error:
+                refused = str(error)
             finally:
                 if refused:
                     self._free.append(place)
@@ -225,16 +246,30 @@ class ResidentSlots:
                 return refused
         return None
 
-    async def _empty_place(self) -> int:
-        """Return a place that is free, or that of an update that nobody uses."""
-        while not self._free:
-            idle = [n for n in self._filled if n not in self._users and n not in self._pinned]
-            if idle:
-                await self._evict(idle[0])
-                continue
-            self._released.clear()
-            await self._released.wait()
-        return self._free.pop()
+    async def _empty_place(self, who: Occupant) -> int | None:
+        """Return a place that is free, or that of an update that nobody uses; None once nobody
+        waits for ``who`` any more."""
+        try:
+            while who.number in self._waiting:
+                if self._free:
+                    return self._free.pop()
+                candidates = [n for n in self._filled if n not in self._pinned]
+                idle = [n for n in candidates if self._is_idle(n)]
+                if idle:
+                    await self._evict(idle[0])
+                    continue
+                # Those who come for it from now on wait, too: it would never be idle otherwise.
+                self._leaving = candidates[0] if candidates else None
+                self._released.clear()
+                await self._released.wait()
+            return None
+        finally:
+            self._leaving = None
+
+    def _is_idle(self, number: int) -> bool:
+        """Return whether nobody uses it, or has waited for it and is about to."""
+        wanted = number in self._waiting and number != self._leaving
+        return number not in self._users and not wanted
 
     async def _evict(self, number: int) -> None:
         assert self.workers is not None
@@ -280,7 +315,8 @@ class ResidentSlots:
         async with self._one_at_a_time:
             if who.number in self._filled:
                 await self._evict(who.number)
-        await asyncio.to_thread(self.images.remove, who.image)
+        if not who.lasting:
+            await asyncio.to_thread(self.images.remove, who.image)
 
     # The last guard, in front of the engine.
 
