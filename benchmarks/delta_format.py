@@ -78,7 +78,6 @@ FORMATS: dict[str, tuple[Format, float | Callable[[int, int], float]]] = {
     "int8, a scale for 64": (groups(64, 127), 1 + 4 / 64),
     "int4, a scale for 32": (groups(32, 7), 0.5 + 4 / 32),
     "LoRA of rank 16": (low_rank(16), factor_bytes(16)),
-    "LoRA of rank 64": (low_rank(64), factor_bytes(64)),
 }
 """Name -> the format, and its bytes for each number (without a row's scale), or for a D."""
 
