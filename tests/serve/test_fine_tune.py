@@ -5,6 +5,7 @@ Needs torch and transformers; tiny random bases, no engine.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import UnservableError
+from secura_serve.errors import StorageError, UnservableError
 from secura_serve.method import dequantise_rows
 from secura_serve.serve.app.adapters.fine_tune import FineTune, is_fine_tune
 from secura_serve.serve.app.adapters.resident.images import DeltaImages
@@ -249,3 +250,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_a_refusal(base, tuned, monkeypa
     monkeypatch.setattr(torch, "equal", shrinking)
     with pytest.raises(UnservableError, match="ends early"):
         FineTune.load(tuned, Checkpoint(base))
+
+
+def test_a_damaged_image_is_never_served(base, tuned, tmp_path):
+    verifier, images = _verifier(base, tmp_path)
+    folder = verifier.examine(tuned).snapshot.path
+    file = folder / "delta.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match="its bytes have changed"):
+        asyncio.run(DeltaImages(images.root, base, "int8").make(folder, [str(folder)]))

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -105,10 +105,8 @@ class DeltaImages:
         return image
 
     def _make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
-        with suppress(StorageError):
-            return self.found(folder)
         if [str(folder)] == [*specs]:
-            return DeltaImage.open(folder)
+            return self.found(folder)
         torch.set_num_threads(1)
         source = open_source(str(self._base), specs)
         plan = plan_fold(source)
@@ -150,13 +148,12 @@ class DeltaImages:
         with suppress(OSError):
             (folder.parent / f".{folder.name}.lock").unlink()
 
-    def remove_unused(self, keep: Collection[Path] = (), days: float = KEPT_DAYS) -> None:
+    def remove_unused(self, days: float = KEPT_DAYS) -> None:
         """Remove images that no server has used for ``days``, and what killed processes left."""
         oldest = time.time() - days * 86400
         for entry in self.root.glob("*"):
             with suppress(OSError):
-                old = entry not in keep and entry.stat().st_mtime < oldest
-                if old or _left_behind(entry.name):
+                if entry.stat().st_mtime < oldest or _left_behind(entry.name):
                     self.remove(entry)
 
 
