@@ -28,8 +28,10 @@ SUMMARY = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Start a browser for one file's tests: while Playwright lives, its event loop counts as
+    running, so that `asyncio.run` of a test elsewhere would fail."""
     with chromium() as started:
         yield started
 

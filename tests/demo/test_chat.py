@@ -31,6 +31,9 @@ ENDLESS = Script(("word ",) * 2000, wait_s=0.05)
 WATCH = """() => { window.lengths = []; new MutationObserver(() => window.lengths.push(
   document.querySelector('#chat-2').innerText.length)).observe(
   document.querySelector('#chat-2'), {childList: true, subtree: true, characterData: true}); }"""
+# Figures that are there now; a redraw replaces them.
+MARK = "document.querySelectorAll('.figures').forEach(each => each.dataset.old = '')"
+FRESH = ".figures[data-state]:not([data-old])"
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\">\n\n"
     "<script>document.title='owned'</script>\n\n"
@@ -46,22 +49,31 @@ HOSTILE = (
 def ask(page: Any, prompt: str, *, wait: bool = True) -> None:
     """Write a prompt and press Enter; wait until all columns have answered."""
     before = page.locator("#chat-1 .user.message").count()
+    page.evaluate(MARK)
     page.locator("#prompt textarea").fill(prompt)
     page.locator("#prompt textarea").press("Enter")
     page.locator("#chat-1 .user.message").nth(before).wait_for()
     if wait:
+        redrawn(page, page.locator("[id^=model-]:visible").count())
         settled(page)
 
 
 def after(page: Any, server: FakeServer, requests: int, act: Callable[[], None]) -> None:
     """Do something that asks the server so many times, and wait until it has answered."""
     wanted = len(server.asked) + requests
+    page.evaluate(MARK)
     act()
     deadline = time.monotonic() + 20
     while len(server.asked) < wanted and time.monotonic() < deadline:
         page.wait_for_timeout(50)
+    redrawn(page, requests)
     settled(page)
     assert len(server.asked) == wanted
+
+
+def redrawn(page: Any, columns: int) -> None:
+    """Wait until so many columns show figures that came after `MARK`."""
+    page.wait_for_function(f"document.querySelectorAll('{FRESH}').length >= {columns}")
 
 
 def settled(page: Any) -> None:
