@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.support.browser import scroll_width
 from tests.support.fake_server import FakeServer, adapter_card
@@ -59,7 +60,7 @@ def test_the_gallery_shows_searches_and_takes_no_changes_without_a_key(
     choose(page, "filter", "all")
     page.locator("#cards article", has_text="iso-date").get_by_role("link").click()
     page.wait_for_function("document.querySelector('#model-2 input')?.value === 'iso-date'")
-    assert page.locator("#prompt textarea").input_value() == "An example for iso-date."
+    expect(page.locator("#prompt textarea")).to_have_value("An example for iso-date.")
     assert server.changes == []
 
 

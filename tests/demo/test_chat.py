@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
-from tests.support.browser import open_page, scroll_width
+from tests.support.browser import open_page, scroll_width, send
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 pytestmark = pytest.mark.long
@@ -48,11 +49,8 @@ HOSTILE = (
 
 def ask(page: Any, prompt: str, *, wait: bool = True) -> None:
     """Write a prompt and press Enter; wait until all columns have answered."""
-    before = page.locator("#chat-1 .user.message").count()
     page.evaluate(MARK)
-    page.locator("#prompt textarea").fill(prompt)
-    page.locator("#prompt textarea").press("Enter")
-    page.locator("#chat-1 .user.message").nth(before).wait_for()
+    send(page, prompt)
     if wait:
         redrawn(page, page.locator("[id^=model-]:visible").count())
         settled(page)
@@ -118,7 +116,7 @@ def test_a_conversation_from_the_first_prompt_to_the_cleared_page(
     figures = page.locator("#figures-2").inner_text()
     assert "6 tokens" in figures and "tokens/s" in figures and "first token" in figures
     assert page.locator("#difference-2").inner_text().count("Title")
-    assert page.locator("#prompt textarea").input_value() == ""
+    expect(page.locator("#prompt textarea")).to_have_value("")
     assert {body["model"] for body in server.asked} == {BASE, "iso-date"}
 
     ask(page, "Once more")
@@ -284,13 +282,11 @@ def test_a_link_and_the_commands_repeat_what_was_asked(
     assert server.asked[2] in asked
 
     other = open_page(browser, link)
-    other.wait_for_function("document.querySelector('#prompt textarea').value.length > 3")
-    assert other.locator("#prompt textarea").input_value() == "What's 'this' & <that>?"
-    other.wait_for_function("document.querySelector('#model-2 input').value.includes('*')")
-    assert other.locator("#model-2 input").input_value() == "sentiment*0.5+iso-date"
+    expect(other.locator("#prompt textarea")).to_have_value("What's 'this' & <that>?")
+    expect(other.locator("#model-2 input")).to_have_value("sentiment*0.5+iso-date")
     other.locator("#settings > button").click()
-    assert other.locator("#system textarea").input_value() == "Be brief."
-    assert other.locator("#max-tokens input[type=number]").input_value() == "5"
+    expect(other.locator("#system textarea")).to_have_value("Be brief.")
+    expect(other.locator("#max-tokens input[type=number]")).to_have_value("5")
     other.close()
 
 
@@ -299,8 +295,7 @@ def test_an_example_of_a_card_fills_prompt_and_models(
 ) -> None:
     page = visit()
     page.locator("#examples").get_by_text("sentiment · An example for sentiment.").click()
-    page.wait_for_function("document.querySelector('#prompt textarea').value.length > 3")
-    assert page.locator("#prompt textarea").input_value() == "An example for sentiment."
+    expect(page.locator("#prompt textarea")).to_have_value("An example for sentiment.")
     page.wait_for_function("document.querySelector('#model-2 input').value === 'sentiment'")
 
 
@@ -325,7 +320,7 @@ def test_a_server_that_refuses_breaks_off_or_goes_and_comes_back(
     page.locator("#status p.down", has_text="No server answers").wait_for(timeout=20_000)
     ask(page, "Anybody?")
     assert states(page) == ["failed"] * 3
-    assert page.locator("#model-2 input").input_value() == "iso-date", "the choice is kept"
+    expect(page.locator("#model-2 input")).to_have_value("iso-date")
     server.scripts = {}
     server.slow_s = 0.5
     server.adapters.append(adapter_card("newer"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import scroll_width
+from tests.support.browser import scroll_width, send
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 pytestmark = pytest.mark.long
@@ -45,8 +45,7 @@ def test_an_adapter_is_asked_beside_the_base(server: FakeServer, visit: Callable
 def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[..., Any]) -> None:
     server.scripts = {BASE: Script(("word ",) * 400, wait_s=0.03)}
     page = visit()
-    page.locator("#prompt textarea").fill("Go on")
-    page.locator("#prompt textarea").press("Enter")
+    send(page, "Go on")
     server.metrics["vllm:num_requests_running"] = 7
     page.get_by_role("tab", name="Live").click()
     page.locator("#numbers", has_text="requests running").wait_for(timeout=10_000)
@@ -87,8 +86,7 @@ def test_no_tab_has_a_serious_finding_or_is_cut(
         "iso-date": Script(refusal=(409, "'iso-date' waits for an unfold")),
     }
     page = visit(width=width, dark=dark)
-    page.locator("#prompt textarea").fill("A prompt with [a link](http://127.0.0.1/) and `code`")
-    page.locator("#prompt textarea").press("Enter")
+    send(page, "A prompt with [a link](http://127.0.0.1/) and `code`")
     page.locator("#figures-1 [data-state=done]").wait_for(timeout=20_000)
     found = []
     for tab in TABS:

@@ -18,7 +18,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.engines import free_port
 
-__all__ = ["chromium", "open_page", "running_page", "scroll_width"]
+__all__ = ["chromium", "open_page", "running_page", "scroll_width", "send"]
 
 FLAGS = [
     "--headless",
@@ -87,3 +87,12 @@ def open_page(browser: Any, url: str, *, width: int = 1280, dark: bool = False) 
 def scroll_width(page: Any) -> int:
     """Return how wide the page is; more than the window means that something is cut."""
     return int(page.evaluate("document.documentElement.scrollWidth"))
+
+
+def send(page: Any, prompt: str) -> None:
+    """Write a prompt and press Enter; wait until the first column shows it."""
+    turns = page.locator("#chat-1 .user.message")
+    before = turns.count()
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#prompt textarea").press("Enter")
+    turns.nth(before).wait_for()
