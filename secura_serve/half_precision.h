@@ -37,4 +37,16 @@ static inline uint16_t to_f16(float x)
     return (uint16_t)(sign | (u > 0x7f800000 ? 0x7e00 : h));
 }
 
+#ifdef __cplusplus
+struct BF16 { uint16_t bits; };
+struct F16 { uint16_t bits; };
+
+inline float wide(float x) { return x; }
+inline float wide(BF16 x) { return from_bf16(x.bits); }
+inline float wide(F16 x) { return from_f16(x.bits); }
+inline void narrow(float &to, float x) { to = x; }
+inline void narrow(BF16 &to, float x) { to.bits = to_bf16(x); }
+inline void narrow(F16 &to, float x) { to.bits = to_f16(x); }
+#endif
+
 #endif

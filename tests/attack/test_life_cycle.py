@@ -69,7 +69,7 @@ def test_content_that_came_back_and_went_again_stays_while_a_request_may_need_it
 
     async def run():
         await push(parts, 2)
-        parts.updates._ended = ended
+        parts.updates.retirement.ended = ended
         (first,) = await push(parts, 3)
         await push(parts, 4)
         (second,) = await push(parts, 3)
@@ -88,7 +88,7 @@ def test_content_that_came_back_and_went_again_stays_while_a_request_may_need_it
         await asyncio.sleep(0.2)
         assert not second.snapshot.path.exists()
         assert str(second.snapshot.path) not in parts.engine.kept
-        assert not parts.updates._retiring
+        assert not parts.updates.retirement.copies
 
     asyncio.run(run())
 

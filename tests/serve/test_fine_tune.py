@@ -182,7 +182,7 @@ def test_without_a_place_it_is_refused_and_with_one_it_is_asked(base, tmp_path):
     assert parts.library.find("tuned") is None
     assert "no place for the linears" in parts.library.records["tuned"].refused
     spec = ResidentSpec(1, "int8", tuple(Checkpoint(base).linears()))
-    parts.updates.resident = ResidentSlots(spec, images)
+    parts.updates.residency.places = ResidentSlots(spec, images)
     parts.updates.fill([verifier.examine(parts.folder / "tuned")])
     version = parts.library.find("tuned")
     assert version.per_request and not version.foldable

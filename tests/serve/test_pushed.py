@@ -209,13 +209,13 @@ def test_many_pushes_keep_n_versions_on_workers_and_disk(made):
         async def ended():
             await running
 
-        made.updates._ended = ended
+        made.updates.retirement.ended = ended
         pushes = [await made.updates.push("x", pushed(source, i)) for i in range(2, 9)]
         kept_while_running = sorted(p.name for p in made.store.root.iterdir())
         # The oldest content comes back before the requests that ran have ended.
         back = await made.updates.push("x", pushed(source, 2))
         running.set_result(None)
-        while made.updates._later:
+        while made.updates.retirement.running:
             await asyncio.sleep(0.01)
         return pushes, back, kept_while_running
 

@@ -16,6 +16,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import LifecycleError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.adapters.resident import slots as module
+from secura_serve.serve.app.adapters.resident.guard import guard
 from secura_serve.serve.app.adapters.resident.images import DeltaImages
 from secura_serve.serve.app.adapters.resident.plan import place_nbytes
 from secura_serve.serve.app.adapters.resident.slots import ADMITTED, ResidentSlots, ResidentSpec
@@ -40,14 +41,16 @@ def parts(base, tmp_path):
         random_adapter(base, made.folder / name, r=2, seed=seed, magnorm=BOUNDED)
     random_adapter(base, made.folder / "plain", r=2, seed=9)
     spec = ResidentSpec(2, "int8", tuple(Checkpoint(base).linears()))
-    made.updates.resident = ResidentSlots(spec, DeltaImages(tmp_path / "deltas", base, "int8"))
-    made.updates.resident.workers = made.updates.workers
+    made.updates.residency.places = ResidentSlots(
+        spec, DeltaImages(tmp_path / "deltas", base, "int8")
+    )
+    made.updates.residency.places.workers = made.updates.residency.workers
     made.updates.fill(made.updates.verifier.examine(made.folder / n) for n in [*NAMES, "plain"])
 
     async def make_images():
         for name in NAMES:
             v = made.library.find(name)
-            assert await made.updates.resident.make_image(v.snapshot.path, v.image) is None
+            assert await made.updates.residency.places.make_image(v.snapshot.path, v.image) is None
 
     asyncio.run(make_images())
     return made
@@ -89,7 +92,7 @@ def test_the_least_recently_asked_one_leaves_its_place(parts):
     assert images(parts) == sorted(str(version(parts, n).image) for n in ("a", "c"))
     gone = version(parts, "b")
     assert ([gone.number], [str(gone.image)]) in parts.engine.called("secura_forget")
-    assert len(parts.updates.resident.numbers) == 2
+    assert len(parts.updates.residency.places.numbers) == 2
 
 
 def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkeypatch):
@@ -119,20 +122,20 @@ def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(parts):
     async def ask(name):
         assert await ready(parts, name) is None
         with parts.updates.admit(name):
-            assert version(parts, name).number in parts.updates.resident.numbers
+            assert version(parts, name).number in parts.updates.residency.places.numbers
             await asyncio.sleep(0.005)
-            assert version(parts, name).number in parts.updates.resident.numbers
+            assert version(parts, name).number in parts.updates.residency.places.numbers
 
     async def work():
         await asyncio.gather(*(ask(NAMES[i % 3]) for i in range(30)))
 
     asyncio.run(work())
-    assert not parts.updates.resident._users
+    assert not parts.updates.residency.places._users
 
 
 def test_those_who_keep_a_place_busy_let_the_next_one_in(parts):
     """A waiting request is not overtaken for ever by new ones for who is in the place."""
-    resident = parts.updates.resident
+    resident = parts.updates.residency.places
     resident.spec = ResidentSpec(1, "int8", resident.spec.modules)
     resident._free = [0]
     done = []
@@ -165,7 +168,7 @@ def test_who_went_away_while_waiting_is_not_filled_in(parts):
             await asyncio.sleep(0.05)
             gone.cancel()
             await asyncio.sleep(0.05)
-        await asyncio.gather(*parts.updates.resident._loading.values())
+        await asyncio.gather(*parts.updates.residency.places._loading.values())
         assert str(version(parts, "c").image) not in images(parts)
 
     asyncio.run(work())
@@ -213,7 +216,7 @@ def test_what_goes_on_in_the_background_holds_everything(parts, monkeypatch):
         for name in ("a", "b"):
             await ready(parts, name)
         monkeypatch.setattr(module, "_WAIT_S", 0.2)
-        with parts.updates.resident.all_held(), pytest.raises(LifecycleError):
+        with parts.updates.residency.places.all_held(), pytest.raises(LifecycleError):
             await ready(parts, "c")
         monkeypatch.setattr(module, "_WAIT_S", 30)
         assert await ready(parts, "c") is None
@@ -253,7 +256,7 @@ def test_a_request_gets_the_version_that_it_was_admitted_for(parts, base):
             new = await parts.updates.from_folder("a")
             assert new is version(parts, "a") and new.number != old.number
             assert table["a"].lora_int_id == old.number
-            assert old.number in parts.updates.resident.numbers
+            assert old.number in parts.updates.residency.places.numbers
         assert ADMITTED.get() is None
         assert table["a"].lora_int_id == new.number
 
@@ -270,7 +273,7 @@ def test_the_engine_is_never_asked_for_one_that_is_in_no_place(parts):
             yield "end"
 
         engine = SimpleNamespace(generate=generate, encode=generate)
-        parts.updates.resident.guard(engine)
+        guard(engine, parts.updates.residency.places)
         table = AdapterTable(parts.library)
         plain = [x async for x in engine.generate("p", None, "1", lora_request=table["plain"])]
         assert plain == ["token", "end"]
@@ -284,9 +287,9 @@ def test_the_engine_is_never_asked_for_one_that_is_in_no_place(parts):
         assert await ready(parts, "a") is None
         answers = engine.generate("p", None, "1", lora_request=table["a"])
         assert await anext(answers) == "token"
-        assert parts.updates.resident._users == {version(parts, "a").number: 1}
+        assert parts.updates.residency.places._users == {version(parts, "a").number: 1}
         await answers.aclose()
-        assert not parts.updates.resident._users
+        assert not parts.updates.residency.places._users
 
     asyncio.run(work())
 
@@ -297,8 +300,8 @@ def test_a_removed_adapter_leaves_place_and_disk(parts):
         gone = version(parts, "a")
         assert gone.image.is_dir()
         await parts.updates.delete("a")
-        await asyncio.gather(*parts.updates._later)
-        assert not gone.image.exists() and gone.number not in parts.updates.resident.numbers
+        await asyncio.gather(*parts.updates.retirement.running)
+        assert not gone.image.exists() and gone.number not in parts.updates.residency.places.numbers
         for name in ("b", "c"):
             assert await ready(parts, name) is None
 

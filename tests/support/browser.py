@@ -20,21 +20,13 @@ from tests.support.engines import free_port
 
 __all__ = ["chromium", "open_page", "running_page", "scroll_width", "send"]
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-
 
 @contextmanager
 def chromium() -> Iterator[Any]:
     """Start the browser."""
     from playwright.sync_api import sync_playwright
+
+    from demo.screenshots import FLAGS
 
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:

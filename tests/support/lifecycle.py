@@ -138,7 +138,7 @@ def house(root: Path, base: Path, *, keep: int = 3, state: bool = True) -> House
     file = StateFile(root / "state" / "state.json") if state else None
     updates = AdapterUpdates(folder, library, verifier, file, say=said.append)
     engine = RecordedEngine()
-    updates.workers = Workers(engine, lambda: verifier.norm_bounds)
+    updates.residency.workers = Workers(engine, lambda: verifier.norm_bounds)
     watch = FolderWatch(folder, updates, said.append)
     return House(root, base, folder, engine, library, store, updates, watch, said)
 

@@ -35,7 +35,7 @@ class AdapterStates:
             refused=sum(r.serving is None and r.refused is not None for r in records),
         )
         self._metrics.set_versions(sum(len(r.versions) for r in records))
-        workers = self._updates.workers
+        workers = self._updates.residency.workers
         if workers is None or self._folding.busy:
             return
         if self._asking is None or self._asking.done():

@@ -158,8 +158,8 @@ def _context(
     )
     updates.folded = folding.held
     if resident.count:
-        updates.resident = ResidentSlots(resident, _images(config, base), metrics)
-        updates.mixes.resident = updates.resident
+        updates.residency.places = ResidentSlots(resident, _images(config, base), metrics)
+        updates.mixes.resident = updates.residency.places
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
     updates.fill(catalog.entries)
@@ -167,8 +167,8 @@ def _context(
     if verifier.store is not None:
         # Now that what an earlier run pushed or keeps for a rollback counts as used.
         verifier.store.remove_unused()
-    if updates.resident is not None:
-        updates.resident.images.remove_unused()
+    if updates.residency.places is not None:
+        updates.residency.places.images.remove_unused()
     return ServerContext(
         folding,
         updates,

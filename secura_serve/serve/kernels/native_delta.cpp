@@ -35,16 +35,6 @@ constexpr int HIGH = 8;             // rows at a time
 constexpr int FEW = 4;              // tokens for which Q is widened in registers
 constexpr int64_t GRAIN = 1 << 19;  // multiplications that are worth a thread
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
-
-inline float wide(float x) { return x; }
-inline float wide(BF16 x) { return from_bf16(x.bits); }
-inline float wide(F16 x) { return from_f16(x.bits); }
-inline void narrow(float &to, float x) { to = x; }
-inline void narrow(BF16 &to, float x) { to.bits = to_bf16(x); }
-inline void narrow(F16 &to, float x) { to.bits = to_f16(x); }
-
 // Vectors that any compiler splits into those of the processor.
 typedef float Floats __attribute__((vector_size(64)));
 constexpr int LANES = 16;

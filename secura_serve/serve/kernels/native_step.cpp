@@ -37,16 +37,6 @@ constexpr int BLOCK = 8;       // tokens at a time
 constexpr int STRIP = 256;     // columns at a time where there is no dot product of bfloat16
 constexpr int64_t GRAIN = 1 << 18;  // multiplications that are worth a thread
 
-struct BF16 { uint16_t bits; };
-struct F16 { uint16_t bits; };
-
-inline float wide(float x) { return x; }
-inline float wide(BF16 x) { return from_bf16(x.bits); }
-inline float wide(F16 x) { return from_f16(x.bits); }
-inline void narrow(float &to, float x) { to = x; }
-inline void narrow(BF16 &to, float x) { to.bits = to_bf16(x); }
-inline void narrow(F16 &to, float x) { to.bits = to_f16(x); }
-
 template <class T> struct Step {
     T *y;
     const T *source;        // what the entries are gathered from: y, or their sum over ranks

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -29,15 +29,15 @@ from secura_serve.errors import (
     UnservableError,
 )
 from secura_serve.serve.app.adapters.card import read_card
-from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
+from secura_serve.serve.app.adapters.library import Library, Origin, Version
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.pushed import with_new_cores
-from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
+from secura_serve.serve.app.adapters.residency import Residency
+from secura_serve.serve.app.adapters.retirement import Retirement
 from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
 from secura_serve.serve.app.adapters.verifier import Entry, Verifier
-from secura_serve.serve.app.adapters.workers import Workers
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.logs import say as say_line
 
@@ -88,28 +88,24 @@ class AdapterUpdates:
         self.root, self.library, self.verifier, self.state = root, library, verifier, state
         self.say = say
         self.observer = observer or Observer()
-        self.workers: Workers | None = None
-        self.resident: ResidentSlots | None = None
-        """The places of full-rank adapters; None where there are none."""
+        self.residency = Residency()
         self.folded: Callable[[], Sequence[tuple[str | None, Version | None]]] = lambda: ()
         """The model names that are folded into the weights, or are about to be, and their
         versions."""
-        self._ended = ended
         self._numbers = itertools.count(1)
-        self.mixes = Mixes(library, lambda: self.workers, self._numbers.__next__, ended)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._saving = asyncio.Lock()
-        self._later: set[asyncio.Task[None]] = set()
-        self._retiring: Counter[Path] = Counter()
-        """Copies of versions that nobody can ask for any more, while requests may still run."""
-        self._retiring_numbers: dict[Path, int] = {}
+        self.mixes = Mixes(library, lambda: self.residency.workers, self._numbers.__next__, ended)
+        self.retirement = Retirement(
+            library, self.residency, self.mixes, verifier.store, self._locks, ended
+        )
 
     def make_version(
         self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
     ) -> Version:
         """Return a version of a copy in the store, checked. Raises SecuraError."""
         entry = entry or self.verifier.examine_copy(snapshot)
-        image = self.resident.image_folder(entry) if self.resident is not None else None
+        image = self.residency.image_folder(entry)
         if entry.fine_tune is not None and image is None:
             raise UnservableError(
                 f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
@@ -117,7 +113,7 @@ class AdapterUpdates:
             )
         # Requests may still run on the same content, and the engine must not have it under two
         # numbers: it tells adapters apart by name in one place and by number in another.
-        number = self._retiring_numbers.get(snapshot.path) or next(self._numbers)
+        number = self.retirement.number(snapshot.path) or next(self._numbers)
         card = read_card(snapshot.source) | {"lora_size": self.verifier.lora_size(entry)}
         return Version(entry, number, origin, created, card, image)
 
@@ -193,10 +189,10 @@ class AdapterUpdates:
             try:
                 # Before the folder is touched: a refused upload changes nothing.
                 entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
-                await self._prepare(entry)
+                await self.residency.prepare(entry)
                 await asyncio.to_thread(write_folder, root / name, files)
             finally:
-                await self._drop(name, copy)
+                await self.retirement.drop(name, copy)
             entry = await asyncio.to_thread(self.verifier.examine, root / name)
             return await self._publish(entry, "upload")
 
@@ -229,7 +225,7 @@ class AdapterUpdates:
                 entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
                 return await self._publish(entry, "push")
             except SecuraError:
-                await self._drop(name, copy)
+                await self.retirement.drop(name, copy)
                 raise
 
     async def remove(self, name: str) -> None:
@@ -255,7 +251,7 @@ class AdapterUpdates:
         self._refuse_if_folded(name)
         aliases = ", ".join(self.library.aliases_of(name))
         versions = self.library.remove(name)
-        self._retire(versions)
+        self.retirement.retire(versions)
         await self._save()
         self.say(f"{name} is served no longer" + (f", nor its alias {aliases}" if aliases else ""))
 
@@ -310,7 +306,7 @@ class AdapterUpdates:
             record = self.library.record(name)
             if record.serving is None or not record.serving.per_request:
                 raise LifecycleError(409, f"{name} is not chosen per request, so it takes no slot")
-            await self._pin(record.serving, pinned)
+            await self.residency.pin(record.serving, pinned)
             record.pinned = pinned
             self.library.changed(name)
             await self._save()
@@ -337,65 +333,33 @@ class AdapterUpdates:
         """
         if model is not None and self.mixes.means_mix(model):
             return self.mixes.preparation(model)
-        version = self.library.find(model) if model and self.workers is not None else None
+        known = model is not None and self.residency.workers is not None
+        version = self.library.find(model) if model is not None and known else None
         if version is None or not version.per_request or self._answered_by_weights():
             return None
-        return self._preparation(version)
+        return self.residency.preparation(version)
 
     def _answered_by_weights(self) -> bool:
         """Return whether an adapter is folded: only it is answered, and takes no slot."""
         return any(model is not None for model, _ in self.folded()[:1])
-
-    def _preparation(self, version: Version) -> Awaitable[str | None] | None:
-        assert self.workers is not None
-        if version.image is not None and self.resident is not None:
-            return self.resident.preparation(Occupant.of(version))
-        return self.workers.preparation(version)
 
     def admit(self, model: str | None) -> AbstractContextManager[None]:
         """Return the context in which a request for ``model`` runs."""
         if model is not None and self.mixes.means_mix(model):
             return self.mixes.asked(model)
         version = self.library.find(model) if model else None
-        if model is None or version is None or version.image is None or self.resident is None:
+        if model is None or version is None or self._answered_by_weights():
             return nullcontext()
-        if self._answered_by_weights():
-            return nullcontext()
-        return self.resident.admit(model, version)
+        return self.residency.admit(model, version)
 
-    async def _pin(self, version: Version, pinned: bool) -> None:
-        if version.image is not None and self.resident is not None:
-            await self.resident.pin(version, pinned)
-        elif self.workers is not None:
-            await self.workers.pin(version, pinned)
-
-    async def prepare_all(self, *, strict: bool = False) -> None:
-        """Prepare on the workers whatever the library has, one after the other.
-
-        Args:
-            strict: raise the first refusal, instead of serving without that adapter.
-
-        Raises:
-            UnservableError: see ``strict``.
-        """
-        pinned = {name for name, record in self.library.records.items() if record.pinned}
-        for version in sorted(self.library, key=lambda v: v.name not in pinned):
-            if self.resident is not None and version.image and not self.resident.has_room:
-                # It gets a place when it is asked.
-                continue
-            work = self.preparation(version.name)
-            refused = await work if work is not None else None
-            if refused is not None:
-                if strict:
-                    raise UnservableError(f"--strict: {version.name} cannot be served: {refused}")
-                self._refused_by_workers(version, refused)
-                continue
-            record = self.library.records.get(version.name)
-            if record is not None and record.pinned and self.workers is not None:
-                try:
-                    await self._pin(version, True)
-                except LifecycleError as error:
-                    self.say(f"{version.name} is not pinned: {error}")
+    def refuse(self, version: Version, reason: str) -> None:
+        """Serve a version no longer that a worker cannot serve."""
+        record = self.library.records.get(version.name)
+        if record is not None and version in record.versions:
+            record.versions.remove(version)
+            self.library.refuse(version.name, reason)
+            self.observer.adapter_refused(UnservableError(reason))
+            self.say(f"warning: {version} is not served: {reason}")
 
     # How it is done.
 
@@ -406,36 +370,9 @@ class AdapterUpdates:
             )
         return self.root
 
-    async def _prepare(self, entry: Entry) -> None:
-        """Raise UnservableError if a worker cannot serve an adapter that is chosen per request."""
-        if self.workers is not None and (entry.per_request or entry.lora is not None):
-            assert entry.snapshot is not None
-            refused = await self.workers.prepare(entry.name, entry.snapshot.path)
-            if refused is not None:
-                raise UnservableError(refused)
-        elif self.resident is not None and (image := self.resident.image_folder(entry)):
-            assert entry.snapshot is not None
-            refused = await self.resident.make_image(entry.snapshot.path, image)
-            if refused is not None:
-                raise UnservableError(refused)
-
-    async def _drop(self, name: str, copy: Snapshot) -> None:
-        """Forget a copy that became no version, unless one has the same content."""
-        if self._in_use(name, copy.path):
-            return
-        if self.workers is not None:
-            await self.workers.drop(copy.path)
-        if self.verifier.store is not None:
-            await asyncio.to_thread(self.verifier.store.discard, copy)
-
-    def _in_use(self, name: str, path: Path) -> bool:
-        """Return whether a version is, or requests may still run, on a copy."""
-        record = self.library.records.get(name, Record())
-        return self._retiring[path] > 0 or path in {v.snapshot.path for v in record.versions}
-
     async def _publish(self, entry: Entry, origin: Origin) -> Version:
         """Make verified content what its name stands for."""
-        await self._prepare(entry)
+        await self.residency.prepare(entry)
         assert entry.snapshot is not None
         record = self.library.records.get(entry.name)
         before = record.serving if record else None
@@ -444,15 +381,16 @@ class AdapterUpdates:
         record = self.library.record(entry.name)
         now = record.serving
         assert now is not None
-        if self.workers is not None and now.image is None:
-            self.workers.mark_prepared(now)
-            if not self._in_use(entry.name, entry.snapshot.path):
+        workers = self.residency.workers
+        if workers is not None and now.image is None:
+            workers.mark_prepared(now)
+            if not self.retirement.is_in_use(entry.name, entry.snapshot.path):
                 # The same content was there already, at a path of its own.
-                await self.workers.drop(entry.snapshot.path)
+                await workers.drop(entry.snapshot.path)
         changed = before is None or before.digest != now.digest
         if changed:
             await self._move_pin(entry.name, [*record.versions, *retired])
-        self._retire(retired)
+        self.retirement.retire(retired)
         await self._save()
         if changed:
             self.say(f"{now.name} is served as {now}" + (f", after {before}" if before else ""))
@@ -461,55 +399,16 @@ class AdapterUpdates:
     async def _move_pin(self, name: str, versions: Iterable[Version]) -> None:
         """Have a pin follow the name; ``versions`` are all that may have it."""
         record = self.library.record(name)
-        if not record.pinned or self.workers is None or record.serving is None:
+        if not record.pinned or self.residency.workers is None or record.serving is None:
             return
         for version in versions:
             if version is not record.serving:
-                await self._pin(version, False)
+                await self.residency.pin(version, False)
         try:
-            await self._pin(record.serving, True)
+            await self.residency.pin(record.serving, True)
         except LifecycleError as error:
             self.say(f"{name} is not pinned any more: {error}")
             record.pinned = False
-
-    def _refused_by_workers(self, version: Version, reason: str) -> None:
-        record = self.library.records.get(version.name)
-        if record is not None and version in record.versions:
-            record.versions.remove(version)
-            self.library.refuse(version.name, reason)
-            self.observer.adapter_refused(UnservableError(reason))
-            self.say(f"warning: {version} is not served: {reason}")
-
-    def _retire(self, versions: list[Version]) -> None:
-        if versions:
-            self.mixes.drop(versions)
-            self._retiring.update(version.snapshot.path for version in versions)
-            self._retiring_numbers.update((v.snapshot.path, v.number) for v in versions)
-            task = asyncio.ensure_future(self._free(versions))
-            self._later.add(task)
-            task.add_done_callback(self._later.discard)
-
-    async def _free(self, versions: list[Version]) -> None:
-        """Take versions from the workers that nobody can ask for any more."""
-        if self._ended is not None:
-            await self._ended()
-        for version in versions:
-            # The same content may have come back meanwhile, and may even have gone again: it has
-            # the same copy.
-            async with self._locks[version.name]:
-                path = version.snapshot.path
-                self._retiring[path] -= 1
-                again = self._in_use(version.name, path)
-                if not self._retiring[path]:
-                    del self._retiring[path], self._retiring_numbers[path]
-                if again:
-                    continue
-                if version.image is not None and self.resident is not None:
-                    await self.resident.forget(Occupant.of(version))
-                elif self.workers is not None:
-                    await self.workers.forget(version)
-                if self.verifier.store is not None:
-                    await asyncio.to_thread(self.verifier.store.discard, version.snapshot)
 
     async def _save(self) -> None:
         if self.state is not None:

@@ -102,14 +102,8 @@ def _refused(error: SecuraError) -> JSONResponse:
     return error_response(status, str(error))
 
 
-async def _resident(context: ServerContext) -> frozenset[int]:
-    workers, places = context.updates.workers, context.updates.resident
-    slots = await workers.resident() if workers is not None else frozenset()
-    return slots | frozenset(places.numbers if places is not None else ())
-
-
 async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
-    resident = await _resident(context)
+    resident = await context.updates.residency.numbers()
     return describe(
         context.updates.library, name, resident=resident, folded=context.folding.folded_version
     )
@@ -117,7 +111,7 @@ async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
 
 async def list_adapters(context: Context) -> dict[str, Any]:
     """Return every adapter with its versions, its state and what its card says."""
-    resident, library = await _resident(context), context.updates.library
+    resident, library = await context.updates.residency.numbers(), context.updates.library
     folded = context.folding.folded_version
     names = [name for name in library.records if context.may_ask(name)]
     cards = [describe(library, name, resident=resident, folded=folded) for name in names]

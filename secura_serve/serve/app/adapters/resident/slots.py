@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Collection, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -318,36 +318,12 @@ class ResidentSlots:
         if not who.lasting:
             await asyncio.to_thread(self.images.remove, who.image)
 
-    # The last guard, in front of the engine.
+    def hold(self, request: Any) -> AbstractContextManager[None]:
+        """Return what keeps the adapter of a ``LoRARequest`` in its place, if it needs one.
 
-    def guard(self, engine: Any) -> None:
-        """Have the engine never asked for an update that is in no place, which would end it.
-
-        Args:
-            engine: vLLM's ``EngineClient``.
+        Raises:
+            LifecycleError: (503) it is in no place.
         """
-        generate, encode = engine.generate, engine.encode
-
-        def held(ask: Any) -> Any:
-            async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-                request = kwargs.get("lora_request")
-                if request is None and ask is encode and len(args) > 3:
-                    request = args[3]
-                with self._held_if_resident(request):
-                    answers = ask(*args, **kwargs)
-                    try:
-                        async for answer in answers:
-                            yield answer
-                    finally:
-                        # vLLM aborts the request when its generator is closed.
-                        await answers.aclose()
-
-            return guarded
-
-        engine.generate, engine.encode = held(generate), held(encode)
-
-    def _held_if_resident(self, request: Any) -> AbstractContextManager[None]:
-        """Return what keeps the adapter of a ``LoRARequest`` in its place, if it needs one."""
         if request is None or Path(request.lora_path).parent != self.images.root:
             return nullcontext()
         if request.lora_int_id not in self._filled:
