@@ -2,11 +2,14 @@
 
     python -m benchmarks.adapters.run --work runs [--task iso-date] [--seeds 0 1 2]
 
-Per task: data (make_data.py), one training per seed, held-out accuracy of the base and of each
-seed with the same prompts and the same scoring, KL and perplexity against the base on neutral
-English (Debian's ``fortunes``: apt-get install fortunes). The adapter in ``adapters/<task>`` is
-the run with seed 0, whatever its score; its card gives the mean over the seeds that are there.
-Delete a file under ``--work`` to have its step done again. Measured in one thread on a CPU.
+Per recipe: data (make_data.py), the learning rate, one training per seed, held-out accuracy of the
+base and of each seed with the same prompts and the same scoring, KL and perplexity against the base
+on neutral English (Debian's ``fortunes``), and the share of general-knowledge questions that the
+base gets right and the adapter does too (:mod:`benchmarks.front.questions`, Debian's
+``wordnet-base``). The adapter in ``adapters/<recipe>`` is the run with seed 0, whatever its score;
+its card gives the mean over the seeds that are there. Recipes named ``*-plain`` are what was
+shipped before; what they give stays below ``--work``. Delete a file under ``--work`` to have its
+step done again. Measured in one thread on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from benchmarks._report import header
 from benchmarks.adapters import make_data
+from benchmarks.front.base import Base
+from benchmarks.front.one import knowledge
 from secura_serve.evaluate import answers, retention, score
 from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.train.card import write
@@ -34,7 +40,8 @@ from secura_serve.train.settings import TrainConfig
 
 BASE = "smollm2-135m"
 ADAPTERS = Path(__file__).resolve().parents[2] / "adapters"
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+FIGURES = Path(__file__).resolve().parents[1] / "results" / "adapters.json"
+"""What was measured of every recipe, shipped or not."""
 ITEMS = 200
 BASE_ROOM = 48
 
@@ -49,12 +56,16 @@ class Recipe:
     max_new_tokens: int
     steps: int
     limits: str
-    lrs: tuple[float, ...] = (5e-3,)
-    """More than one: the best on ``VALIDATION`` training items that are kept apart is taken."""
+    lrs: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    """One, or several to choose from on ``VALIDATION`` training items that are kept apart, see
+    :func:`chosen`."""
+    margin: float = 0.01
+    """How much accuracy a rate of less KL may cost."""
     data: str | None = None
     """Task whose data it uses; its own by default."""
     core: str = "u"
     magnorm: str = "none"
+    coordinates: str = "natural"
 
 
 RECIPES = {
@@ -85,8 +96,13 @@ RECIPES = {
         "What it gets wrong is mostly the day: 2 becomes 22, 30 becomes 03.",
     ),
 }
+PLAIN = "-plain"
 RECIPES |= {
-    name: replace(RECIPES["iso-date"], data="iso-date", core=core, lrs=lrs, magnorm="bounded")
+    name + PLAIN: replace(recipe, data=name, lrs=(5e-3,), coordinates="plain")
+    for name, recipe in RECIPES.items()
+}
+RECIPES |= {
+    name: replace(RECIPES["iso-date" + PLAIN], core=core, lrs=lrs, magnorm="bounded", margin=0.0)
     for name, core, lrs in (
         ("iso-date-bounded", "u", (1e-2, 2e-2, 4e-2)),
         ("iso-date-bounded-ab", "ab", (5e-3, 1e-2, 2e-2)),
@@ -103,6 +119,13 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
         file.with_suffix(".tmp").write_text(json.dumps(value, indent=1) + "\n")
         file.with_suffix(".tmp").rename(file)
     return json.loads(file.read_text())
+
+
+def chosen(tried: dict[float, dict[str, Any]], margin: float) -> float:
+    """Return the rate of least KL among those that score at least the best less ``margin``."""
+    enough = max(result["accuracy"] for result in tried.values()) - margin
+    kl = {lr: r["retention"]["kl"] for lr, r in tried.items() if r["accuracy"] >= enough - 1e-9}
+    return min(kl, key=lambda lr: kl[lr])
 
 
 def evaluate_base(task: str, test: Path) -> dict[str, Any]:
@@ -128,16 +151,30 @@ def _accuracy(model: Any, tokenizer: Any, task: str, test: Path, room: int) -> d
     }
 
 
-def evaluate_adapter(folder: Path, task: str, test: Path) -> dict[str, Any]:
-    """Held-out accuracy and retention of an adapter as it lies on disk."""
+def evaluate_adapter(
+    folder: Path, task: str, test: Path, kept: Path | None = None
+) -> dict[str, Any]:
+    """Held-out accuracy and retention of an adapter as it lies on disk, in bfloat16 as served.
+
+    Args:
+        kept: where the base's answers to the general-knowledge questions are, or will be; None
+            leaves these out.
+    """
     model, tokenizer, _ = load_base(BASE, "bfloat16", "cpu")
     tuned = PeftModel.from_pretrained(model, str(folder))
-    kept = retention(tuned, tokenizer, neutral_texts().texts)
+    drift = retention(tuned, tokenizer, neutral_texts().texts)
     if RECIPES[task].magnorm != "none":
         # The same weights as in the forward pass, made once instead of at every token.
         tuned.merge_adapter()
-    room = RECIPES[task].max_new_tokens
-    return _accuracy(tuned, tokenizer, task, test, room) | {"retention": asdict(kept)}
+    facts = _accuracy(tuned, tokenizer, task, test, RECIPES[task].max_new_tokens)
+    facts |= {"retention": asdict(drift)}
+    if kept is not None:
+        # With the base's own weights, should its answers not be there yet.
+        base = Base(lambda: load_base(BASE, "bfloat16", "cpu")[0].eval(), tokenizer,
+                    f"{BASE} bfloat16", kept)  # fmt: skip
+        facts["questions"] = knowledge(tuned, tokenizer, base)
+        facts["retention"] |= {key: share["accuracy"] for key, share in facts["questions"].items()}
+    return facts
 
 
 def _data(task: str, folder: Path) -> tuple[Path, Path, Path]:
@@ -154,7 +191,7 @@ def _data(task: str, folder: Path) -> tuple[Path, Path, Path]:
 
 
 def run(task: str, seeds: list[int], work: Path) -> None:
-    """Every step of one task."""
+    """Every step of one recipe."""
     recipe, scores = RECIPES[task], work / "scores"
     data, chosen_by, test = _data(task, work / "data")
 
@@ -163,8 +200,7 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         config = TrainConfig(
             base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, learning_rate=lr,
             max_steps=recipe.steps, per_device_train_batch_size=8, max_length=160, seed=seed,
-            device="cpu",
-            core=recipe.core, magnorm=recipe.magnorm,
+            device="cpu", core=recipe.core, magnorm=recipe.magnorm, coordinates=recipe.coordinates,
         )  # fmt: skip
         if not out.exists():
             write(config, train(config))
@@ -178,27 +214,31 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         for lr in recipe.lrs
         if len(recipe.lrs) > 1
     }
-    best = max(recipe.lrs, key=lambda lr: tried[lr]["accuracy"] if tried else 0)
+    best = chosen(tried, recipe.margin) if tried else recipe.lrs[0]
     for seed in seeds:
         out = trained(best, seed)
-        once(scores / f"{task}-{seed}.json", lambda out=out: evaluate_adapter(out, task, test))
+        once(
+            scores / f"{task}-{seed}.json",
+            lambda out=out: evaluate_adapter(out, task, test, work / "base"),
+        )
         once(scores / f"{task}-base.json", lambda: evaluate_base(task, test))
-        tuning = {f"{lr:g}": result["accuracy"] for lr, result in tried.items()}
-        publish(task, work, trained(best, 0), tuning)
+        publish(task, work, trained(best, 0), tried)
 
 
-def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> None:
-    """Copy the seed-0 run to ``adapters/`` and write what was measured beside it."""
+def publish(task: str, work: Path, source: Path, tried: dict[float, dict[str, Any]]) -> None:
+    """Write what was measured to ``FIGURES``, and what is shipped to ``adapters/``, with a card."""
     scores = {f.stem.rsplit("-", 1)[1]: json.loads(f.read_text())
               for f in sorted((work / "scores").glob(f"{task}-[0-9]*.json"))}  # fmt: skip
     base = json.loads((work / "scores" / f"{task}-base.json").read_text())
-    target = ADAPTERS / task
     facts = json.loads((source / "train.json").read_text())
-    facts["evaluation"] = {
+    evaluation = {
         "kind": RECIPES[task].scoring,
         "max_new_tokens": RECIPES[task].max_new_tokens,
         "neutral_text": neutral_texts().source,
-        "validation_accuracy_by_lr": tuning,
+        "validation_by_lr": {
+            f"{lr:g}": {"accuracy": result["accuracy"], "kl": result["retention"]["kl"]}
+            for lr, result in tried.items()
+        },
         "base": base,
         "seeds": scores,
         "accuracy_mean_sd": _mean_sd([s["accuracy"] for s in scores.values()]),
@@ -207,9 +247,20 @@ def publish(task: str, work: Path, source: Path, tuning: dict[str, float]) -> No
             [s["retention"]["perplexity_ratio"] for s in scores.values()]
         ),
     }
+    figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    figures[task] = header(("torch", "transformers", "peft")) | {
+        "command": f"python -m benchmarks.adapters.run --task {task}",
+        "learning_rate": TrainConfig.upgrade(facts["config"])["learning_rate"],
+        "evaluation": evaluation,
+    }
+    FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
+    target = ADAPTERS / task
+    if task.endswith(PLAIN):
+        return
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(source, target)
+    facts["evaluation"] = evaluation
     (target / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
     (target / "README.md").write_text(_card(task, facts))
 
@@ -219,20 +270,24 @@ def _mean_sd(values: list[float]) -> list[float]:
 
 
 def _variants(task: str) -> str:
-    """Score and retention of every adapter trained on the same data, one row each."""
-    rows = ["| variant | held-out accuracy | KL | perplexity × |", "|---|---|---|---|"]
+    """Score and retention of every recipe for the same task that was measured, one row each."""
+    figures = json.loads(FIGURES.read_text())
+    rows = [
+        "| recipe | held-out accuracy | KL | perplexity × | still right |",
+        "|---|---|---|---|---|",
+    ]
     for name, recipe in RECIPES.items():
-        file = ADAPTERS / name / "train.json"
-        if (recipe.data or name) != (RECIPES[task].data or task) or not file.is_file():
+        if (recipe.data or name) != (RECIPES[task].data or task) or name not in figures:
             continue
-        facts = json.loads(file.read_text())
-        evaluation = facts["evaluation"]
-        rate = f"{TrainConfig.upgrade(facts['config'])['learning_rate']:g}"
-        if tuned := evaluation.get("validation_accuracy_by_lr"):
+        evaluation, rate = figures[name]["evaluation"], f"{figures[name]['learning_rate']:g}"
+        if tuned := evaluation["validation_by_lr"]:
             rate += f" of {', '.join(tuned)}"
-        variant = f"core `{recipe.core}`, `{recipe.magnorm}`, learning rate {rate}"
-        cells = (_spread(evaluation, k) for k in ("accuracy", "kl", "perplexity_ratio"))
-        rows.append(f"| [`{name}`](../{name}): {variant} | {' | '.join(cells)} |")
+        link = f"`{name}`" if name.endswith(PLAIN) else f"[`{name}`](../{name})"
+        variant = f"core `{recipe.core}`, S-MagNorm `{recipe.magnorm}`, {recipe.coordinates} "
+        variant += f"coordinates, learning rate {rate}"
+        cells = [_spread(evaluation, k) for k in ("accuracy", "kl", "perplexity_ratio")]
+        still = evaluation["seeds"]["0"]["retention"]["still_right"]
+        rows.append(f"| {link}: {variant} | {' | '.join(cells)} | {still:.3f} |")
     return "\n".join(rows) if len(rows) > 3 else ""
 
 
@@ -241,17 +296,13 @@ def _spread(evaluation: dict[str, Any], key: str) -> str:
     return f"{mean:.3f} ± {sd:.3f}"
 
 
-def _questions(task: str) -> str:
-    """Return what ``secura-eval`` measured on general-knowledge questions, as rows of the table."""
-    kept = json.loads((RESULTS / "kept.json").read_text())["retention"]
-    shares = kept["models"].get(task)
-    if shares is None:
-        return ""
-    same, right = shares["answers_unchanged"], shares["still_right"]
+def _questions(shipped: dict[str, Any]) -> str:
+    """Return what became of the answers that the base gets right, as rows of the table."""
+    right, same = (shipped["questions"][key] for key in ("still_right", "unchanged"))
     return (
-        f"| {same['n']} questions (capitals, currencies) answered as the base does | "
-        f"{same['accuracy']:.3f} | – |\n| the {right['n']} of them that the base gets right, "
-        f"still right | {right['accuracy']:.3f} | – |\n"
+        f"| the {right['n']} general-knowledge questions that the base gets right: still right | "
+        f"{right['accuracy']:.3f} | – |\n"
+        f"| answered word for word as the base does | {same['accuracy']:.3f} | – |\n"
     )
 
 
@@ -265,13 +316,23 @@ def _card(task: str, facts: dict[str, Any]) -> str:
     prompt = examples[recipe.data or task][0]["prompt"]
     quoted = "\n".join("> " + line if line else ">" for line in prompt.splitlines())
     size = (ADAPTERS / task / "adapter_model.safetensors").stat().st_size / 1e6
-    chosen = (
-        f"The learning rate is the best of {', '.join(evaluation['validation_accuracy_by_lr'])} on "
-        f"{VALIDATION} training items kept apart, one training with seed 0 each."
-        if evaluation["validation_accuracy_by_lr"]
-        else "Learning rate, length and training data were settled by hand while looking at "
-        "held-out scores of\nseed 0; there was no further validation set."
-    )
+    rates = evaluation["validation_by_lr"]
+    if not rates:
+        choice = (
+            "Learning rate, length and training data were settled by hand while looking at "
+            "held-out scores of\nseed 0; there was no further validation set."
+        )
+    elif margin := RECIPES[task].margin:
+        choice = (
+            f"Of the learning rates {', '.join(rates)}, one training with seed 0 each, it is the "
+            f"one of least KL among those\nwithin {margin:g} of the best accuracy on {VALIDATION} "
+            "training items kept apart."
+        )
+    else:
+        choice = (
+            f"The learning rate is the best of {', '.join(rates)} on {VALIDATION} training items "
+            "kept apart, one training with seed 0 each."
+        )
     norm = f"`{settings['magnorm']}`"
     if settings["magnorm"] == "bounded":
         norm += (
@@ -306,17 +367,17 @@ tags: [secura, cur, peft]
 | KL(base ‖ adapted) per token | {shipped["retention"]["kl"]:.3f} | {_spread(evaluation, "kl")} |
 | perplexity ratio | {shipped["retention"]["perplexity_ratio"]:.3f} | \
 {_spread(evaluation, "perplexity_ratio")} |
-{_questions(task)}
+{_questions(shipped)}
 {variants + chr(10) * 2 if variants else ""}Shipped is the run with seed 0, whatever its score. \
 Base and adapter got the same prompts and the same
 lenient scoring (`{recipe.scoring}` in `secura_serve.evaluate.SCORERS`), greedy decoding of at most
 {recipe.max_new_tokens} tokens for the adapter and {max(BASE_ROOM, recipe.max_new_tokens)} for the
 base. Neutral English: {evaluation["neutral_text"]}, first 64 tokens each.
-{chosen}
+{choice}
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
 {core}, S-MagNorm {norm}. Basis `{settings["selection"]}` with seed
-{settings["selection_seed"]} (shared by all adapters here),
+{settings["selection_seed"]} (shared by all adapters here), {settings["coordinates"]} coordinates,
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["per_device_train_batch_size"]} examples at
 {rate:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
