@@ -124,8 +124,9 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
 def chosen(tried: dict[float, dict[str, Any]], margin: float) -> float:
     """Return the rate of least KL among those that score at least the best less ``margin``."""
     enough = max(result["accuracy"] for result in tried.values()) - margin
-    kl = {lr: r["retention"]["kl"] for lr, r in tried.items() if r["accuracy"] >= enough - 1e-9}
-    return min(kl, key=lambda lr: kl[lr])
+    equal = {lr: result for lr, result in tried.items() if result["accuracy"] >= enough - 1e-9}
+    # Where KL was not measured the smallest rate is taken.
+    return min(sorted(equal), key=lambda lr: equal[lr]["retention"]["kl"] or 0.0)
 
 
 def evaluate_base(task: str, test: Path) -> dict[str, Any]:
