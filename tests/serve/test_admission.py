@@ -264,3 +264,24 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_whole(monkeypatch):
         assert not house.seen and house.admission.running == 0
 
     asyncio.run(run())
+
+
+def test_a_client_that_stops_sending_is_given_up(monkeypatch):
+    monkeypatch.setattr(bodies, "STALLED_S", 0.05)
+    first = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive():
+        return first.pop() if first else await asyncio.Future()
+
+    async def run():
+        house, sent = House(), []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "root_path": ""}
+        await house.app(scope | {"headers": []}, receive, send)
+        assert sent[0]["status"] == 408 and b"no more of the body" in sent[1]["body"]
+        assert not house.seen and house.admission.running == 0
+
+    asyncio.run(run())

@@ -1,12 +1,14 @@
-"""Bodies of requests: read up to a limit, and no further."""
+"""Bodies of requests: read up to a limit and no further, and only while they come."""
 
 from __future__ import annotations
+
+import asyncio
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from secura_serve.errors import LifecycleError
 from secura_serve.serve.app.adapters.uploaded import UPLOADED
@@ -18,6 +20,21 @@ LARGEST_REQUEST = 2**27
 LARGEST_UPLOAD = 2**30
 """Bytes of an upload; an adapter of ours has a thousandth of that."""
 
+STALLED_S = 60.0
+"""Seconds without a byte after which a client is given up, as nginx does (client_body_timeout)."""
+
+
+def _while_it_comes(receive: Receive) -> Receive:
+    """Return a ``receive`` that raises LifecycleError (408) once nothing has come for too long."""
+
+    async def received() -> Message:
+        try:
+            return await asyncio.wait_for(receive(), STALLED_S)
+        except TimeoutError:
+            raise LifecycleError(408, f"no more of the body came for {STALLED_S:g} s") from None
+
+    return received
+
 
 def _too_large(largest: int) -> LifecycleError:
     return LifecycleError(413, f"the body is larger than {largest // 2**20} MiB")
@@ -27,11 +44,12 @@ async def read_body(receive: Receive, largest: int) -> bytes | None:
     """Return the whole body; None if the client went away.
 
     Raises:
-        LifecycleError: (413) it has more than ``largest`` bytes; the rest has not been read.
+        LifecycleError: (413) it has more than ``largest`` bytes; the rest has not been read; (408)
+            the client stopped sending.
     """
     parts, size = [], 0
     while True:
-        message = await receive()
+        message = await _while_it_comes(receive)()
         if message["type"] == "http.disconnect":
             return None
         parts.append(message.get("body", b""))
@@ -46,7 +64,7 @@ async def read_upload(request: Request) -> bytes:
     """Return the whole body of an upload.
 
     Raises:
-        LifecycleError: (413) it is too large.
+        LifecycleError: (413) it is too large; (408) the client stopped sending.
         ClientDisconnect: the client went away.
     """
     body = await read_body(request.receive, LARGEST_UPLOAD)
@@ -60,7 +78,7 @@ async def read_files(request: Request) -> dict[str, bytes]:
 
     Raises:
         LifecycleError: (400) it cannot be read, or a file is sent twice; (411) it does not say its
-            length; (413) it is too large.
+            length; (413) it is too large; (408) the client stopped sending.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise LifecycleError(
@@ -72,7 +90,7 @@ async def read_files(request: Request) -> dict[str, bytes]:
     if int(length) > LARGEST_UPLOAD:
         raise _too_large(LARGEST_UPLOAD)
     # With "app" in its scope Starlette answers a malformed form itself.
-    apart = Request({k: v for k, v in request.scope.items() if k != "app"}, request.receive)
+    apart = Request({k: v for k, v in request.scope.items() if k != "app"}, _while_it_comes(request.receive))
     files: dict[str, bytes] = {}
     try:
         async with apart.form(max_files=len(UPLOADED), max_fields=0) as form:
