@@ -236,7 +236,7 @@ def restarted(start) -> tuple[Server, dict[str, object]]:
         "roles": roles,
         "took": len(shared),
     }
-    return start("--no-ui", "--shutdown-timeout", "1", port=server.port), left
+    return start("--no-ui", "--shutdown-timeout", "4", port=server.port), left
 
 
 def test_a_killed_server_leaves_nothing_behind(restarted):

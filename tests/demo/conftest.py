@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ from tests.support.browser import chromium, open_page, running_page
 from tests.support.engines import free_port
 from tests.support.fake_server import FakeServer
 
+REMEMBERED_S = 2.0
+"""Longer than the page's process keeps what a server offers."""
 MATRIX = {
     "name": "four tasks",
     "tasks": ["one", "two"],
@@ -46,15 +49,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         flags += ["--results", str(folder / name)]
     port = free_port()
     with running_page(f"http://127.0.0.1:{port}/v1", folder / "log", *flags) as url:
-        yield SimpleNamespace(url=url, port=port, log=folder / "log")
+        yield SimpleNamespace(url=url, port=port, log=folder / "log", stale_until=0.0)
 
 
 @pytest.fixture
 def server(place: SimpleNamespace) -> Iterator[FakeServer]:
     """A server that runs, unless the test stops it."""
-    fake = FakeServer(port=place.port)
+    # The page's process would show the last test's adapters for a moment.
+    time.sleep(max(0.0, place.stale_until - time.monotonic()))
+    fake, usual = FakeServer(port=place.port), _offer(FakeServer())
     with fake:
         yield fake
+    if _offer(fake) != usual:
+        place.stale_until = time.monotonic() + REMEMBERED_S
+
+
+def _offer(server: FakeServer) -> tuple[object, ...]:
+    return server.adapters, server.admin_key, server.api_key, server.plain, server.folded
 
 
 @pytest.fixture

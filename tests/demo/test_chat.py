@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from tests.demo.conftest import REMEMBERED_S
 from tests.support.browser import open_page, scroll_width, send
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
@@ -331,7 +332,7 @@ def test_a_server_that_refuses_breaks_off_or_goes_and_comes_back(
 
 
 def test_a_page_that_finds_no_server_fills_itself_later(place: Any, browser: Any) -> None:
-    time.sleep(2)  # The page's process remembers a server for a moment.
+    time.sleep(REMEMBERED_S)
     page = open_page(browser, place.url)
     page.locator("#status p.down", has_text="No server answers").wait_for(timeout=20_000)
     with FakeServer(port=place.port):

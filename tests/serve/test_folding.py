@@ -178,11 +178,11 @@ def slowly(client, model, stream=True):
     """A request that takes seconds: many prompts, each to the end of the context.
 
     As a stream it stays inside until it is read, however fast the machine: so many logprobs
-    (9 MB) are more than the two ends of a connection hold, once the client's may not grow.
+    (6 MB) are more than the two ends of a connection hold, once the client's may not grow.
     """
     answer = client.completions.create(
         model=model,
-        prompt=["Once upon"] * 64,
+        prompt=["Once upon"] * 40,
         max_tokens=240,
         temperature=0,
         stream=stream,

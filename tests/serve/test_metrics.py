@@ -148,7 +148,8 @@ def test_a_scrape_does_not_wait_for_an_engine_that_does_not_answer(
 
     async def scrape() -> None:
         engine = Engine()
-        updates: Any = SimpleNamespace(library=library, workers=Workers(engine, dict))
+        residency = SimpleNamespace(workers=Workers(engine, dict))
+        updates: Any = SimpleNamespace(library=library, residency=residency)
         states = AdapterStates(metrics, updates, SimpleNamespace(busy=False))  # type: ignore[arg-type]
         loop = asyncio.get_running_loop()
         begin = loop.time()

@@ -27,8 +27,7 @@ def take_adapters(asked: dict[str, Any], bases: Collection[str]) -> None:
         bases: what the base is called.
 
     Raises:
-        MixError: (400) the field is malformed, a part is the base, or the model is an adapter
-            already.
+        MixError: (400) the field is malformed, or the model is an adapter already.
     """
     value = asked.pop(FIELD)
     parts = parts_of_field(value)
@@ -39,11 +38,7 @@ def take_adapters(asked: dict[str, Any], bases: Collection[str]) -> None:
             f"adapters are added to the base, and model is {str(model)[:_SHOWN]!r}: name the base "
             f"({next(iter(bases), 'none')}) or no model, or name all adapters in one place",
         )
-    if (base := next((part.model for part in parts if part.model in bases), None)) is not None:
-        raise MixError(
-            400,
-            f"adapters: {base} is the base, which every mix is added to with weight 1: leave it "
-            "out",
-        )
     if parts:
-        asked["model"] = spell((part.model, part.weight) for part in parts)
+        mix = spell((part.model, part.weight) for part in parts)
+        # The base is no part of a mix, which is told of an expression and not of a name.
+        asked["model"] = f"{mix}*1" if mix in bases else mix
