@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from secura_serve.errors import LifecycleError
-from secura_serve.serve.app.adapters.uploaded import UPLOADED
+from secura_serve.serve.app.adapters.content.uploaded import UPLOADED
 
 __all__ = ["LARGEST_REQUEST", "LARGEST_UPLOAD", "read_body", "read_files", "read_upload"]
 
@@ -90,7 +90,9 @@ async def read_files(request: Request) -> dict[str, bytes]:
     if int(length) > LARGEST_UPLOAD:
         raise _too_large(LARGEST_UPLOAD)
     # With "app" in its scope Starlette answers a malformed form itself.
-    apart = Request({k: v for k, v in request.scope.items() if k != "app"}, _while_it_comes(request.receive))
+    apart = Request(
+        {k: v for k, v in request.scope.items() if k != "app"}, _while_it_comes(request.receive)
+    )
     files: dict[str, bytes] = {}
     try:
         async with apart.form(max_files=len(UPLOADED), max_fields=0) as form:
