@@ -56,7 +56,7 @@ class Recipe:
     max_new_tokens: int
     steps: int
     limits: str
-    lrs: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3)
+    lrs: tuple[float, ...] = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
     """One, or several to choose from on ``VALIDATION`` training items that are kept apart, see
     :func:`chosen`."""
     margin: float = 0.01
