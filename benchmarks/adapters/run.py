@@ -219,17 +219,18 @@ def run(task: str, seeds: list[int], work: Path) -> None:
     for seed in seeds:
         out = trained(best, seed)
         once(
-            scores / f"{task}-{seed}.json",
+            scores / f"{best:g}" / f"{task}-{seed}.json",
             lambda out=out: evaluate_adapter(out, task, test, work / "base"),
         )
         once(scores / f"{task}-base.json", lambda: evaluate_base(task, test))
-        publish(task, work, trained(best, 0), tried)
+        publish(task, work, best, tried)
 
 
-def publish(task: str, work: Path, source: Path, tried: dict[float, dict[str, Any]]) -> None:
+def publish(task: str, work: Path, best: float, tried: dict[float, dict[str, Any]]) -> None:
     """Write what was measured to ``FIGURES``, and what is shipped to ``adapters/``, with a card."""
+    source, measured = work / "out" / f"{best:g}" / "0" / task, work / "scores" / f"{best:g}"
     scores = {f.stem.rsplit("-", 1)[1]: json.loads(f.read_text())
-              for f in sorted((work / "scores").glob(f"{task}-[0-9]*.json"))}  # fmt: skip
+              for f in sorted(measured.glob(f"{task}-[0-9]*.json"))}  # fmt: skip
     base = json.loads((work / "scores" / f"{task}-base.json").read_text())
     facts = json.loads((source / "train.json").read_text())
     evaluation = {
@@ -251,7 +252,7 @@ def publish(task: str, work: Path, source: Path, tried: dict[float, dict[str, An
     figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     figures[task] = header(("torch", "transformers", "peft")) | {
         "command": f"python -m benchmarks.adapters.run --task {task}",
-        "learning_rate": TrainConfig.upgrade(facts["config"])["learning_rate"],
+        "learning_rate": best,
         "evaluation": evaluation,
     }
     FIGURES.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
@@ -260,7 +261,7 @@ def publish(task: str, work: Path, source: Path, tried: dict[float, dict[str, An
         return
     if target.exists():
         shutil.rmtree(target)
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("curves.*"))
     facts["evaluation"] = evaluation
     (target / "train.json").write_text(json.dumps(facts, indent=1) + "\n")
     (target / "README.md").write_text(_card(task, facts))
