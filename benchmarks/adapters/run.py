@@ -201,7 +201,8 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         config = TrainConfig(
             base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, learning_rate=lr,
             max_steps=recipe.steps, per_device_train_batch_size=8, max_length=160, seed=seed,
-            device="cpu", core=recipe.core, magnorm=recipe.magnorm, coordinates=recipe.coordinates, resume="auto",
+            device="cpu", core=recipe.core, magnorm=recipe.magnorm, coordinates=recipe.coordinates,
+            resume="auto",
         )  # fmt: skip
         if not out.exists():
             write(config, train(config))
