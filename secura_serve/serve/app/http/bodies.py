@@ -90,7 +90,9 @@ async def read_files(request: Request) -> dict[str, bytes]:
     if int(length) > LARGEST_UPLOAD:
         raise _too_large(LARGEST_UPLOAD)
     # With "app" in its scope Starlette answers a malformed form itself.
-    apart = Request({k: v for k, v in request.scope.items() if k != "app"}, _while_it_comes(request.receive))
+    apart = Request(
+        {k: v for k, v in request.scope.items() if k != "app"}, _while_it_comes(request.receive)
+    )
     files: dict[str, bytes] = {}
     try:
         async with apart.form(max_files=len(UPLOADED), max_fields=0) as form:
