@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -67,15 +68,21 @@ def _cell(what: tuple[str, float] | None, most: float) -> str:
     if what is None:
         return '<td title="not changed">–</td>'
     module, ratio = what
-    said = number(100 * ratio)
-    return heat_cell(ratio / most if most else 0.0, said, f"{module}: {said} %")
+    title = f"{module}: {number(100 * ratio)} %"
+    return heat_cell(ratio / most if most else 0.0, _percent(ratio, most), title)
+
+
+def _percent(ratio: float, most: float) -> str:
+    """Return a ratio with as many decimals as the largest needs to have two digits or three."""
+    power = math.floor(math.log10(100 * most)) if most else 0
+    return f"{100 * ratio:.{max(0, 2 - power) if power >= 0 else max(2, 1 - power)}f}"
 
 
 def _scale(most: float) -> str:
     """Return the colours with their numbers, from 0 to the largest change."""
     shares = [step / (_STEPS - 1) for step in range(_STEPS)]
     marks = "".join(
-        f'<span class="heat" style="{heat(share)}">{number(100 * most * share)}</span>'
+        f'<span class="heat" style="{heat(share)}">{_percent(most * share, most)}</span>'
         for share in shares
     )
     return f'<span class="scale">{marks}</span>'

@@ -48,11 +48,13 @@ def test_an_adapter_is_asked_beside_the_base(
     assert " ".join(layers.locator("thead").inner_text().split()) == heads
     rows = layers.locator("tbody tr")
     assert rows.count() == 30 and layers.locator("td.heat").count() == 210
-    assert " ".join(rows.last.inner_text().split()) == "29 3.98 3.94 4 3.96 3.9 3.92 3.89"
+    assert " ".join(rows.last.inner_text().split()) == "29 3.98 3.94 4.00 3.96 3.90 3.92 3.89"
     title = rows.last.locator("td").nth(2).get_attribute("title")
     assert title == "model.layers.29.self_attn.v_proj: 4 %"
-    assert layers.locator(".scale").inner_text().split() == ["0", "1", "2", "3", "4"]
+    assert layers.locator(".scale").inner_text().split() == ["0.00", "1.00", "2.00", "3.00", "4.00"]
     assert scroll_width(page) <= window["width"]
+    assert rows.last.bounding_box()["height"] < 25
+    assert not _scrolls(layers)
     page.locator("#kept-adapter input").click()
     page.get_by_role("option", name="bare").click()
     page.locator("#kept", has_text="no numbers").wait_for()
@@ -133,6 +135,11 @@ def test_no_tab_has_a_serious_finding_or_is_cut(
         assert not _cut(page), tab
         assert not _overlapping(page), tab
     assert not found, "\n".join(found)
+
+
+def _scrolls(table: Any) -> bool:
+    """Return whether a table is wider than the box around it."""
+    return bool(table.evaluate("({parentElement: e}) => e.scrollWidth > e.clientWidth"))
 
 
 def _cut(page: Any) -> list[str]:

@@ -180,7 +180,9 @@ def test_layers_are_rows_whatever_the_modules_are_called():
     )
     heads = [f">{head}</th>" for head in ("layer", "attn.c_proj", "mlp.c_proj", "c_fc", "0", "10")]
     assert all(head in shown for head in heads) and shown.count("<tr>") == 3
-    assert 'title="transformer.h.10.mlp.c_proj: 1 %">1</td>' in shown
+    assert 'title="transformer.h.10.mlp.c_proj: 1 %">1.00</td>' in shown
+    for most, said in ((1.5, "150"), (0.15, "15.0"), (0.001, "0.10"), (0.00012, "0.012")):
+        assert f">{said}</td>" in layer_table("x", {"h.0.q": most})
     odd = layer_table("x", {"a.0.q": 0.0, "b.0.v": 0.0, MARK: 0.0})
     assert "a.0</th>" in odd and "b.0</th>" in odd and odd.count("not changed") == 6
     assert "<img" not in odd
