@@ -64,9 +64,12 @@ def test_an_adapter_is_asked_beside_the_base(
     page.locator("#layers [role=alert]", has_text="(409): bare changes nothing").wait_for()
 
 
-def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+def test_the_live_numbers_follow_the_server(
+    server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
+) -> None:
     server.scripts = {BASE: Script(("word ",) * 400, wait_s=0.03)}
-    page = visit()
+    page = visit(**window)
     send(page, "Go on")
     server.metrics["vllm:num_requests_running"] = 7
     page.get_by_role("tab", name="Live").click()
@@ -80,6 +83,7 @@ def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[
     server.metrics['secura_adapter_generation_tokens_total{adapter="iso-date"}'] = 5000
     page.locator("#traffic-table", has_text="5000").wait_for(timeout=10_000)
     page.locator("#speed svg.marks").wait_for(timeout=10_000)
+    assert scroll_width(page) <= window["width"]
     server.__exit__()
     page.locator("#numbers", has_text="Trying again").wait_for(timeout=15_000)
     server.__enter__()
