@@ -32,7 +32,8 @@ from urllib.parse import quote
 from benchmarks._report import ROOT, end_on_terminate, header, out_file
 from benchmarks.serve import serving
 
-MODELS = ("base", "sentiment", "extract", "extract*0.5+iso-date")
+# Adapters at full weight answer this in a few words; these four do not.
+MODELS = ("base", "iso-date-bounded", "extract*0.5", "extract*0.3+iso-date*0.3")
 PROMPT = "Tell me a long story about a river and the people who live beside it."
 Stream = tuple[int, float, float]
 """Tokens, tokens per second, and seconds to the first token."""
@@ -106,6 +107,7 @@ def number_before(text: str, unit: str) -> float:
 
 
 def summary(streams: list[Stream]) -> dict[str, Any]:
+    assert all(count > 1 for count, _, _ in streams), "an answer is too short to be timed"
     # The first token belongs to no interval.
     seconds = sum((count - 1) / speed for count, speed, _ in streams)
     return {
