@@ -1,6 +1,6 @@
 """What the chat page adds to a token: four columns through it, and the same four streams without.
 
-    python -m benchmarks.page [--rounds 7] [--out results/page.json] [flags for vLLM]
+    python -m benchmarks.page [--rounds 15] [--out results/page.json] [flags for vLLM]
 
 One server with the adapters of this repository, one page on it, and Chromium, all on this machine.
 In each round the same four models get the same prompt twice: through the page in the browser, and
@@ -71,8 +71,9 @@ def direct(url: str, tokens: int) -> list[Stream]:
     asks = [(answer, [{"role": "user", "content": PROMPT}]) for answer in answers]
 
     async def ask() -> None:
-        async for _ in Comparison(connect(f"{url}/v1"), asks, Settings(tokens)):
-            pass
+        async with connect(f"{url}/v1") as client:
+            async for _ in Comparison(client, asks, Settings(tokens)):
+                pass
 
     # Playwright has an event loop in the main thread.
     with ThreadPoolExecutor(1) as other:
@@ -142,8 +143,8 @@ def measure(rounds: int, tokens: int, url: str, address: str, page: Any) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, default=200, help="of an answer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="of an answer (%(default)s)")
     parser.add_argument("--out", type=out_file, help="JSON to write")
     given, rest = parser.parse_known_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
