@@ -28,7 +28,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.evaluate.neutral_text import neutral_texts
 from secura_serve.merge import open_source, plan_fold, update_stream
 from secura_serve.method import dequantise_rows, quantise_rows
-from secura_serve.serve.app.adapters.fine_tune import FineTune, updates_of
+from secura_serve.serve.app.adapters.content.fine_tune import FineTune, updates_of
 from secura_serve.train.methods.base import load_base
 
 Format = Callable[[Tensor, Tensor], Tensor]

@@ -214,6 +214,8 @@ def run(name: str, task: Any, model: str, models: Models, config: EvalConfig) ->
         results = simple_evaluate(
             model=models.harness(model),
             tasks=[task],
+            # It would make the index of all its tasks anew, for every model.
+            task_manager=_manager(),
             limit=config.limit or None,
             bootstrap_iters=1000,
             log_samples=False,

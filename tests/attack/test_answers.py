@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from secura_serve.bases import cache_root
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.http.routes import ROUTES
 from tests.support.engines import random_adapter, random_lora, serving
@@ -32,7 +33,11 @@ ADAPTERS = ("one", "two", "lora")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("cache")
+    # To compile the kernels again would take half a minute.
+    if (compiled := cache_root() / "native").is_dir():
+        shutil.copytree(compiled, folder / "native")
+    return folder
 
 
 @pytest.fixture(scope="module")

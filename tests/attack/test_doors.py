@@ -18,9 +18,9 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app import main as server
+from secura_serve.serve.app.adapters.content.verifier import Verifier
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
-from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http import guard
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access

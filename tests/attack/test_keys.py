@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from secura_serve.errors import ConfigError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app import main as server
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot
+from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.serving import serve_adapters
-from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
-from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import ASKING_KEY, PageAccess, page_access
 from secura_serve.serve.app.http.context import ServerContext

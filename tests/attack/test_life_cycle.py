@@ -17,7 +17,7 @@ from secura_serve import adapter as A
 from secura_serve.errors import ConfigError, LifecycleError
 from secura_serve.serve.app.adapters import updates as updating
 from secura_serve.serve.app.adapters import watch as watching
-from secura_serve.serve.app.adapters.snapshots import digest_of
+from secura_serve.serve.app.adapters.content.snapshots import digest_of
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.folding import Folding
 from tests.support.engines import random_adapter

@@ -1,4 +1,5 @@
 """Proves on one running server that its doors are closed: keys, and adapters loaded at runtime.
+Also that its log is JSON, and that it counts what its slots do.
 
 Needs vLLM on a CPU. What needs no engine is in test_doors.py and test_loading.py.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
 
@@ -15,7 +17,8 @@ import pytest
 from tests.support.engines import random_adapter, serving
 
 FLAGS = (
-    "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 8 --max-loras 2 --no-watch"
+    "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 8 --max-loras 1 --no-watch"
+    " --log-format json"
 )
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -29,6 +32,7 @@ def served(tiny_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
         with serving(base, folder, log, *FLAGS.split(), *keys) as server:
             yield server
 
@@ -111,3 +115,41 @@ def test_an_adapter_that_comes_later_is_checked_loaded_and_unloaded(post, served
     shutil.rmtree(served.folder / "later")
     assert post(LOAD, "admin-key", lora_name="later", lora_path="later")[0] == 400
     assert complete(post, "first")[1].split('"choices"')[1] == before[1].split('"choices"')[1]
+
+
+def test_every_line_of_its_log_is_json_and_its_slots_are_counted(post, served, tiny_base):
+    random_adapter(tiny_base("llama"), served.folder / "second", r=4, seed=5)
+    before = counted(served)
+    assert post("/v1/adapters/reload", "admin-key")[0] == 200
+    for name in ("first", "first", "second", "first"):
+        assert complete(post, name)[0] == 200
+    time.sleep(1.1)  # The engine is asked for its slots once a second.
+    after = counted(served)
+    # One slot: second takes that of first, which takes it back.
+    loads, evictions = (
+        after[f"secura_adapter_{what}_total"] - before[f"secura_adapter_{what}_total"]
+        for what in ("loads", "evictions")
+    )
+    assert loads in (2, 3) and evictions == 2, (before, after)
+    assert after['secura_adapters{state="resident"}'] == 1
+    kind = 'secura_watch_events_total{kind="added"}'
+    assert after[kind] > before[kind]
+    lines = served.log.read_text("utf-8").splitlines()
+    ready = next(i for i, line in enumerate(lines) if "secura-serve is ready" in line)
+    written = [json.loads(line) for line in lines[ready:]]
+    assert {"secura_serve", "uvicorn.access"} <= {line["logger"] for line in written}
+    assert any("second is served as second@" in line["message"] for line in written)
+    # Libraries print past the logging system during the start; we and vLLM do not.
+    started = [json.loads(line) for line in lines[:ready] if line.startswith("{")]
+    assert any(line["message"].startswith("ADAPTER") for line in started)
+    assert any(line["logger"].startswith("vllm.") for line in started)
+
+
+def counted(served):
+    """Return the server's metrics by name and labels."""
+    with urllib.request.urlopen(served.url.removesuffix("/v1") + "/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {
+        name: float(value)
+        for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")
+    }

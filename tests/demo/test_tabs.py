@@ -90,8 +90,16 @@ def test_the_live_numbers_follow_the_server(
     page.wait_for_function("!document.querySelector('#numbers .error')", timeout=15_000)
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+# Colours depend on the theme and places on the width, so that two windows show both.
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (1280, False),
+        (390, True),
+        pytest.param(1280, True, marks=pytest.mark.slow),
+        pytest.param(390, False, marks=pytest.mark.slow),
+    ],
+)
 def test_no_tab_has_a_serious_finding_or_is_cut(
     server: FakeServer, visit: Callable[..., Any], width: int, dark: bool
 ) -> None:

@@ -19,7 +19,7 @@ from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
 from secura_serve.method import MagNorm
 from secura_serve.serve import basis as bases
 from secura_serve.serve.app import memory
-from secura_serve.serve.app.adapters.catalog import scan
+from secura_serve.serve.app.adapters.content.catalog import scan
 from secura_serve.serve.app.main import main
 from tests.support.engines import random_adapter
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError, StorageError
 from secura_serve.method import MagNorm, dequantise_rows
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes
 from tests.support import oracle
 from tests.support.engines import random_adapter

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import StorageError, UnservableError
 from secura_serve.method import dequantise_rows
-from secura_serve.serve.app.adapters.fine_tune import FineTune, is_fine_tune
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
+from secura_serve.serve.app.adapters.content.fine_tune import FineTune, is_fine_tune
+from secura_serve.serve.app.adapters.content.images import DeltaImages
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content.verifier import Verifier
 from secura_serve.serve.app.adapters.resident.slots import ResidentSlots, ResidentSpec
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
-from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.delta_image import DeltaImage
 from tests.support.engines import random_adapter, random_fine_tune
 from tests.support.lifecycle import house

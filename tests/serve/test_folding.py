@@ -28,10 +28,10 @@ from secura_serve import adapter as A
 from secura_serve.bases import cache_root
 from secura_serve.errors import ConfigError, FoldError
 from secura_serve.method import MagNorm
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot, SnapshotStore
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Library, Version
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
-from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.app.folding import Folding
 from tests.support import agreement
 from tests.support.engines import random_adapter, serving

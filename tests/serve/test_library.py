@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 
 from secura_serve.errors import ConfigError, LifecycleError
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Library, Version, split_version
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot
 from secura_serve.serve.app.adapters.table import AdapterTable
-from secura_serve.serve.app.adapters.verifier import Entry
 
 DIGESTS = [f"{letter}{number}" * 16 for number, letter in enumerate("abcdef")]
 

@@ -1,8 +1,8 @@
 """Proves that our lines stay as they are in text, and are one JSON object each under
 ``--log-format json``, like vLLM's and uvicorn's.
 
-Needs python-json-logger, which comes with vLLM; the last test starts an engine,
-with one slot, so that the metrics of its slots are checked there too.
+Needs python-json-logger, which comes with vLLM. The log of a running server is read in
+``tests/attack/test_open_server.py``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import json
 import logging
 import logging.config
 import os
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -104,45 +103,3 @@ def test_a_failed_start_is_told_as_json(
     assert main(["--base", "./nowhere", "--log-format", "json", "--check"]) != 0
     line = json.loads(capsys.readouterr().err)
     assert line["level"] == "ERROR" and "nowhere" in line["message"]
-
-
-@pytest.mark.engine
-def test_every_line_of_a_running_server_is_json_and_its_slots_are_counted(
-    tiny_base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import openai
-
-    from tests.support.engines import random_adapter, serving
-
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-    base, folder = tiny_base("llama"), tmp_path / "adapters"
-    random_adapter(base, folder / "x", r=4, seed=1)
-    log = tmp_path / "log"
-    flags = "--enforce-eager --dtype float32 --max-model-len 128 --log-format json --max-loras 1"
-    with serving(base, folder, log, *flags.split()) as server:
-        ready = len(log.read_text("utf-8").splitlines())
-        random_adapter(base, folder / "y", r=4, seed=2)
-        root = server.url.removesuffix("/v1")
-        request = urllib.request.Request(f"{root}/v1/adapters/reload", method="POST")
-        with urllib.request.urlopen(request) as answer:
-            assert answer.status == 200
-        client = openai.OpenAI(base_url=server.url, api_key="none")
-        for name in ("x", "x", "y", "x"):
-            client.completions.create(model=name, prompt="a", max_tokens=1)
-        with urllib.request.urlopen(f"{root}/metrics") as answer:
-            metrics = answer.read().decode().splitlines()
-    # One slot: y takes that of x, which takes it back.
-    assert "secura_adapter_loads_total 3.0" in metrics
-    assert "secura_adapter_evictions_total 2.0" in metrics
-    assert 'secura_adapters{state="resident"} 1.0' in metrics
-    assert 'secura_adapters{state="known"} 2.0' in metrics
-    assert 'secura_watch_events_total{kind="added"} 0.0' not in metrics
-    lines = log.read_text("utf-8").splitlines()
-    written = [json.loads(line) for line in lines[ready:]]
-    loggers = {line["logger"] for line in written}
-    assert {"secura_serve", "uvicorn.access"} <= loggers, lines
-    assert any("y is served as y@" in line["message"] for line in written)
-    # Libraries print past the logging system during the start; we and vLLM do not.
-    started = [json.loads(line) for line in lines[:ready] if line.startswith("{")]
-    assert any(line["message"].startswith("ADAPTER") for line in started)
-    assert any(line["logger"].startswith("vllm.") for line in started)

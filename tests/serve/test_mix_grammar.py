@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 
 from secura_serve.errors import MixError
 from secura_serve.merge import MAX_WEIGHT
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.mixes import grammar
 from secura_serve.serve.app.adapters.mixes.grammar import (
@@ -33,9 +36,6 @@ from secura_serve.serve.app.adapters.mixes.grammar import (
 )
 from secura_serve.serve.app.adapters.mixes.meaning import meaning_of
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes, asked_mix
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import Snapshot
-from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.app.http.adapters_field import take_adapters
 from secura_serve.serve.mix_path import is_mix_path, split_mix_path
 

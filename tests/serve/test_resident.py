@@ -15,9 +15,9 @@ import pytest
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import LifecycleError
 from secura_serve.method import MagNorm
+from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.resident import slots as module
 from secura_serve.serve.app.adapters.resident.guard import guard
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
 from secura_serve.serve.app.adapters.resident.plan import place_nbytes
 from secura_serve.serve.app.adapters.resident.slots import ADMITTED, ResidentSlots, ResidentSpec
 from secura_serve.serve.app.adapters.table import AdapterTable

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from secura_serve.errors import AdapterFormatError, StorageError
-from secura_serve.serve.app.adapters import snapshots
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content import snapshots
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
 from secura_serve.serve.engine.mapped import map_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")

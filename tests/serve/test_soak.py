@@ -144,7 +144,7 @@ class Operator(threading.Thread):
         wanted = None
         deadline = time.monotonic() + SEEN_S
         if content is not None:
-            from secura_serve.serve.app.adapters.snapshots import digest_of
+            from secura_serve.serve.app.adapters.content.snapshots import digest_of
 
             wanted = digest_of(self.contents / content)
         while True:

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from secura_serve import adapter as A
 from secura_serve.errors import StorageError
-from secura_serve.serve.app.adapters.snapshots import KEPT_DAYS, digest_of
-from secura_serve.serve.app.adapters.verified import Verified
+from secura_serve.serve.app.adapters.content.snapshots import KEPT_DAYS, digest_of
+from secura_serve.serve.app.adapters.content.verified import Verified
 from tests.support import ROOT
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import files_of, house, pushed
@@ -234,7 +234,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from secura_serve.serve.app.adapters.library import Library, Record
 from secura_serve.serve.app.adapters.state import StateFile
-from secura_serve.serve.app.adapters.uploaded import write_folder
+from secura_serve.serve.app.adapters.content.uploaded import write_folder
 from tests.support.lifecycle import files_of
 root = Path(sys.argv[1])
 contents = [files_of(root / "contents" / name) for name in ("one", "two")]

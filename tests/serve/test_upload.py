@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.serve.app.adapters.snapshots import digest_of
+from secura_serve.serve.app.adapters.content.snapshots import digest_of
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import cores, files_of, house, multipart, serving_app
 

@@ -18,7 +18,7 @@ import pytest
 
 from secura_serve import adapter as A
 from secura_serve.serve.app.adapters import watch as watching
-from secura_serve.serve.app.adapters.snapshots import digest_of
+from secura_serve.serve.app.adapters.content.snapshots import digest_of
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import house
 
@@ -303,7 +303,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_version(parts, made, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("secura_serve.serve.app.adapters.snapshots.tempfile.mkdtemp", full)
+    monkeypatch.setattr("secura_serve.serve.app.adapters.content.snapshots.tempfile.mkdtemp", full)
     outcome = asyncio.run(parts.watch.reload())
     assert "No space left" in outcome["x"] and "SECURA_CACHE" in outcome["x"]
     assert digest(parts, "x") == digest_of(made / "one")

@@ -19,11 +19,11 @@ from torch import Tensor
 from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import SecuraError
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content.verifier import Verifier
 from secura_serve.serve.app.adapters.library import Library
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
-from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.adapters.workers import Workers
 
@@ -114,7 +114,7 @@ class House:
 
     def fill(self) -> None:
         """Do what a start does with the folder's content and the state."""
-        from secura_serve.serve.app.adapters.catalog import scan
+        from secura_serve.serve.app.adapters.content.catalog import scan
 
         catalog = scan(
             self.folder, Checkpoint(self.base), taken=["base"], verifier=self.updates.verifier

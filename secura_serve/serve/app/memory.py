@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.plan import place_nbytes
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.basis import SharedBasis

@@ -17,18 +17,18 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
-from secura_serve.serve.app.adapters.catalog import Catalog, scan
+from secura_serve.serve.app.adapters.content.catalog import Catalog, scan
+from secura_serve.serve.app.adapters.content.images import DeltaImages
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content.verified import Verified
+from secura_serve.serve.app.adapters.content.verifier import Verifier
 from secura_serve.serve.app.adapters.library import Library
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.reserve import DEFAULT_RANK, reserved_basis
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
 from secura_serve.serve.app.adapters.resident.plan import plan_resident
 from secura_serve.serve.app.adapters.resident.slots import ResidentSlots, ResidentSpec
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.state import StateFile
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
-from secura_serve.serve.app.adapters.verified import Verified
-from secura_serve.serve.app.adapters.verifier import Verifier
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import page_access

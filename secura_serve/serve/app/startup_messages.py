@@ -8,9 +8,9 @@ from typing import Any
 
 from secura_serve.adapter import Adapter
 from secura_serve.merge import open_source
-from secura_serve.serve.app.adapters.catalog import Catalog
-from secura_serve.serve.app.adapters.fine_tune import FineTune
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.catalog import Catalog
+from secura_serve.serve.app.adapters.content.fine_tune import FineTune
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback
 from secura_serve.serve.app.memory import Memory

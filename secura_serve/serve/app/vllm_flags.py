@@ -14,7 +14,7 @@ import torch
 from secura_serve.adapter import Adapter
 from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import Keys, check_key

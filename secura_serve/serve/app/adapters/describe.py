@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from secura_serve.adapter.format import WEIGHTS_NAME
+from secura_serve.serve.app.adapters.content.verifier import printable
 from secura_serve.serve.app.adapters.library import Library, Version
-from secura_serve.serve.app.adapters.verifier import printable
 from secura_serve.serve.basis import base_id
 
 __all__ = ["describe"]

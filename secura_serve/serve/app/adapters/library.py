@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from secura_serve.adapter import check_name
 from secura_serve.errors import ConfigError, LifecycleError
-from secura_serve.serve.app.adapters.snapshots import Snapshot, placed_files
-from secura_serve.serve.app.adapters.verifier import Entry
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot, placed_files
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.suggest import did_you_mean
 
 __all__ = ["KEPT_VERSIONS", "Library", "Origin", "Record", "Version", "split_version"]

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from secura_serve.errors import UnservableError
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Version
 from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
-from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.app.adapters.workers import Workers
 
 __all__ = ["Residency"]

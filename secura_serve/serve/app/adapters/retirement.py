@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.adapters.library import Library, Record, Version
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.residency import Residency
-from secura_serve.serve.app.adapters.snapshots import Snapshot, SnapshotStore
 
 __all__ = ["Retirement"]
 

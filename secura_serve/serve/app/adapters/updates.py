@@ -28,16 +28,20 @@ from secura_serve.errors import (
     StorageError,
     UnservableError,
 )
-from secura_serve.serve.app.adapters.card import read_card
+from secura_serve.serve.app.adapters.content.card import read_card
+from secura_serve.serve.app.adapters.content.snapshots import Snapshot, files_of
+from secura_serve.serve.app.adapters.content.uploaded import (
+    check_uploaded,
+    remove_folder,
+    write_folder,
+)
+from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.library import Library, Origin, Version
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.residency import Residency
 from secura_serve.serve.app.adapters.retirement import Retirement
-from secura_serve.serve.app.adapters.snapshots import Snapshot, files_of
 from secura_serve.serve.app.adapters.state import StateFile
-from secura_serve.serve.app.adapters.uploaded import check_uploaded, remove_folder, write_folder
-from secura_serve.serve.app.adapters.verifier import Entry, Verifier
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.logs import say as say_line
 

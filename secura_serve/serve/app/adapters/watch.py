@@ -19,11 +19,11 @@ from watchfiles import awatch
 from secura_serve import adapter as adapters
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import LifecycleError, SecuraError, StorageError
-from secura_serve.serve.app.adapters.catalog import adapter_folders
+from secura_serve.serve.app.adapters.content.catalog import adapter_folders
+from secura_serve.serve.app.adapters.content.snapshots import digest_of, placed_files, stamps_of
+from secura_serve.serve.app.adapters.content.verifier import printable
 from secura_serve.serve.app.adapters.library import Library
-from secura_serve.serve.app.adapters.snapshots import digest_of, placed_files, stamps_of
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
-from secura_serve.serve.app.adapters.verifier import printable
 from secura_serve.serve.app.observer import WatchEvent
 
 __all__ = ["FolderWatch", "SETTLE_S"]

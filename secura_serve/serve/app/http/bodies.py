@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from secura_serve.errors import LifecycleError
-from secura_serve.serve.app.adapters.uploaded import UPLOADED
+from secura_serve.serve.app.adapters.content.uploaded import UPLOADED
 
 __all__ = ["LARGEST_REQUEST", "LARGEST_UPLOAD", "read_body", "read_files", "read_upload"]
 

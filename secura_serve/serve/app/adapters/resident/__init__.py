@@ -1,1 +1,1 @@
-"""Adapters that are whole matrices, asked per request: their images, and which are in a place."""
+"""Adapters that are whole matrices, asked per request: which of them are in a place."""

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import LifecycleError, SecuraError
+from secura_serve.serve.app.adapters.content.images import DeltaImages
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Version
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
-from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.app.adapters.workers import Workers
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.delta_image import DeltaImage

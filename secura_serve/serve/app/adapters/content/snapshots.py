@@ -27,7 +27,7 @@ from blake3 import blake3
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, StorageError
-from secura_serve.serve.app.adapters.verified import Stamps, Verified
+from secura_serve.serve.app.adapters.content.verified import Stamps, Verified
 
 __all__ = [
     "KEPT_DAYS",

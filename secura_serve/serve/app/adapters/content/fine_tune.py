@@ -21,7 +21,7 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import UnservableError
 from secura_serve.merge.io.buffers import opened, read_tensor
 from secura_serve.merge.io.layout import read_shard
-from secura_serve.serve.app.adapters.snapshots import files_of
+from secura_serve.serve.app.adapters.content.snapshots import files_of
 
 __all__ = ["FineTune", "is_fine_tune", "updates_of"]
 

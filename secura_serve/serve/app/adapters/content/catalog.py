@@ -12,10 +12,10 @@ from secura_serve import adapter as adapters
 from secura_serve.adapter import Adapter
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ConfigError, SecuraError, StorageError, UnservableError
-from secura_serve.serve.app.adapters.fine_tune import FineTune
-from secura_serve.serve.app.adapters.plain_lora import PlainLoRA
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
-from secura_serve.serve.app.adapters.verifier import Entry, Verifier
+from secura_serve.serve.app.adapters.content.fine_tune import FineTune
+from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
 from secura_serve.serve.basis import NormBounds
 from secura_serve.serve.logs import is_json
 
