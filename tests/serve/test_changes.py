@@ -22,9 +22,9 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.adapters import changes
 from secura_serve.serve.app.adapters.changes import relative_changes
-from secura_serve.serve.app.adapters.resident.images import DeltaImages
-from secura_serve.serve.app.adapters.snapshots import SnapshotStore
-from secura_serve.serve.app.adapters.verifier import Verifier
+from secura_serve.serve.app.adapters.content.images import DeltaImages
+from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
+from secura_serve.serve.app.adapters.content.verifier import Verifier
 from tests.support.engines import random_adapter, random_fine_tune, random_lora
 from tests.support.lifecycle import house, serving_app
 from tests.support.oracle import adapted

@@ -19,9 +19,9 @@ from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import BaseModelError, LifecycleError, SecuraError
 from secura_serve.merge import fold_stream, open_source, plan_fold
 from secura_serve.method import dequantise_rows, frobenius, gather, product_norm
+from secura_serve.serve.app.adapters.content.images import step_back
+from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Version
-from secura_serve.serve.app.adapters.resident.images import step_back
-from secura_serve.serve.app.adapters.verifier import Entry
 from secura_serve.serve.delta_image import DeltaImage
 
 __all__ = ["WeightChanges", "relative_changes"]
