@@ -258,8 +258,11 @@ class ResidentSlots:
                 if idle:
                     await self._evict(idle[0])
                     continue
-                # Those who come for it from now on wait, too: it would never be idle otherwise.
-                self._leaving = candidates[0] if candidates else None
+                if self._leaving is None:
+                    # Those who come for it from now on wait, too: it would never be idle otherwise.
+                    # But not before those for whom it was filled have had it.
+                    used = (n for n in candidates if n not in self._waiting)
+                    self._leaving = next(used, None)
                 self._released.clear()
                 await self._released.wait()
             return None
