@@ -288,7 +288,7 @@ def test_a_link_and_the_commands_repeat_what_was_asked(
     expect(other.locator("#prompt textarea")).to_have_value("What's 'this' & <that>?")
     expect(other.locator("#model-2 input")).to_have_value("sentiment*0.5+iso-date")
     other.locator("#settings > button").click()
-    expect(other.locator("#system textarea")).to_have_value("Be brief.")
+    expect(other.locator("#system textarea")).to_have_value("Be brief.", timeout=20_000)
     expect(other.locator("#max-tokens input[type=number]")).to_have_value("5")
     other.close()
 
