@@ -124,6 +124,11 @@ class ResidentSlots:
         """The numbers of the versions that are in a place."""
         return self._filled.keys()
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place."""
+        return self._waiting.total()
+
     # What a request goes through: wait until its version is in a place, hold it there, let go.
 
     def preparation(self, who: Occupant) -> Awaitable[str | None] | None:
@@ -257,6 +262,7 @@ class ResidentSlots:
                 idle = [n for n in candidates if self._is_idle(n)]
                 if idle:
                     await self._evict(idle[0])
+                    self._observer.place_taken()
                     continue
                 if self._leaving is None:
                     # Those who come for it from now on wait, too: it would never be idle otherwise.
