@@ -170,7 +170,6 @@ def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:
     # A weight of two names is written under the first, as transformers does it: in another dtype it
     # would be two.
     first: dict[int, str] = {}
-    whole = run.model.state_dict()
     state = {
         name: value.to(dtype)
         for name, value in run.model.state_dict().items()

@@ -88,8 +88,8 @@ class TrainConfig:
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
         "S-MagNorm mode (default: by method). none is served per request at no cost, published "
-        "and bounded in a place of the engine or folded; activation and reference are for reproduction only and cannot be "
-        "merged or served",
+        "and bounded in a place of the engine or folded; activation and reference are for "
+        "reproduction only and cannot be merged or served",
         None,
         metavar="MODE",
     )
