@@ -104,7 +104,7 @@ class PlainLoRA:
             problems += (
                 _misfits(module, sides, base)
                 or said.misfits(module, sides["A"][0])
-                or _oversized(module, sides, said.alpha, norms)
+                or _oversized(module, sides, said, norms)
             )
         if problems or not shapes:
             raise AdapterFormatError(
@@ -147,6 +147,8 @@ class _Ranks:
     pattern: Mapping[str, int]
     alpha: float
     """The largest that any module has."""
+    root: bool
+    """Whether the scale is alpha / √r (``use_rslora``) and not alpha / r."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> _Ranks:
@@ -163,7 +165,7 @@ class _Ranks:
                 f"{CONFIG_NAME}: r must be, and rank_pattern map module names to, whole numbers "
                 ">= 1"
             )
-        return cls(r, pattern, _largest_alpha(raw))
+        return cls(r, pattern, _largest_alpha(raw), bool(raw.get("use_rslora")))
 
     @property
     def largest(self) -> int:
@@ -195,12 +197,13 @@ def _largest_alpha(raw: Mapping[str, Any]) -> float:
 
 
 def _oversized(
-    module: str, sides: dict[str, tuple[int, int]], alpha: float, norms: Mapping[str, float]
+    module: str, sides: dict[str, tuple[int, int]], said: _Ranks, norms: Mapping[str, float]
 ) -> list[str]:
-    """Return what is too large, see :mod:`secura_serve.adapter.limits`; the scale is alpha / r."""
+    """Return what is too large, see :mod:`secura_serve.adapter.limits`."""
     A, B = (norms[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
     (r, wide), (tall, _) = sides["A"], sides["B"]
-    rms = alpha / r * A * B / (tall * wide) ** 0.5
+    scale = said.alpha / (r**0.5 if said.root else r)
+    rms = scale * A * B / (tall * wide) ** 0.5
     if rms <= LARGEST_RMS:
         return []
     return [f"{module}: B·A may reach {rms:.1e} in root mean square, which would overflow"]
