@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: triton bench-gpu help setup demo screenshots test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push bench-mix bench-resident bench-delta-format lock clean bench-train
+.PHONY: triton bench-gpu help setup demo screenshots test test-fast test-slow lint docs bench bench-merge bench-fold bench-serve bench-step bench-cycle bench-lifecycle bench-push bench-mix bench-resident bench-page bench-delta-format lock clean bench-train
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,13 +31,13 @@ setup: $(VENV)/.stamp-package ## make .venv: vLLM for CPU, torch, this package (
 demo: setup ## serve the embedded base with ./adapters and open the chat page
 	$(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS) $(FLAGS)
 
-# In two processes with one thread each, first what needs no engine: an engine takes 4 GB.
-# ARGS may name tests of one half only: status 5 says that the other half is empty.
 screenshots: setup ## pictures of the chat page for the docs; wants chromium installed
 	$(PY) -m demo.screenshots --out docs/images --page-flag=--examples=adapters/examples.json \
 	  --page-flag=--results=benchmarks/results/experiment/summary.json \
 	  -- $(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS) $(FLAGS)
 
+# In two processes with one thread each, first what needs no engine: an engine takes 4 GB.
+# ARGS may name tests of one half only: status 5 says that the other half is empty.
 test: setup ## the test suite; the chat-page test wants chromium installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not engine" $(ARGS) || [ $$? -eq 5 ]
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "engine and not slow" $(ARGS) || [ $$? -eq 5 ]
@@ -96,6 +96,9 @@ bench-lifecycle: setup ## updates, pushes, cold adapters and a restart with a th
 
 bench-push: setup ## end of an optimiser step to the new version's first token, idle and under load
 	$(PY) -m benchmarks.push $(ARGS)
+
+bench-page: setup ## what the chat page adds to a token of four streams; wants chromium installed
+	$(PY) -m benchmarks.page $(ARGS)
 
 bench-resident: setup ## full-rank adapters per request: throughput, floors, memory, filling a place
 	$(PY) -m benchmarks.resident $(ARGS)

@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page-flag", action="append", default=[], help="passed on to the page")
     parser.add_argument("server", nargs="+", help="the server's command")
     args = parser.parse_args(argv)
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        parser.error("chromium is not on the path: install it (Debian: apt-get install chromium)")
+    chromium = find_chromium()
     args.out.mkdir(parents=True, exist_ok=True)
     port, page_port = _free_port(), _free_port()
     endpoint, url = f"http://127.0.0.1:{port}/v1", f"http://127.0.0.1:{page_port}/"
@@ -67,10 +65,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             for picture in draw(window, url, few=width < 600):
                 file = args.out / f"{picture}-{name}.png"
                 window.screenshot(path=file, full_page=True)
-                # A page has few colours: a third of the bytes.
-                Image.open(file).convert("RGB").quantize(128).save(file, optimize=True)
+                # A page has few colours: a third of the bytes. The rare ones are marks and stay.
+                few = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+                few.save(file, optimize=True)
                 print(file, flush=True)
         browser.close()
+
+
+def find_chromium() -> str:
+    """Return the browser's path; end the process if there is none."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        raise SystemExit(
+            "chromium is not on the path: install it (Debian: apt-get install chromium)"
+        )
+    return path
 
 
 def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
@@ -99,6 +108,8 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
     page.locator("#kept dl").wait_for()
     page.locator("#ask-questions").click()
     page.locator("#questions caption", has_text="12 of 12 answered").wait_for(timeout=180_000)
+    page.locator("#show-layers").click()
+    page.locator("#layers table").wait_for(timeout=60_000)
     page.wait_for_timeout(1000)
     yield "retention"
     page.get_by_role("tab", name="Live").click()
@@ -107,7 +118,7 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
     page.locator("#prompt textarea").fill("Tell me a long story about a river.")
     page.locator("#prompt textarea").press("Enter")
     page.get_by_role("tab", name="Live").click()
-    page.wait_for_timeout(24_000)
+    page.wait_for_timeout(12_000)
     yield "live"
 
 

@@ -8,6 +8,7 @@ a server refuses their changes, whatever they enter as a key.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,22 @@ class Server:
             raise Refused(explain_response(answer))
         return answer.text
 
+    async def changes(self, name: str) -> dict[str, float]:
+        """Return module -> ‖W'−W‖/‖W‖ of an adapter; a big base is read for minutes. Raises
+        Refused."""
+        answer = await self._get(f"{_path(name)}/changes", self._key, _CHANGE)
+        if answer is None:
+            raise Refused(f"No answer from {self.endpoint}: ask again.")
+        if answer.status_code != 200:
+            raise Refused(explain_response(answer))
+        try:
+            changes = {str(k): float(v) for k, v in answer.json()["modules"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            changes = {}
+        if not changes or not all(map(math.isfinite, changes.values())):
+            raise Refused(f"{self.endpoint} told no changes of {name}.")
+        return changes
+
     async def upload(self, key: str, name: str, files: Sequence[Path]) -> str:
         """Send an adapter's files; return a sentence. Raises Refused."""
         parts = [("file", (file.name, file.read_bytes())) for file in files]
@@ -161,10 +178,12 @@ class Server:
     def _key(self) -> str | None:
         return self.client.api_key
 
-    async def _get(self, path: str, key: str | None) -> httpx.Response | None:
+    async def _get(
+        self, path: str, key: str | None, timeout: httpx.Timeout = _READ
+    ) -> httpx.Response | None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            return await self._http.get(self._root + path, headers=headers)
+            return await self._http.get(self._root + path, headers=headers, timeout=timeout)
         except httpx.HTTPError:
             return None
 

@@ -73,7 +73,11 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .figure-table caption { text-align: left; color: var(--quiet); padding: .3rem 0; }
 .figure-table th, .figure-table td { padding: .3rem .6rem; text-align: left; vertical-align: top;
   border: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.figure-table td.heat { text-align: right; color: #111827; }
+.figure-table .heat { text-align: right; color: #111827; }
+.figure-table .scale { display: flex; max-width: 20rem; margin-top: .3rem; font-size: .8rem; }
+.figure-table .scale span { flex: 1; padding: 0 .4rem; }
+.figure-table.layers table { font-size: .8rem; line-height: 1.25; }
+.figure-table.layers :is(th, td) { padding: .1rem .3rem; text-align: right; white-space: nowrap; }
 .numbers { display: grid; gap: .6rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .numbers div { display: flex; flex-direction: column-reverse; padding: .6rem .8rem;

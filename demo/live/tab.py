@@ -66,6 +66,7 @@ def numbers(history: History) -> str:
         ("versions kept", latest.numbers.get("secura_adapter_versions")),
         ("loaded into a slot", latest.numbers.get("secura_adapter_loads_total")),
         ("evicted", latest.numbers.get("secura_adapter_evictions_total")),
+        ("waiting for a place", latest.numbers.get("secura_place_requests_waiting")),
     ]
     inside = "".join(
         f"<div><dt>{what}</dt><dd>{value:.0f}</dd></div>"

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Matrix", "Point", "Results", "heat_table", "read_results"]
+__all__ = ["Matrix", "Point", "Results", "heat", "heat_cell", "heat_table", "read_results"]
 
 SHAPES = (
     'an experiment\'s summary ({"single": {variant: {"score": {"mean"}, "kl": {"mean"}}}}), or a '
@@ -74,11 +74,22 @@ def heat_table(matrix: Matrix) -> str:
     )
 
 
-def _cell(value: float) -> str:
+def heat(share: float) -> str:
+    """Return the style of a value between 0 and 1: the higher, the darker."""
     # From white to a green on which dark letters keep a contrast of 7 to 1.
-    share = min(max(value, 0.0), 1.0)
+    share = min(max(share, 0.0), 1.0)
     red, green, blue = (round(255 + (end - 255) * share) for end in (110, 205, 140))
-    return f'<td class="heat" style="background: rgb({red} {green} {blue})">{value:.2f}</td>'
+    return f"background: rgb({red} {green} {blue})"
+
+
+def heat_cell(share: float, text: str, title: str = "") -> str:
+    """Return a cell of a table; its text says the value that the colour shows."""
+    more = f' title="{escape(title)}"' if title else ""
+    return f'<td class="heat" style="{heat(share)}"{more}>{escape(text)}</td>'
+
+
+def _cell(value: float) -> str:
+    return heat_cell(value, f"{value:.2f}")
 
 
 def _points(single: dict[str, Any]) -> list[Point]:

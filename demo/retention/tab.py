@@ -1,4 +1,4 @@
-"""The retention tab: its numbers, its picture, and questions asked live."""
+"""The retention tab: its numbers, its pictures, and questions asked live."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pandas as pd
 from ..adapters.card import main_score, number
 from ..answer import Answer
 from ..compare import Comparison, Settings
-from ..server import Server, Snapshot
+from ..server import Refused, Server, Snapshot
+from .layers import layer_table
 from .questions import QUESTIONS, table
 from .results import Results, heat_table
 
@@ -58,7 +59,9 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     with gr.Row():
         ask = gr.Button("Ask base and adapter", elem_id="ask-questions", variant="primary")
         stop = gr.Button("Stop", elem_id="stop-questions", min_width=90)
+        measure = gr.Button("Show the change of each layer", elem_id="show-layers")
     answers = gr.HTML("", elem_id="questions")
+    layers = gr.HTML("", elem_id="layers")
     for matrix in results.matrices:
         gr.HTML(heat_table(matrix), elem_classes="matrix")
     running: dict[str | None, Comparison] = {}
@@ -66,7 +69,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     async def show(name: str | None) -> list[Any]:
         now = await server.snapshot()
         points = front(now, name, results)
-        return [kept(now.card(name)), gr.update(value=points, visible=not points.empty), ""]
+        return [kept(now.card(name)), gr.update(value=points, visible=not points.empty), "", ""]
 
     async def questions(request: gr.Request, name: str | None) -> AsyncIterator[str]:
         now = await server.snapshot()
@@ -93,11 +96,30 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
             comparison.stop()
             running.pop(request.session_hash, None)
 
+    async def changes(name: str | None) -> AsyncIterator[str]:
+        if not name:
+            yield '<p role="alert" class="error">Choose an adapter.</p>'
+            return
+        yield '<p class="notice" role="status">The server compares every weight…</p>'
+        try:
+            yield layer_table(name, await server.changes(name))
+        except Refused as refused:
+            yield f'<p role="alert" class="error">{escape(str(refused))}</p>'
+
     async def end(request: gr.Request) -> None:
         if comparison := running.get(request.session_hash):
             comparison.stop()
 
-    chosen.change(show, [chosen], [numbers, picture, answers], queue=False, **QUIET)
+    measured = measure.click(changes, [chosen], [layers], concurrency_limit=None, **QUIET)
+    # What an earlier choice still waits for must not come behind this one.
+    chosen.change(
+        show,
+        [chosen],
+        [numbers, picture, answers, layers],
+        queue=False,
+        cancels=[measured],
+        **QUIET,
+    )
     ask.click(questions, [chosen], [answers], concurrency_limit=None, trigger_mode="once", **QUIET)
     stop.click(end, queue=False, **QUIET)
     return RetentionTab(chosen)

@@ -23,6 +23,7 @@ from secura_serve.method.modes import (
     mode_names,
     register_mode,
 )
+from secura_serve.method.product import frobenius, product_norm
 from secura_serve.method.quantised import dequantise_rows, quantise_rows
 from secura_serve.method.ranking import Ranking, rank_by_energy
 from secura_serve.method.rules import (
@@ -54,6 +55,7 @@ __all__ = [
     "dequantise_rows",
     "derivative",
     "foldable_modes",
+    "frobenius",
     "gather",
     "get_mode",
     "get_rule",
@@ -63,6 +65,7 @@ __all__ = [
     "mode_names",
     "natural_coordinates",
     "order_indices",
+    "product_norm",
     "quantise_rows",
     "rank_by_energy",
     "register_mode",

@@ -167,7 +167,14 @@ def _save_plain(new: Path, config: TrainConfig, run: Run) -> None:
         run.model.save_pretrained(new)
         return
     dtype = getattr(torch, config.dtype)
-    state = {name: value.to(dtype) for name, value in run.model.state_dict().items()}
+    # A weight of two names is written under the first, as transformers does it: in another dtype it
+    # would be two.
+    first: dict[int, str] = {}
+    state = {
+        name: value.to(dtype)
+        for name, value in run.model.state_dict().items()
+        if first.setdefault(value.data_ptr(), name) == name
+    }
     run.model.save_pretrained(new, state_dict=state)
     # The model was float32 while it was trained, and its configuration says so.
     file = new / "config.json"

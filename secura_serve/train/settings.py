@@ -69,7 +69,8 @@ class TrainConfig:
     )
     targets: str = option(
         "modules to adapt: all-linear, names joined by commas, or a regular expression. full: all "
-        "weights, or those of the linear layers that are named",
+        "weights by default, or those of the linear layers that are named (.*_proj: all of them in "
+        "most models)",
         "all-linear",
     )
     exclude: str | None = option("modules to leave alone: names or a regular expression", None)
@@ -86,9 +87,9 @@ class TrainConfig:
     )
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
-        "S-MagNorm mode (default: by method). none is served per request, published and bounded "
-        "are served folded; activation and reference are for reproduction only and cannot be "
-        "merged or served",
+        "S-MagNorm mode (default: by method). none is served per request at no cost, published "
+        "and bounded in a place of the engine or folded; activation and reference are for "
+        "reproduction only and cannot be merged or served",
         None,
         metavar="MODE",
     )

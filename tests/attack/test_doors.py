@@ -271,11 +271,11 @@ def test_the_app_as_secura_serve_has_it_built(runtime_updating, monkeypatch):
             assert client.request(method, path, headers=headers).status_code == 401, path
     answer = client.post("/v1/load_lora_adapter", json=load, headers=bearer("admin-key"))
     assert answer.status_code == 400 and "without --adapters" in answer.json()["error"]["message"]
-    for path in ("/v1/adapters", "/v1/adapters/x"):
+    for path in ("/v1/adapters", "/v1/adapters/x", "/v1/adapters/x/changes"):
         assert client.get(path).status_code == 401
         for key in ("user-key", "admin-key"):
             status = client.get(path, headers=bearer(key)).status_code
-            assert status == (404 if path.endswith("x") else 200)
+            assert status == (404 if "/x" in path else 200)
     status = client.post("/adapters", json={}, headers=bearer("admin-key")).status_code
     assert status == (501 if runtime_updating else 404)
     assert client.get("/version").status_code == 200

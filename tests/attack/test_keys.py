@@ -201,6 +201,10 @@ def test_a_key_sees_what_it_may_ask_and_nothing_else(make_app):
     assert app.models("key-nothing") == app.adapters("key-nothing") == []
     for path in ("/v1/models/secret", "/v1/adapters/secret", "/v1/adapters/broken"):
         assert app("GET", path, "key-team").status_code == 404
+    # The store of this test holds no files to be measured.
+    for name, status in (("extract", 503), ("secret", 404), ("broken", 404)):
+        assert app("GET", f"/v1/adapters/{name}/changes", "key-team").status_code == status
+    assert app("GET", "/v1/adapters/broken/changes", "key-all").status_code == 409
     for name in team:
         assert app("GET", f"/v1/models/{name}", "key-team").json()["id"] == name
         assert app("GET", f"/v1/adapters/{name}", "key-team").json()["id"] == name
@@ -244,6 +248,7 @@ def test_a_forbidden_name_is_answered_like_an_unknown_one(make_app):
             lambda name: app("POST", "/tokenize", "key-team", json={"model": name}),
             lambda name: app("GET", f"/v1/models/{name}", "key-team"),
             lambda name: app("GET", f"/v1/adapters/{name}", "key-team"),
+            lambda name: app("GET", f"/v1/adapters/{name}/changes", "key-team"),
         ):
             one, other = ask(forbidden), ask(unknown)
             assert one.status_code == other.status_code == 404

@@ -21,6 +21,7 @@ from tests.support.fake_server import FakeServer, adapter_card
 
 pytestmark = pytest.mark.long
 WINDOWS = [{"width": 1280, "dark": True}, {"width": 390, "dark": False}]
+CHANGED_IN = [{"width": 1280, "dark": False}, {"width": 390, "dark": True}]
 KEY = "the-admin-key-of-this-test"
 
 
@@ -64,11 +65,12 @@ def test_the_gallery_shows_searches_and_takes_no_changes_without_a_key(
     assert server.changes == []
 
 
+@pytest.mark.parametrize("window", CHANGED_IN, ids=["1280 light", "390 dark"])
 def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
-    server: FakeServer, visit: Callable[..., Any], tmp_path: Path
+    server: FakeServer, visit: Callable[..., Any], tmp_path: Path, window: dict[str, Any]
 ) -> None:
     server.admin_key = KEY
-    page = visit(tab="Adapters")
+    page = visit(tab="Adapters", **window)
     page.locator("#changes > button").wait_for(timeout=10_000)
     page.locator("#changes > button").click()
     choose(page, "change-adapter", "sentiment")
@@ -110,6 +112,7 @@ def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
     body = server.changes[-1][2]
     assert b'filename="adapter_config.json"' in body and b"fine" in body
 
+    assert scroll_width(page) <= window["width"]
     kept = page.evaluate(
         """async () => JSON.stringify({...localStorage}) + JSON.stringify({...sessionStorage}) +
         document.cookie + JSON.stringify(await indexedDB.databases()) + location.href"""

@@ -221,10 +221,11 @@ def test_keys_stop_and_a_line_break(server: FakeServer, visit: Callable[..., Any
         assert any(part in str(each) for each in reached), (part, reached)
 
 
+@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
 def test_sliders_write_a_mix_and_four_columns_ask_at_once(
-    server: FakeServer, visit: Callable[..., Any]
+    server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:
-    page = visit()
+    page = visit(**window)
     page.locator("#count").get_by_label("4").check()
     page.locator("#model-4 input").wait_for()
     choose(page, 3, "sentiment@0f1e2d3c4b5a")
@@ -255,10 +256,11 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     page.locator("#difference-2").wait_for(state="hidden")
 
 
+@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
 def test_a_link_and_the_commands_repeat_what_was_asked(
-    server: FakeServer, visit: Callable[..., Any], browser: Any
+    server: FakeServer, visit: Callable[..., Any], browser: Any, window: dict[str, Any]
 ) -> None:
-    page = visit()
+    page = visit(**window)
     choose(page, 2, "sentiment*0.5+iso-date")
     page.locator("#settings > button").click()
     page.locator("#system textarea").fill("Be brief.")
@@ -282,11 +284,11 @@ def test_a_link_and_the_commands_repeat_what_was_asked(
     assert order(server.asked[:2]) == order(asked)
     assert server.asked[2] in asked
 
-    other = open_page(browser, link)
+    other = open_page(browser, link, **window)
     expect(other.locator("#prompt textarea")).to_have_value("What's 'this' & <that>?")
     expect(other.locator("#model-2 input")).to_have_value("sentiment*0.5+iso-date")
     other.locator("#settings > button").click()
-    expect(other.locator("#system textarea")).to_have_value("Be brief.")
+    expect(other.locator("#system textarea")).to_have_value("Be brief.", timeout=20_000)
     expect(other.locator("#max-tokens input[type=number]")).to_have_value("5")
     other.close()
 

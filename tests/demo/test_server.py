@@ -86,6 +86,23 @@ def test_changes_need_the_servers_own_key(tmp_path: Path):
         run(all_of(Server(connect(fake.url)), "secret"))
 
 
+def test_changes_of_the_weights_are_numbers_or_a_sentence():
+    with FakeServer() as fake:
+        server = Server(connect(fake.url))
+        assert run(server.changes("sentiment")) == fake.moved
+        for moved, name, said in (
+            ({}, "sentiment", "told no changes of sentiment"),
+            ({"q": "x"}, "sentiment", "told no changes"),
+            ({"q": float("nan")}, "sentiment", "told no changes"),
+            ({"q": 1.0}, "../x", r"\(404\): there is no adapter '..%2Fx'"),
+        ):
+            fake.moved = moved
+            with pytest.raises(Refused, match=said):
+                run(Server(connect(fake.url)).changes(name))
+    with pytest.raises(Refused, match="No answer"):
+        run(Server(connect(fake.url)).changes("x"))
+
+
 def test_a_name_cannot_reach_another_route():
     with FakeServer(admin_key="secret") as fake:
         with pytest.raises(Refused):

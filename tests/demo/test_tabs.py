@@ -18,14 +18,18 @@ from tests.support.browser import scroll_width, send
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 pytestmark = pytest.mark.long
+WINDOWS = [{"width": 1280, "dark": False}, {"width": 390, "dark": True}]
 TABS = ("Chat", "Adapters", "Retention", "Live")
 PANELS = ("settings", "mix", "share", "changes")
 
 
-def test_an_adapter_is_asked_beside_the_base(server: FakeServer, visit: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+def test_an_adapter_is_asked_beside_the_base(
+    server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
+) -> None:
     server.scripts = {"sentiment": Script(("positive",))}
     server.adapters.append(adapter_card("bare", scores={}, retention={}))
-    page = visit(tab="Retention")
+    page = visit(tab="Retention", **window)
     page.locator("#kept", has_text="0.89").wait_for(timeout=10_000)
     assert "KL to the base" in page.locator("#kept").inner_text()
     page.locator("#front svg.marks").wait_for(timeout=10_000)
@@ -37,14 +41,35 @@ def test_an_adapter_is_asked_beside_the_base(server: FakeServer, visit: Callable
     assert len(server.asked) == 24
     matrix = page.locator(".matrix").first
     assert "four tasks" in matrix.inner_text() and matrix.locator("td.heat").count() == 4
+    page.locator("#show-layers").click()
+    layers = page.locator("#layers table")
+    layers.wait_for(timeout=10_000)
+    heads = "layer q k v o gate up down"
+    assert " ".join(layers.locator("thead").inner_text().split()) == heads
+    rows = layers.locator("tbody tr")
+    assert rows.count() == 30 and layers.locator("td.heat").count() == 210
+    assert " ".join(rows.last.inner_text().split()) == "29 3.98 3.94 4.00 3.96 3.90 3.92 3.89"
+    title = rows.last.locator("td").nth(2).get_attribute("title")
+    assert title == "model.layers.29.self_attn.v_proj: 4 %"
+    assert layers.locator(".scale").inner_text().split() == ["0.00", "1.00", "2.00", "3.00", "4.00"]
+    assert scroll_width(page) <= window["width"]
+    assert rows.last.bounding_box()["height"] < 25
+    assert not _scrolls(layers)
     page.locator("#kept-adapter input").click()
     page.get_by_role("option", name="bare").click()
     page.locator("#kept", has_text="no numbers").wait_for()
+    layers.wait_for(state="detached")
+    server.adapters[-1] |= {"state": "refused", "reason": "U holds NaN"}
+    page.locator("#show-layers").click()
+    page.locator("#layers [role=alert]", has_text="(409): bare changes nothing").wait_for()
 
 
-def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+def test_the_live_numbers_follow_the_server(
+    server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
+) -> None:
     server.scripts = {BASE: Script(("word ",) * 400, wait_s=0.03)}
-    page = visit()
+    page = visit(**window)
     send(page, "Go on")
     server.metrics["vllm:num_requests_running"] = 7
     page.get_by_role("tab", name="Live").click()
@@ -58,6 +83,7 @@ def test_the_live_numbers_follow_the_server(server: FakeServer, visit: Callable[
     server.metrics['secura_adapter_generation_tokens_total{adapter="iso-date"}'] = 5000
     page.locator("#traffic-table", has_text="5000").wait_for(timeout=10_000)
     page.locator("#speed svg.marks").wait_for(timeout=10_000)
+    assert scroll_width(page) <= window["width"]
     server.__exit__()
     page.locator("#numbers", has_text="Trying again").wait_for(timeout=15_000)
     server.__enter__()
@@ -101,7 +127,9 @@ def test_no_tab_has_a_serious_finding_or_is_cut(
         page.get_by_role("tab", name=tab).click()
         if tab == "Retention":
             page.locator("#ask-questions").click()
+            page.locator("#show-layers").click()
             page.locator("#questions table").wait_for(timeout=20_000)
+            page.locator("#layers table").wait_for(timeout=20_000)
         if tab == "Live":
             page.locator("#traffic-table table").wait_for(timeout=20_000)
         for panel in PANELS:
@@ -119,6 +147,11 @@ def test_no_tab_has_a_serious_finding_or_is_cut(
         assert not _cut(page), tab
         assert not _overlapping(page), tab
     assert not found, "\n".join(found)
+
+
+def _scrolls(table: Any) -> bool:
+    """Return whether a table is wider than the box around it."""
+    return bool(table.evaluate("({parentElement: e}) => e.scrollWidth > e.clientWidth"))
 
 
 def _cut(page: Any) -> list[str]:

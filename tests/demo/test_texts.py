@@ -22,6 +22,7 @@ from demo.chat.mix import expression, parts_of
 from demo.chat.safe_text import JOINER, safe_text, without_joiners
 from demo.chat.share import Shared, as_curl, as_python, from_query, to_query
 from demo.compare import LONGEST, Settings
+from demo.retention.layers import layer_table
 from demo.retention.questions import QUESTIONS, right, table
 from demo.retention.results import heat_table, read_results
 from tests.support.fake_server import adapter_card
@@ -170,6 +171,21 @@ def test_questions_count_what_is_kept():
         "12 of 12 answered: 11 in the base's words; of the 12 that the base gets right, 11" in shown
     )
     assert "<img" not in shown and right("It is SEVEN.", "seven|7")
+
+
+def test_layers_are_rows_whatever_the_modules_are_called():
+    gpt2 = {"attn.c_proj": 0.02, "mlp.c_proj": 0.01, "mlp.c_fc": 0.0}
+    shown = layer_table(
+        "x", {f"transformer.h.{i}.{k}": v for i in (0, 10) for k, v in gpt2.items()}
+    )
+    heads = [f">{head}</th>" for head in ("layer", "attn.c_proj", "mlp.c_proj", "c_fc", "0", "10")]
+    assert all(head in shown for head in heads) and shown.count("<tr>") == 3
+    assert 'title="transformer.h.10.mlp.c_proj: 1 %">1.00</td>' in shown
+    for most, said in ((1.5, "150"), (0.15, "15.0"), (0.001, "0.10"), (0.00012, "0.012")):
+        assert f">{said}</td>" in layer_table("x", {"h.0.q": most})
+    odd = layer_table("x", {"a.0.q": 0.0, "b.0.v": 0.0, MARK: 0.0})
+    assert "a.0</th>" in odd and "b.0</th>" in odd and odd.count("not changed") == 6
+    assert "<img" not in odd
 
 
 def test_results_are_read_by_their_shape(tmp_path):

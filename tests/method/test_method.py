@@ -21,10 +21,12 @@ from secura_serve.method import (
     apply,
     auto_alpha,
     delta,
+    frobenius,
     gather,
     importance,
     init_A,
     merged,
+    product_norm,
     select,
 )
 
@@ -82,6 +84,16 @@ def loop_norm(W: Tensor, D: Tensor, norm: MagNorm) -> Tensor:
             return (2 * w + d) / res
 
     return torch.tensor([[one(w, d) for w, d in row] for row in pairs], dtype=torch.float64)
+
+
+def test_norms_are_those_of_the_dense_matrices(W: Tensor, basis: Basis, U: Tensor) -> None:
+    C, R_ = gather(W, basis)
+    dense = math.sqrt(sum(x * x for row in loop_delta(W, basis, U).tolist() for x in row))
+    assert product_norm(C @ U, R_) == pytest.approx(dense, rel=1e-12)
+    assert product_norm(C @ U * 0, R_) == 0
+    wide = torch.randn(900, 700, generator=torch.Generator().manual_seed(2)).bfloat16()
+    exact = math.sqrt(math.fsum(x * x for x in wide.double().flatten().tolist()))
+    assert frobenius(wide) == pytest.approx(exact, rel=1e-12)  # More than one block of rows.
 
 
 def test_delta_is_the_triple_sum(W: Tensor, basis: Basis, U: Tensor) -> None:

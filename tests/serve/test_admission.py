@@ -25,7 +25,7 @@ class House:
         )
         self.background: list[asyncio.Task] = []
         self.app = AdmissionMiddleware(self._answer, self.admission, lambda: self.background)
-        self.may_answer = asyncio.Event()
+        self.may_answer, self.leaves = asyncio.Event(), asyncio.Event()
         self.seen: list[str] = []
 
     async def _answer(self, scope, receive, send):
@@ -45,6 +45,9 @@ class House:
         sent = []
 
         async def receive():
+            if not messages:
+                await self.leaves.wait()
+                return {"type": "http.disconnect"}
             return messages.pop(0)
 
         async def send(message):
@@ -54,6 +57,8 @@ class House:
         scope["headers"] = [(k.encode(), v.encode()) for k, v in dict(headers).items()]
         self.scope = scope
         await self.app(scope, receive, send)
+        if not sent:
+            return None, b""
         return sent[0], b"".join(m.get("body", b"") for m in sent[1:])
 
 
@@ -282,6 +287,35 @@ def test_a_client_that_stops_sending_is_given_up(monkeypatch):
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "root_path": ""}
         await house.app(scope | {"headers": []}, receive, send)
         assert sent[0]["status"] == 408 and b"no more of the body" in sent[1]["body"]
+        assert not house.seen and house.admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_a_client_that_goes_away_waits_no_longer():
+    async def run():
+        for what in ("an adapter", "a fold"):
+            house, ready = House(), asyncio.Event()
+            if what == "an adapter":
+                house.admission.prepare = lambda model, ready=ready: ready.wait()
+            else:
+                house.admission._open.clear()
+            waiting = asyncio.ensure_future(house.post(ask("a")))
+            await everyone()
+            assert not waiting.done()
+            house.leaves.set()
+            assert await asyncio.wait_for(waiting, 5) == (None, b"")
+            assert not house.seen and house.admission.running == 0
+
+    asyncio.run(run())
+
+
+def test_what_is_never_ready_when_its_turn_comes_is_refused():
+    async def run():
+        house = House(hold_seconds=0.1)
+        house.admission.prepare = lambda model: asyncio.sleep(0.01)
+        start, answer = await asyncio.wait_for(house.post(ask("a")), 5)
+        assert start["status"] == 503 and b"when its turn came" in answer
         assert not house.seen and house.admission.running == 0
 
     asyncio.run(run())

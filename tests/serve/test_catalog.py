@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secura_serve import adapter as adapters
+from secura_serve.adapter.limits import LARGEST_RMS
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, ConfigError, UnservableError
 from secura_serve.method import MagNorm
@@ -208,6 +209,14 @@ LORA_FAULTS = {
     "module names to, whole numbers": lambda t: None,
     "whole numbers >= 1": lambda t: None,
 }
+
+
+@pytest.mark.parametrize(("rslora", "served"), [(False, 1), (True, 0)])
+def test_the_bound_of_a_plain_lora_knows_its_scale(rslora, served, folder, base):
+    # Each entry of B·A is 2: times alpha / 2 it is allowed, times alpha / √2 it is not.
+    path, tensors = _lora(folder, base, lora_alpha=0.8 * LARGEST_RMS, use_rslora=rslora)
+    save_file(tensors, path / "adapter_model.safetensors")
+    assert len(scan(folder, Checkpoint(base)).plain_loras) == served
 
 
 @pytest.mark.parametrize("reason", LORA_FAULTS)

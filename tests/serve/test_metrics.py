@@ -20,6 +20,7 @@ import pytest
 
 from secura_serve.errors import LifecycleError, SecuraError, UnservableError
 from secura_serve.serve.app.adapters.library import Library
+from secura_serve.serve.app.adapters.residency import Residency
 from secura_serve.serve.app.adapters.workers import Workers
 from secura_serve.serve.app.metrics import LIMIT, OTHER, Metrics
 from secura_serve.serve.app.scrape import AdapterStates
@@ -148,7 +149,8 @@ def test_a_scrape_does_not_wait_for_an_engine_that_does_not_answer(
 
     async def scrape() -> None:
         engine = Engine()
-        residency = SimpleNamespace(workers=Workers(engine, dict))
+        residency = Residency()
+        residency.workers = Workers(engine, dict)
         updates: Any = SimpleNamespace(library=library, residency=residency)
         states = AdapterStates(metrics, updates, SimpleNamespace(busy=False))  # type: ignore[arg-type]
         loop = asyncio.get_running_loop()

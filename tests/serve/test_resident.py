@@ -6,6 +6,7 @@ Needs no engine: the slots are real, their images are made, and the worker's hal
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import shutil
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -116,8 +117,14 @@ def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkey
     assert str(version(parts, "c").image) in images(parts)
 
 
-def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(parts):
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, parts):
     """More adapters than places, all asked at once: each is answered, none for ever."""
+    places = parts.updates.residency.places
+    parts.updates.residency.places = ResidentSlots(
+        dataclasses.replace(places.spec, count=count), places.images
+    )
+    parts.updates.residency.places.workers = places.workers
 
     async def ask(name):
         assert await ready(parts, name) is None
@@ -127,9 +134,11 @@ def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(parts):
             assert version(parts, name).number in parts.updates.residency.places.numbers
 
     async def work():
-        await asyncio.gather(*(ask(NAMES[i % 3]) for i in range(30)))
+        await asyncio.wait_for(asyncio.gather(*(ask(NAMES[i % 3]) for i in range(30))), 20)
 
     asyncio.run(work())
+    # Each adapter at most once for those who came first, and once for those who came meanwhile.
+    assert len(parts.engine.called("secura_publish")) <= 6
     assert not parts.updates.residency.places._users
 
 

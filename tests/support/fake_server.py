@@ -83,6 +83,13 @@ def _metrics() -> dict[str, float]:
     }
 
 
+def _moved() -> dict[str, float]:
+    kinds = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj")
+    kinds += ("self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj")
+    names = [f"model.layers.{layer}.{kind}" for layer in range(30) for kind in kinds]
+    return {name: 0.04 * (i + 1) / len(names) for i, name in enumerate(names)}
+
+
 @dataclass
 class FakeServer:
     """Start and stop it as often as you like: it keeps its port, and what it was asked."""
@@ -102,6 +109,8 @@ class FakeServer:
     """The bodies of all chats."""
     changes: list[tuple[str, str, Any]] = field(default_factory=list)
     folded: str | None = None
+    moved: dict[str, float] = field(default_factory=_moved)
+    """How far every adapter moves each linear."""
     metrics: dict[str, float] = field(default_factory=_metrics)
     _server: ThreadingHTTPServer | None = None
 
@@ -153,7 +162,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(200, {"object": "list", "data": self.fake.models()})
         if self.path == "/v1/adapters" and not self.fake.plain:
             return self._json(200, {"object": "list", "data": self.fake.adapters})
+        path, _, action = self.path.rpartition("/")
+        if action == "changes" and path.startswith("/v1/adapters/") and not self.fake.plain:
+            return self._tell_changes(path.removeprefix("/v1/adapters/"))
         return self._error(404, "Not Found")
+
+    def _tell_changes(self, name: str) -> None:
+        card = self.fake.find(name)
+        if card is None:
+            return self._error(404, f"there is no adapter '{name}'")
+        if card["state"] == "refused":
+            return self._error(409, f"{name} changes nothing, it is refused: {card['reason']}")
+        told = {"id": name, "object": "changes", "digest": card["digest"]}
+        return self._json(200, told | {"modules": self.fake.moved})
 
     def do_PUT(self) -> None:
         self._admin(self._change)

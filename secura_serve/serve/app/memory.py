@@ -43,7 +43,8 @@ class Memory:
     def __str__(self) -> str:
         adapters = self.slot * self.slots + self.shared
         places = (
-            f" + {self.places} places for full-rank adapters of {self.place / 2**20:.1f} MiB"
+            f" + {self.places} place{'' if self.places == 1 else 's'} for full-rank adapters of "
+            f"{self.place / 2**20:.1f} MiB"
             if self.places
             else ""
         )

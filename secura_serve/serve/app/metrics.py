@@ -83,6 +83,22 @@ METRICS = (
         buckets=_READ_S,
     ),
     Metric(
+        "secura_places",
+        "gauge",
+        "Places of full-rank adapters that are filled, or free",
+        ("state",),
+    ),
+    Metric(
+        "secura_place_requests_waiting",
+        "gauge",
+        "Requests that wait for a full-rank adapter's place",
+    ),
+    Metric(
+        "secura_place_evictions_total",
+        "counter",
+        "Full-rank adapters that left a place to make room for one",
+    ),
+    Metric(
         "secura_fold_seconds",
         "histogram",
         "Time of a fold or an unfold, the wait for running requests included",
@@ -164,6 +180,12 @@ class Metrics(Observer):
         for state, number in states.items():
             self._metrics["secura_adapters"].labels(state=state).set(number)
 
+    def set_places(self, *, filled: int, free: int, waiting: int) -> None:
+        """Show how many places there are, and how many requests wait for one."""
+        self._metrics["secura_places"].labels(state="filled").set(filled)
+        self._metrics["secura_places"].labels(state="free").set(free)
+        self._metrics["secura_place_requests_waiting"].set(waiting)
+
     def count_slot_changes(self, loads: int, evictions: int) -> None:
         """Add what the engine has loaded and evicted since the last call.
 
@@ -180,6 +202,9 @@ class Metrics(Observer):
 
     def place_filled(self, seconds: float) -> None:
         self._metrics["secura_place_fill_seconds"].observe(seconds)
+
+    def place_taken(self) -> None:
+        self._metrics["secura_place_evictions_total"].inc()
 
     def adapter_refused(self, error: SecuraError) -> None:
         reason = type(error).__name__

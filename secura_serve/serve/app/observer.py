@@ -21,6 +21,9 @@ class Observer:
     def place_filled(self, seconds: float) -> None:
         """Take note that the update of a full-rank adapter was copied into a place."""
 
+    def place_taken(self) -> None:
+        """Take note that a full-rank adapter left its place to make room for another."""
+
     def adapter_refused(self, error: SecuraError) -> None:
         """Take note that some content of an adapter is not served."""
 

@@ -35,6 +35,11 @@ class AdapterStates:
             refused=sum(r.serving is None and r.refused is not None for r in records),
         )
         self._metrics.set_versions(sum(len(r.versions) for r in records))
+        if (places := self._updates.residency.places) is not None:
+            filled = len(places.numbers)
+            self._metrics.set_places(
+                filled=filled, free=places.spec.count - filled, waiting=places.waiting
+            )
         workers = self._updates.residency.workers
         if workers is None or self._folding.busy:
             return
@@ -45,7 +50,7 @@ class AdapterStates:
     async def _ask(self, workers: Workers) -> None:
         # An engine that has died is reported elsewhere.
         with suppress(Exception):
-            resident = await workers.resident()
+            resident = await self._updates.residency.numbers()
             self._metrics.set_adapters(resident=len(resident))
             self._metrics.count_slot_changes(workers.loads, workers.evictions)
 

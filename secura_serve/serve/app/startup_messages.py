@@ -73,8 +73,8 @@ def tell_of_places(resident: ResidentSpec, full_rank: Sequence[Adapter | FineTun
         )
     else:
         how = (
-            f"take turns in {resident.count} places: a request for one that is in none waits "
-            "until it is"
+            f"take turns in {resident.count} place{'' if resident.count == 1 else 's'}: a "
+            "request for one that is in none waits until it is"
         )
     say(f"\n{names}{more} are full-rank, and {how}; --resident makes more places", prefix="")
 

@@ -1,6 +1,7 @@
 """The routes of the adapters' life cycle, and vLLM's two older ones on top of it.
 
     curl localhost:8000/v1/adapters
+    curl localhost:8000/v1/adapters/x/changes
     curl -X PUT localhost:8000/v1/adapters/x -F f=@x/adapter_config.json \\
       -F f=@x/adapter_model.safetensors
     curl -X POST localhost:8000/v1/adapters/x/rollback
@@ -16,25 +17,24 @@ import asyncio
 from collections.abc import Coroutine
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.adapter import check_name
-from secura_serve.errors import (
-    AdapterError,
-    ConfigError,
-    LifecycleError,
-    SecuraError,
-    StorageError,
+from secura_serve.errors import AdapterError, ConfigError, SecuraError
+from secura_serve.serve.app.http.adapter_reads import (
+    Context,
+    get_adapter,
+    get_changes,
+    list_adapters,
+    refused,
+    shown,
 )
-from secura_serve.serve.app.adapters.describe import describe
 from secura_serve.serve.app.http.bodies import read_files, read_upload
-from secura_serve.serve.app.http.context import ServerContext, context_of
 from secura_serve.serve.app.http.errors import error_response
-from secura_serve.suggest import did_you_mean
 
 __all__ = ["attach", "contained"]
 
@@ -80,51 +80,9 @@ class Unload(BaseModel):
     lora_int_id: int | None = None
 
 
-def _context(request: Request) -> ServerContext:
-    return context_of(request.app)
-
-
-Context = Annotated[ServerContext, Depends(_context)]
-
-
 async def _finished(work: Coroutine[Any, Any, Any]) -> Any:
     """Await work that a client who goes away must not leave half done."""
     return await asyncio.shield(asyncio.ensure_future(work))
-
-
-def _refused(error: SecuraError) -> JSONResponse:
-    if isinstance(error, LifecycleError):
-        status = error.status
-    elif isinstance(error, StorageError):
-        status = 507
-    else:
-        status = 400 if isinstance(error, (ConfigError, AdapterError)) else 503
-    return error_response(status, str(error))
-
-
-async def _shown(context: ServerContext, name: str) -> dict[str, Any]:
-    resident = await context.updates.residency.numbers()
-    return describe(
-        context.updates.library, name, resident=resident, folded=context.folding.folded_version
-    )
-
-
-async def list_adapters(context: Context) -> dict[str, Any]:
-    """Return every adapter with its versions, its state and what its card says."""
-    resident, library = await context.updates.residency.numbers(), context.updates.library
-    folded = context.folding.folded_version
-    names = [name for name in library.records if context.may_ask(name)]
-    cards = [describe(library, name, resident=resident, folded=folded) for name in names]
-    return {"object": "list", "data": cards}
-
-
-async def get_adapter(name: str, context: Context) -> Any:
-    """Return one adapter."""
-    known = [each for each in context.updates.library.records if context.may_ask(each)]
-    if name not in known:
-        hint = did_you_mean(name, known)
-        return error_response(404, f"there is no adapter {name[:100]!r}{hint}")
-    return await _shown(context, name)
 
 
 async def put_adapter(name: str, request: Request, context: Context) -> Any:
@@ -138,9 +96,9 @@ async def put_adapter(name: str, request: Request, context: Context) -> Any:
         check_name(name)
         files = await read_files(request)
         await _finished(context.updates.upload(name, files))
-        return await _shown(context, name)
+        return await shown(context, name)
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
 
 
 async def put_weights(name: str, request: Request, context: Context) -> Any:
@@ -154,9 +112,9 @@ async def put_weights(name: str, request: Request, context: Context) -> Any:
         body = await read_upload(request)
         basis, magnorm = (request.headers.get(f"x-secura-{key}") for key in ("basis", "magnorm"))
         await _finished(context.updates.push(name, body, basis, magnorm))
-        return await _shown(context, name)
+        return await shown(context, name)
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
 
 
 async def delete_adapter(name: str, context: Context) -> Any:
@@ -165,7 +123,7 @@ async def delete_adapter(name: str, context: Context) -> Any:
         check_name(name)
         await _finished(context.updates.delete(name))
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
     return {"id": name, "object": "adapter", "deleted": True}
 
 
@@ -173,18 +131,18 @@ async def rollback(name: str, context: Context, body: Rollback | None = None) ->
     """Serve an older version: the one before, or the one that is named."""
     try:
         await _finished(context.updates.rollback(name, (body or Rollback()).version))
-        return await _shown(context, name)
+        return await shown(context, name)
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
 
 
 async def pin(name: str, context: Context, body: Pin | None = None) -> Any:
     """Keep an adapter in a slot, whichever version its name stands for, or no longer."""
     try:
         await _finished(context.updates.pin(name, (body or Pin()).pinned))
-        return await _shown(context, name)
+        return await shown(context, name)
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
 
 
 async def reload(context: Context) -> Any:
@@ -194,7 +152,7 @@ async def reload(context: Context) -> Any:
     try:
         return {"object": "reload", "changes": await _finished(context.watch.reload())}
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
 
 
 async def put_alias(alias: str, body: Alias, context: Context) -> Any:
@@ -202,7 +160,7 @@ async def put_alias(alias: str, body: Alias, context: Context) -> Any:
     try:
         await _finished(context.updates.set_alias(alias, body.adapter))
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
     return {"id": alias, "object": "alias", "adapter": body.adapter}
 
 
@@ -211,7 +169,7 @@ async def delete_alias(alias: str, context: Context) -> Any:
     try:
         await _finished(context.updates.set_alias(alias, None))
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
     return {"id": alias, "object": "alias", "deleted": True}
 
 
@@ -239,7 +197,7 @@ async def load_lora_adapter(body: Load, context: Context) -> Response:
     except (ConfigError, AdapterError) as error:
         return error_response(400, str(error), kind="InvalidUserInput")
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -251,7 +209,7 @@ async def unload_lora_adapter(body: Unload, context: Context) -> Response:
     except ConfigError as error:
         return error_response(400, str(error), kind="InvalidUserInput")
     except SecuraError as error:
-        return _refused(error)
+        return refused(error)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
@@ -295,6 +253,7 @@ _ROUTES = (
     ("/v1/adapters/{name}", "GET", get_adapter),
     ("/v1/adapters/{name}", "PUT", put_adapter),
     ("/v1/adapters/{name}", "DELETE", delete_adapter),
+    ("/v1/adapters/{name}/changes", "GET", get_changes),
     ("/v1/adapters/{name}/weights", "PUT", put_weights),
     ("/v1/adapters/{name}/rollback", "POST", rollback),
     ("/v1/adapters/{name}/pin", "POST", pin),

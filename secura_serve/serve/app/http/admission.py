@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
+from typing import NamedTuple, TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -27,6 +34,7 @@ __all__ = ["HOLD_SECONDS", "Admission", "AdmissionMiddleware", "Refusal"]
 HOLD_SECONDS = 60.0
 """How long a request waits for a change of the weights before it gets a 503."""
 _RETRY_AFTER = 5
+T = TypeVar("T")
 
 
 class Refusal(NamedTuple):
@@ -102,9 +110,18 @@ class Admission:
             self._open.set()
 
     @asynccontextmanager
-    async def admitted(self, model: str | None) -> AsyncIterator[Refusal | None]:
-        """Wait to be admitted; yields the refusal, or None with the request counted as running."""
-        refusal = await self._wait_for_turn(model)
+    async def admitted(
+        self, model: str | None, receive: Receive | None = None
+    ) -> AsyncIterator[Refusal | None]:
+        """Wait to be admitted; yields the refusal, or None with the request counted as running.
+
+        Args:
+            receive: of a request whose body was read; a client that goes away waits no longer.
+
+        Raises:
+            ClientDisconnect: it has gone.
+        """
+        refusal = await self._wait_for_turn(model, receive)
         if refusal is not None:
             yield refusal
             return
@@ -116,10 +133,12 @@ class Admission:
         finally:
             self._end(mine)
 
-    async def _wait_for_turn(self, model: str | None) -> Refusal | None:
+    async def _wait_for_turn(self, model: str | None, receive: Receive | None) -> Refusal | None:
         """Return why a request may not run, or None at a moment when it may."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._hold_seconds
         while True:
-            if not await self._opened():
+            if self.holding and not await _while_connected(receive, self._opened()):
                 return Refusal(
                     503,
                     "an adapter is being folded into the weights or taken out of them, and has "
@@ -130,9 +149,19 @@ class Admission:
                 return refusal
             if (work := self.prepare(model)) is None:
                 return None
+            if clock() > deadline:
+                if asyncio.iscoroutine(work):
+                    work.close()
+                return Refusal(
+                    503,
+                    f"{model} was made ready, but was not any more when its turn came, for "
+                    f"{self._hold_seconds:g} s: try again",
+                )
             # The weights, and what the name stands for, may be others afterwards.
             try:
-                why = await work
+                why = await _while_connected(receive, work)
+            except ClientDisconnect:
+                raise
             except Exception as error:
                 return Refusal(503, f"{model} cannot be prepared now ({error}): try again")
             if why is not None:
@@ -179,6 +208,37 @@ class Admission:
         mine.set_result(None)
         if not self._running:
             self._idle.set()
+
+
+async def _while_connected(receive: Receive | None, work: Awaitable[T]) -> T:
+    """Await something for a client that waits.
+
+    In the task of the caller: what it is ready for must not become untrue before it goes on.
+
+    Raises:
+        ClientDisconnect: it went away meanwhile.
+    """
+    if receive is None:
+        return await work
+    clock = asyncio.get_running_loop().time
+
+    async def gone(limit: asyncio.Timeout, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        limit.reschedule(clock())
+
+    limit = asyncio.timeout(None)
+    try:
+        async with limit:
+            watch = asyncio.ensure_future(gone(limit, receive))
+            try:
+                return await work
+            finally:
+                watch.cancel()
+    except TimeoutError:
+        if limit.expired():
+            raise ClientDisconnect from None
+        raise
 
 
 class AdmissionMiddleware:
@@ -230,11 +290,12 @@ class AdmissionMiddleware:
             await Refusal(error.status, str(error), FIELD).response()(scope, receive, send)
             return
         again = replayed(body, receive)
-        async with self.admission.admitted(model) as refusal:
-            if refusal is not None:
-                await refusal.response()(scope, again, send)
-                return
-            try:
-                await self.app(scope, again, send)
-            finally:
-                self.admission.count(self.background())
+        with suppress(ClientDisconnect):
+            async with self.admission.admitted(model, receive) as refusal:
+                if refusal is not None:
+                    await refusal.response()(scope, again, send)
+                    return
+                try:
+                    await self.app(scope, again, send)
+                finally:
+                    self.admission.count(self.background())

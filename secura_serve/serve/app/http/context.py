@@ -12,7 +12,9 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import ServeError
+from secura_serve.serve.app.adapters.changes import WeightChanges
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
 from secura_serve.serve.app.adapters.watch import FolderWatch
 from secura_serve.serve.app.folding import Folding
@@ -54,6 +56,11 @@ class ServerContext:
 
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """What runs beside the requests until the server ends."""
+    changes: WeightChanges = field(init=False)
+    """How far the adapters move the base."""
+
+    def __post_init__(self) -> None:
+        self.changes = WeightChanges(lambda: Checkpoint(self.folding.base))
 
     def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the requests; an error is reported, and ends nothing else."""

@@ -114,6 +114,7 @@ def _reading() -> Iterator[Route]:
         "/tokenizer_info",
         "/v1/adapters",
         "/v1/adapters/{name}",
+        "/v1/adapters/{name}/changes",
     ):
         yield Route(path, ("GET",), "read", "user")
     for path in (

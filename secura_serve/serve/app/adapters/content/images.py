@@ -23,7 +23,7 @@ from secura_serve.merge import open_source, plan_fold, update_stream
 from secura_serve.serve.app.adapters.content.fine_tune import FineTune, updates_of
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes, write_image
 
-__all__ = ["KEPT_DAYS", "DeltaImages"]
+__all__ = ["KEPT_DAYS", "DeltaImages", "step_back"]
 
 KEPT_DAYS = 30
 _FORMAT = 1
@@ -43,7 +43,7 @@ class DeltaImages:
         self.root, self.dtype = root, dtype
         self._base = base
         # One at a time, at the lowest priority: who is being answered comes first.
-        self._thread = ThreadPoolExecutor(1, "delta-image", _step_back)
+        self._thread = ThreadPoolExecutor(1, "delta-image", step_back)
         self._checked: dict[Path, tuple[int, int, int] | None] = {}
 
     def folder(self, name: str, digest: str) -> Path:
@@ -172,7 +172,7 @@ def _left_behind(name: str) -> bool:
     return False
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Give the calling thread the lowest priority, where the system has one for threads."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

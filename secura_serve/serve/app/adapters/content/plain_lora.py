@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from secura_serve.adapter import LARGEST_RMS
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.adapter.tensors import FLOATS
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import AdapterFormatError, BaseModelError, UnservableError
+from secura_serve.errors import (
+    AdapterFormatError,
+    BaseModelError,
+    StorageError,
+    UnservableError,
+)
 
 __all__ = ["PlainLoRA"]
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PEFT_ALPHA = 8  # PEFT's own default.
 # What PEFT can add to a LoRA and vLLM does not serve, each with the value that leaves it out.
 _EXTRAS: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
@@ -97,7 +104,7 @@ class PlainLoRA:
             problems += (
                 _misfits(module, sides, base)
                 or said.misfits(module, sides["A"][0])
-                or _oversized(module, sides, said.alpha, norms)
+                or _oversized(module, sides, said, norms)
             )
         if problems or not shapes:
             raise AdapterFormatError(
@@ -105,6 +112,31 @@ class PlainLoRA:
             )
         ranks = {module: sides["A"][0] for module, sides in shapes.items()}
         return cls(path, said.largest, ranks)
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield module, scale·B ``(out, r)`` and A ``(r, in)``, float64.
+
+        The scale is alpha / r, or alpha / √r with ``use_rslora``, alpha and r those of the module
+        as PEFT's patterns have them.
+
+        Raises:
+            StorageError: the files cannot be read any more.
+        """
+        try:
+            raw = json.loads((self.path / CONFIG_NAME).read_text(encoding="utf-8"))
+            with safe_open(self.path / WEIGHTS_NAME, framework="pt") as file:
+                for module, r in self.modules.items():
+                    alpha = _of_pattern(raw.get("alpha_pattern") or {}, module)
+                    if alpha is None:
+                        alpha = raw.get("lora_alpha", _PEFT_ALPHA)
+                    scale = alpha / (r**0.5 if raw.get("use_rslora") else r)
+                    A, B = (
+                        file.get_tensor(f"base_model.model.{module}.lora_{side}.weight").double()
+                        for side in "AB"
+                    )
+                    yield module, scale * B, A
+        except (OSError, ValueError, SafetensorError) as error:
+            raise StorageError(f"{self.path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -115,6 +147,8 @@ class _Ranks:
     pattern: Mapping[str, int]
     alpha: float
     """The largest that any module has."""
+    root: bool
+    """Whether the scale is alpha / √r (``use_rslora``) and not alpha / r."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> _Ranks:
@@ -131,24 +165,28 @@ class _Ranks:
                 f"{CONFIG_NAME}: r must be, and rank_pattern map module names to, whole numbers "
                 ">= 1"
             )
-        return cls(r, pattern, _largest_alpha(raw))
+        return cls(r, pattern, _largest_alpha(raw), bool(raw.get("use_rslora")))
 
     @property
     def largest(self) -> int:
         return max([self.r, *self.pattern.values()])
 
     def misfits(self, module: str, rank: int) -> list[str]:
-        # As PEFT reads it: the first key that is the end of the name.
-        keys = (key for key in self.pattern if re.match(rf"(.*\.)?({key})$", module))
-        said = self.pattern.get(next(keys, ""), self.r)
+        said = _of_pattern(self.pattern, module) or self.r
         return [] if said == rank else [f"{module}: rank {rank}, but {CONFIG_NAME} says {said}"]
+
+
+def _of_pattern(pattern: Mapping[str, Any], module: str) -> Any:
+    """Return what a pattern says of a module, as PEFT reads it: the first key that is the end of
+    the name counts; None if it says nothing."""
+    keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", module))
+    return next((pattern[key] for key in keys), None)
 
 
 def _largest_alpha(raw: Mapping[str, Any]) -> float:
     pattern = raw.get("alpha_pattern") or {}
-    # PEFT's own default.
     said = [
-        raw.get("lora_alpha", 8),
+        raw.get("lora_alpha", _PEFT_ALPHA),
         *(pattern.values() if isinstance(pattern, Mapping) else [pattern]),
     ]
     if not all(isinstance(n, (int, float)) and abs(n) <= sys.float_info.max for n in said):
@@ -159,12 +197,13 @@ def _largest_alpha(raw: Mapping[str, Any]) -> float:
 
 
 def _oversized(
-    module: str, sides: dict[str, tuple[int, int]], alpha: float, norms: Mapping[str, float]
+    module: str, sides: dict[str, tuple[int, int]], said: _Ranks, norms: Mapping[str, float]
 ) -> list[str]:
-    """Return what is too large, see :mod:`secura_serve.adapter.limits`; the scale is alpha / r."""
+    """Return what is too large, see :mod:`secura_serve.adapter.limits`."""
     A, B = (norms[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
     (r, wide), (tall, _) = sides["A"], sides["B"]
-    rms = alpha / r * A * B / (tall * wide) ** 0.5
+    scale = said.alpha / (r**0.5 if said.root else r)
+    rms = scale * A * B / (tall * wide) ** 0.5
     if rms <= LARGEST_RMS:
         return []
     return [f"{module}: B·A may reach {rms:.1e} in root mean square, which would overflow"]

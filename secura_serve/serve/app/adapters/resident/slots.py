@@ -124,6 +124,11 @@ class ResidentSlots:
         """The numbers of the versions that are in a place."""
         return self._filled.keys()
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a place."""
+        return self._waiting.total()
+
     # What a request goes through: wait until its version is in a place, hold it there, let go.
 
     def preparation(self, who: Occupant) -> Awaitable[str | None] | None:
@@ -257,9 +262,13 @@ class ResidentSlots:
                 idle = [n for n in candidates if self._is_idle(n)]
                 if idle:
                     await self._evict(idle[0])
+                    self._observer.place_taken()
                     continue
-                # Those who come for it from now on wait, too: it would never be idle otherwise.
-                self._leaving = candidates[0] if candidates else None
+                if self._leaving is None:
+                    # Those who come for it from now on wait, too: it would never be idle otherwise.
+                    # But not before those for whom it was filled have had it.
+                    used = (n for n in candidates if n not in self._waiting)
+                    self._leaving = next(used, None)
                 self._released.clear()
                 await self._released.wait()
             return None
