@@ -8,12 +8,14 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from secura_serve.atomic import only_writer
@@ -45,6 +47,10 @@ class DeltaImages:
         # One at a time, at the lowest priority: who is being answered comes first.
         self._thread = ThreadPoolExecutor(1, "delta-image", step_back)
         self._checked: dict[Path, tuple[int, int, int] | None] = {}
+        # Not the process's number: in another container, or after a restart, another has the same.
+        self._own = f"{_OWN}-{uuid.uuid4().hex}"
+        # Held from the first such image on; the kernel drops it with the process.
+        self._alive = FileLock(root / f".{self._own}.lock", thread_local=False)
 
     def folder(self, name: str, digest: str) -> Path:
         """Return where the image of an adapter's content is, or will be.
@@ -60,7 +66,7 @@ class DeltaImages:
 
     def own_folder(self, number: int) -> Path:
         """Return where the image of something is that only this process has, by its number."""
-        return self.root / f"{_OWN}-{os.getpid()}-{number}"
+        return self.root / f"{self._own}-{number}"
 
     async def make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         """Return the image in ``folder``, made now in the background if it is not there.
@@ -123,10 +129,17 @@ class DeltaImages:
         updates: Iterable[tuple[str, Tensor]],
     ) -> DeltaImage:
         self._refuse_without_space(image_nbytes(shapes.values(), self.dtype))
-        with only_writer(folder, wait=True):
-            with suppress(StorageError):
-                return self.found(folder)
-            return write_image(folder, shapes, updates, self.dtype)
+        try:
+            if folder.name.startswith(self._own) and not self._alive.is_locked:
+                self._alive.acquire()
+            with only_writer(folder, wait=True):
+                with suppress(StorageError):
+                    return self.found(folder)
+                return write_image(folder, shapes, updates, self.dtype)
+        except OSError as error:
+            raise StorageError(
+                f"{self.root} cannot be written ({error}): point SECURA_CACHE at another folder"
+            ) from error
 
     def _refuse_without_space(self, nbytes: int) -> None:
         try:
@@ -145,31 +158,40 @@ class DeltaImages:
         """Remove an image that nothing needs any more."""
         shutil.rmtree(folder, ignore_errors=True)
         self._checked.pop(folder, None)
-        with suppress(OSError):
-            (folder.parent / f".{folder.name}.lock").unlink()
+        self._clear(folder)
+
+    @staticmethod
+    def _clear(folder: Path) -> bool:
+        """Remove the lock of an image and its unfinished drafts; return False, and remove nothing,
+        while somebody holds the lock."""
+        try:
+            with only_writer(folder, wait=False):
+                return True
+        except OSError:
+            return False
 
     def remove_unused(self, days: float = KEPT_DAYS) -> None:
         """Remove images that no server has used for ``days``, and what killed processes left."""
-        oldest = time.time() - days * 86400
+        oldest, running = time.time() - days * 86400, dict[str, bool]()
         for entry in self.root.glob("*"):
+            # Hidden are an image's lock and drafts: .NAME.lock, .NAME.RANDOM.partial.
+            name = entry.name.removeprefix(".").partition(".")[0]
+            process = _process_of(name)
+            if process is not None and process not in running:
+                running[process] = not self._clear(self.root / process)
             with suppress(OSError):
-                if entry.stat().st_mtime < oldest or _left_behind(entry.name):
+                if running[process] if process else entry.stat().st_mtime >= oldest:
+                    continue
+                if entry.name == name:
                     self.remove(entry)
+                else:
+                    self._clear(self.root / name)
 
 
-def _left_behind(name: str) -> bool:
-    """Return whether a folder is that of a process that is no more."""
-    prefix, _, rest = name.partition("-")
-    number = rest.partition("-")[0]
-    if prefix != _OWN or not number.isdecimal():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
+def _process_of(name: str) -> str | None:
+    """Return the process that alone has an image, or None: ``process-ID`` of ``process-ID-7``."""
+    kind, _, rest = name.partition("-")
+    return f"{kind}-{rest.partition('-')[0]}" if kind == _OWN and rest else None
 
 
 def step_back() -> None:
