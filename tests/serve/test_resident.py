@@ -198,6 +198,26 @@ def test_a_worker_that_refuses_leaves_the_place_free_and_is_asked_again(parts):
     assert len(parts.engine.places) == 2
 
 
+def test_an_image_that_another_server_removes_meanwhile_is_made_again(parts, monkeypatch):
+    async def work():
+        images, fill = parts.updates.residency.places.images, parts.engine.secura_fill
+        lost = []
+
+        def removed_once(place, image, first, last):
+            if not lost:
+                lost.append(image)
+                images.remove(version(parts, "a").image)
+                return f"{image} cannot be read"
+            return fill(place, image, first, last)
+
+        monkeypatch.setattr(parts.engine, "secura_fill", removed_once)
+        assert await ready(parts, "a") is None
+        assert lost == [str(version(parts, "a").image)]
+
+    asyncio.run(work())
+    assert images(parts) == [str(version(parts, "a").image)]
+
+
 def test_an_engine_that_raises_leaves_the_place_free(parts):
     async def work():
         assert await ready(parts, "b") is None

@@ -112,7 +112,12 @@ class DeltaImages:
 
     def _make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         if [str(folder)] == [*specs]:
-            return self.found(folder)
+            try:
+                return self.found(folder)
+            except StorageError as error:
+                raise StorageError(
+                    f"{error}; POST to /v1/adapters/reload makes it again from the checkpoint"
+                ) from error
         torch.set_num_threads(1)
         source = open_source(str(self._base), specs)
         plan = plan_fold(source)
