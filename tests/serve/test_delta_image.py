@@ -17,6 +17,7 @@ from secura_serve.atomic import only_writer
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError, StorageError
 from secura_serve.method import MagNorm, dequantise_rows
+from secura_serve.serve.app.adapters.content import images as content
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes
 from tests.support import oracle
@@ -213,6 +214,42 @@ def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tiny_base, tmp_path):
         with pytest.raises(StorageError, match="no usable delta image"):
             DeltaImage.open(image.folder)
         assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+
+
+def test_a_link_in_the_place_of_an_image_is_replaced_and_removed(tiny_base, tmp_path):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    images, image = _made(tmp_path, base, adapter, "int8")
+    for there in (True, False):
+        elsewhere = tmp_path / f"elsewhere-{there}"
+        image.folder.rename(elsewhere)
+        image.folder.symlink_to(elsewhere if there else tmp_path / "nowhere")
+        assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+        assert image.folder.is_symlink() == there
+        if there:
+            images.remove(image.folder)
+            assert not os.path.lexists(image.folder) and elsewhere.exists()
+            assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+
+
+def test_the_end_of_the_process_waits_for_no_image(tiny_base, tmp_path, monkeypatch):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    made, read = [], content.update_stream
+    images = DeltaImages(tmp_path / "images", base, "int8")
+
+    def stream(*args):
+        for update in read(*args):
+            yield update
+            made.append(update)
+            images.stop()
+
+    monkeypatch.setattr(content, "update_stream", stream)
+    for name in "ab":
+        with pytest.raises(StorageError, match="the server is stopping"):
+            asyncio.run(images.make(images.folder(name, "0" * 32), [str(adapter)]))
+    assert len(made) == 1
+    assert not [p for p in images.root.iterdir() if p.is_dir()]
 
 
 def test_a_folder_that_cannot_be_written_is_told(tiny_base, tmp_path):

@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +47,7 @@ class DeltaImages:
         # One at a time, at the lowest priority: who is being answered comes first.
         self._thread = ThreadPoolExecutor(1, "delta-image", step_back)
         self._checked: dict[Path, tuple[int, int, int] | None] = {}
+        self._stopped = threading.Event()
         # Not the process's number: in another container, or after a restart, another has the same.
         self._own = f"{_OWN}-{uuid.uuid4().hex}"
         # Held from the first such image on; the kernel drops it with the process.
@@ -119,6 +120,7 @@ class DeltaImages:
                     f"{error}; POST to /v1/adapters/reload makes it again from the checkpoint"
                 ) from error
         torch.set_num_threads(1)
+        self._refuse_if_stopped()
         source = open_source(str(self._base), specs)
         plan = plan_fold(source)
         # As the stream yields them: in the order of the files.
@@ -140,11 +142,25 @@ class DeltaImages:
             with only_writer(folder, wait=True):
                 with suppress(StorageError):
                     return self.found(folder)
-                return write_image(folder, shapes, updates, self.dtype)
+                return write_image(folder, shapes, self._until_stopped(updates), self.dtype)
         except OSError as error:
             raise StorageError(
                 f"{self.root} cannot be written ({error}): point SECURA_CACHE at another folder"
             ) from error
+
+    def stop(self) -> None:
+        """Make no images any more, and give up the one that is being made: Python waits for its
+        threads before it ends."""
+        self._stopped.set()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise StorageError("the server is stopping, and makes no changes of weights any more")
+
+    def _until_stopped(self, updates: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for update in updates:
+            self._refuse_if_stopped()
+            yield update
 
     def _refuse_without_space(self, nbytes: int) -> None:
         try:
@@ -161,6 +177,8 @@ class DeltaImages:
 
     def remove(self, folder: Path) -> None:
         """Remove an image that nothing needs any more."""
+        if folder.is_symlink():
+            folder.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         self._checked.pop(folder, None)
         self._clear(folder)

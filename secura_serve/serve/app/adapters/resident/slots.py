@@ -195,9 +195,15 @@ class ResidentSlots:
         return bool(self._free)
 
     async def make_image(self, content: Path, folder: Path) -> str | None:
-        """Make the image of an adapter; return why that cannot be done, or None."""
+        """Make the image of an adapter; return why that cannot be done, or None.
+
+        Raises:
+            StorageError: it cannot be written, which is not the adapter's fault.
+        """
         try:
             await self.images.make(folder, [str(content)])
+        except StorageError:
+            raise
         except SecuraError as error:
             return str(error)
         return None
