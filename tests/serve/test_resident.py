@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import LifecycleError
+from secura_serve.errors import LifecycleError, StorageError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.resident import slots as module
@@ -205,6 +205,43 @@ def test_a_worker_that_refuses_leaves_the_place_free_and_is_asked_again(parts):
 
     asyncio.run(work())
     assert len(parts.engine.places) == 2
+
+
+def test_an_image_that_another_server_removes_meanwhile_is_made_again(parts, monkeypatch):
+    async def work():
+        images, fill = parts.updates.residency.places.images, parts.engine.secura_fill
+        lost = []
+
+        def removed_once(place, image, first, last):
+            if not lost:
+                lost.append(image)
+                images.remove(version(parts, "a").image)
+                return f"{image} cannot be read"
+            return fill(place, image, first, last)
+
+        monkeypatch.setattr(parts.engine, "secura_fill", removed_once)
+        assert await ready(parts, "a") is None
+        assert lost == [str(version(parts, "a").image)]
+
+    asyncio.run(work())
+    assert images(parts) == [str(version(parts, "a").image)]
+
+
+def test_a_full_disk_is_no_fault_of_the_adapter(parts, base, monkeypatch):
+    async def work():
+        before = version(parts, "a")
+        other = random_adapter(base, parts.root / "new" / "a", r=2, seed=7, magnorm=BOUNDED)
+        shutil.rmtree(parts.folder / "a")
+        other.rename(parts.folder / "a")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(StorageError, match="MiB free"):
+            await parts.updates.from_folder("a")
+        assert version(parts, "a") is before
+        assert parts.library.record("a").refused is None
+        monkeypatch.undo()
+        assert await parts.updates.from_folder("a") is not before
+
+    asyncio.run(work())
 
 
 def test_an_engine_that_raises_leaves_the_place_free(parts):
