@@ -117,8 +117,8 @@ def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkey
     assert str(version(parts, "c").image) in images(parts)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, parts):
+@pytest.mark.parametrize(("count", "pinned"), [(1, False), (2, False), (2, True)])
+def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, pinned, parts):
     """More adapters than places, all asked at once: each is answered, none for ever."""
     places = parts.updates.residency.places
     parts.updates.residency.places = ResidentSlots(
@@ -134,6 +134,8 @@ def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, parts)
             assert version(parts, name).number in parts.updates.residency.places.numbers
 
     async def work():
+        if pinned:
+            await parts.updates.pin("a", True)
         await asyncio.wait_for(asyncio.gather(*(ask(NAMES[i % 3]) for i in range(30))), 20)
 
     asyncio.run(work())
