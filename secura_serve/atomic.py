@@ -140,7 +140,8 @@ def put_in_place(new: Path, target: Path, aside: Path) -> None:
     Raises:
         OSError: the renaming failed.
     """
-    if not target.exists():
+    # A link that leads nowhere is there, too.
+    if not os.path.lexists(target):
         new.rename(target)
         return
     if _exchange(new, target):

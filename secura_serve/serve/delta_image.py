@@ -21,11 +21,12 @@ from typing import BinaryIO
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secura_serve.atomic import atomic_folder
 from secura_serve.errors import StorageError
+from secura_serve.merge.io.buffers import opened, read_tensor
+from secura_serve.merge.io.layout import read_shard
 from secura_serve.method import dequantise_rows, quantise_rows
 
 __all__ = ["DTYPES", "DeltaImage", "image_nbytes", "write_image"]
@@ -146,6 +147,9 @@ class DeltaImage:
             StorageError: there is none, or it is not whole.
         """
         try:
+            if not (folder / _FACTS).is_file():
+                # Reading a pipe would wait, or never end.
+                raise ValueError(f"there is no file {_FACTS}")
             facts = json.loads((folder / _FACTS).read_text())
             if facts["format"] != _FORMAT:
                 raise ValueError(f"it has format {facts['format']}, expected {_FORMAT}")
@@ -186,13 +190,13 @@ class DeltaImage:
         Raises:
             StorageError: the file cannot be read.
         """
+        file, dtype = self.folder / _WEIGHTS, DTYPES[self.dtype]
         try:
-            with safe_open(self.folder / _WEIGHTS, framework="pt") as file:
+            stored = {tensor.name: tensor for tensor in read_shard(file).tensors}
+            # Not a mapping: of a file that shrinks meanwhile it would end the process.
+            with opened(file) as fd:
                 for module in modules:
-                    yield (
-                        module,
-                        file.get_tensor(f"{module}.weight"),
-                        file.get_tensor(f"{module}.scale"),
-                    )
-        except (OSError, SafetensorError) as error:
+                    weight = read_tensor(fd, stored[f"{module}.weight"], dtype=dtype)
+                    yield module, weight, read_tensor(fd, stored[f"{module}.scale"])
+        except (OSError, ValueError, LookupError, struct.error) as error:
             raise StorageError(f"{self.folder} cannot be read: {error}") from error

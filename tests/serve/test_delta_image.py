@@ -13,9 +13,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from secura_serve.atomic import only_writer
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError, StorageError
 from secura_serve.method import MagNorm, dequantise_rows
+from secura_serve.serve.app.adapters.content import images as content
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes
 from tests.support import oracle
@@ -147,11 +149,114 @@ def test_a_full_disk_is_told_before_anything_is_written(tiny_base, tmp_path, mon
 
 def test_images_that_no_server_uses_are_removed(tmp_path):
     images = DeltaImages(tmp_path, tmp_path, "int8")
-    for name in ("old", "new"):
+    for name in ("old", "new", ".old.x.partial", ".new.x.partial"):
         (tmp_path / name).mkdir()
-    os.utime(tmp_path / "old", (1, 1))
-    (tmp_path / "process-999999999-1").mkdir()
-    (tmp_path / f"process-{os.getpid()}-1").mkdir()
+    for name in (".old.lock", ".gone.lock", ".new.lock"):
+        (tmp_path / name).touch()
+    for name in ("old", ".old.x.partial", ".old.lock", ".gone.lock"):
+        os.utime(tmp_path / name, (1, 1))
+    # Of processes that were killed: an image, and one that was never finished.
+    (tmp_path / "process-0-1").mkdir()
+    (tmp_path / ".process-1-2.x.partial").mkdir()
+    (tmp_path / ".process-1-2.lock").touch()
+    (tmp_path / ".process-1.lock").touch()
     images.remove_unused()
-    (tmp_path / f"process-{os.getpid()}-1").rmdir()
-    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    assert {p.name for p in tmp_path.iterdir()} == {"new", ".new.x.partial", ".new.lock"}
+
+
+def test_what_one_process_has_is_never_anothers(tiny_base, tmp_path):
+    """Every container counts its processes from one, and they may share a cache."""
+    base, root = tiny_base("llama"), tmp_path / "images"
+    specs = [str(random_adapter(base, tmp_path / n, r=2, seed=ord(n))) for n in "ab"]
+    first, second = (DeltaImages(root, base, "int8") for _ in "ab")
+    one = asyncio.run(first.make(first.own_folder(7), [specs[0]]))
+    second.remove_unused(days=-1)
+    assert DeltaImage.open(one.folder) == one, "its process is running"
+    other = asyncio.run(second.make(second.own_folder(7), [specs[1]]))
+    assert other.folder != one.folder and other.digest != one.digest
+    # As the kernel does when the process ends.
+    first._alive.release()
+    second.remove_unused()
+    assert not one.folder.exists() and other.folder.exists()
+    assert not [p for p in root.glob(".*") if second._own not in p.name]
+
+
+def test_what_is_being_written_keeps_its_lock(tmp_path):
+    images = DeltaImages(tmp_path, tmp_path, "int8")
+    with only_writer(tmp_path / "a", wait=True):
+        (tmp_path / ".a.x.partial").mkdir()
+        images.remove(tmp_path / "a")
+        assert {p.name for p in tmp_path.iterdir()} == {".a.lock", ".a.x.partial"}
+    images.remove(tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tiny_base, tmp_path):
+    """Mapped, it would end the process with SIGBUS."""
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    _, image = _made(tmp_path, base, adapter, "int8")
+    parts = image.read(image.modules)
+    _, weight, _ = next(parts)
+    os.truncate(image.folder / "delta.safetensors", 4096)
+    assert weight.any()
+    with pytest.raises(StorageError, match="the file ends early"):
+        next(parts)
+
+
+def test_a_pipe_in_the_place_of_an_image_is_not_waited_for(tiny_base, tmp_path):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    images, image = _made(tmp_path, base, adapter, "int8")
+    for name in ("delta.json", "delta.safetensors"):
+        (image.folder / name).unlink()
+        os.mkfifo(image.folder / name)
+        with pytest.raises(StorageError, match="no usable delta image"):
+            DeltaImage.open(image.folder)
+        assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+
+
+def test_a_link_in_the_place_of_an_image_is_replaced_and_removed(tiny_base, tmp_path):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    images, image = _made(tmp_path, base, adapter, "int8")
+    for there in (True, False):
+        elsewhere = tmp_path / f"elsewhere-{there}"
+        image.folder.rename(elsewhere)
+        image.folder.symlink_to(elsewhere if there else tmp_path / "nowhere")
+        assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+        assert image.folder.is_symlink() == there
+        if there:
+            images.remove(image.folder)
+            assert not os.path.lexists(image.folder) and elsewhere.exists()
+            assert asyncio.run(images.make(image.folder, [str(adapter)])) == image
+
+
+def test_the_end_of_the_process_waits_for_no_image(tiny_base, tmp_path, monkeypatch):
+    base = tiny_base("llama")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    made, read = [], content.update_stream
+    images = DeltaImages(tmp_path / "images", base, "int8")
+
+    def stream(*args):
+        for update in read(*args):
+            yield update
+            made.append(update)
+            images.stop()
+
+    monkeypatch.setattr(content, "update_stream", stream)
+    for name in "ab":
+        with pytest.raises(StorageError, match="the server is stopping"):
+            asyncio.run(images.make(images.folder(name, "0" * 32), [str(adapter)]))
+    assert len(made) == 1
+    assert not [p for p in images.root.iterdir() if p.is_dir()]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tiny_base, tmp_path):
+    base, images = tiny_base("llama"), DeltaImages(tmp_path / "images", tiny_base("llama"), "int8")
+    adapter = random_adapter(base, tmp_path / "a", r=2, seed=1, magnorm=NORMS["bounded"])
+    folder = images.folder("a", "0" * 32)
+    # Opening the lock fails, as on a file system that is mounted for reading.
+    (images.root / f".{folder.name}.lock").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"cannot be written .* another folder"):
+        asyncio.run(images.make(folder, [str(adapter)]))

@@ -261,3 +261,28 @@ def test_a_damaged_image_is_never_served(base, tuned, tmp_path):
     file.write_bytes(content)
     with pytest.raises(StorageError, match="its bytes have changed"):
         asyncio.run(DeltaImages(images.root, base, "int8").make(folder, [str(folder)]))
+
+
+def test_a_lost_image_is_made_again_from_the_checkpoint_by_a_reload(base, tmp_path):
+    parts = house(tmp_path, base)
+    random_fine_tune(base, parts.folder / "tuned", seed=1, only=("q_proj",))
+    verifier, images = _verifier(base, tmp_path)
+    parts.updates.verifier = verifier
+    spec = ResidentSpec(1, "int8", tuple(Checkpoint(base).linears()))
+    parts.updates.residency.places = ResidentSlots(spec, images)
+    parts.updates.fill([verifier.examine(parts.folder / "tuned")])
+    version = parts.library.find("tuned")
+
+    async def damage_and_reload(damage):
+        damage()
+        with pytest.raises(StorageError, match="/v1/adapters/reload makes it again"):
+            await images.make(version.image, [str(version.image)])
+        await parts.watch.sync("tuned")
+        assert (await images.make(version.image, ["/nowhere"])).folder == version.image
+        assert parts.library.find("tuned") is version
+
+    for damage in (
+        lambda: os.truncate(version.image / "delta.safetensors", 4096),
+        lambda: shutil.rmtree(version.image),
+    ):
+        asyncio.run(damage_and_reload(damage))

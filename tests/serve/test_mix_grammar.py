@@ -93,7 +93,7 @@ def test_what_is_well_formed(text, parts):
         ("a++b", "empty part"),
         ("a*", "no weight"),
         ("a*+2", "no weight"),
-        ("a*1e+3", "no weight"),
+        ("a*1e+3", "write 1e2"),
         ("a*nan", "no weight"),
         ("a*inf", "no weight"),
         ("a*0x1", "no weight"),

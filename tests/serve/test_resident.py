@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.errors import LifecycleError
+from secura_serve.errors import LifecycleError, StorageError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.resident import slots as module
@@ -117,8 +117,8 @@ def test_one_that_is_in_use_keeps_its_place_and_the_next_one_waits(parts, monkey
     assert str(version(parts, "c").image) in images(parts)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, parts):
+@pytest.mark.parametrize(("count", "pinned"), [(1, False), (2, False), (2, True)])
+def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, pinned, parts):
     """More adapters than places, all asked at once: each is answered, none for ever."""
     places = parts.updates.residency.places
     parts.updates.residency.places = ResidentSlots(
@@ -134,6 +134,8 @@ def test_what_was_waited_for_is_not_taken_before_the_waiter_has_it(count, parts)
             assert version(parts, name).number in parts.updates.residency.places.numbers
 
     async def work():
+        if pinned:
+            await parts.updates.pin("a", True)
         await asyncio.wait_for(asyncio.gather(*(ask(NAMES[i % 3]) for i in range(30))), 20)
 
     asyncio.run(work())
@@ -205,6 +207,43 @@ def test_a_worker_that_refuses_leaves_the_place_free_and_is_asked_again(parts):
 
     asyncio.run(work())
     assert len(parts.engine.places) == 2
+
+
+def test_an_image_that_another_server_removes_meanwhile_is_made_again(parts, monkeypatch):
+    async def work():
+        images, fill = parts.updates.residency.places.images, parts.engine.secura_fill
+        lost = []
+
+        def removed_once(place, image, first, last):
+            if not lost:
+                lost.append(image)
+                images.remove(version(parts, "a").image)
+                return f"{image} cannot be read"
+            return fill(place, image, first, last)
+
+        monkeypatch.setattr(parts.engine, "secura_fill", removed_once)
+        assert await ready(parts, "a") is None
+        assert lost == [str(version(parts, "a").image)]
+
+    asyncio.run(work())
+    assert images(parts) == [str(version(parts, "a").image)]
+
+
+def test_a_full_disk_is_no_fault_of_the_adapter(parts, base, monkeypatch):
+    async def work():
+        before = version(parts, "a")
+        other = random_adapter(base, parts.root / "new" / "a", r=2, seed=7, magnorm=BOUNDED)
+        shutil.rmtree(parts.folder / "a")
+        other.rename(parts.folder / "a")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(StorageError, match="MiB free"):
+            await parts.updates.from_folder("a")
+        assert version(parts, "a") is before
+        assert parts.library.record("a").refused is None
+        monkeypatch.undo()
+        assert await parts.updates.from_folder("a") is not before
+
+    asyncio.run(work())
 
 
 def test_an_engine_that_raises_leaves_the_place_free(parts):

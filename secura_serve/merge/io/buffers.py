@@ -48,8 +48,17 @@ class BufferRing:
         return self._buffers[self._turn][:nbytes]
 
 
-def read_tensor(fd: int, stored: Stored, allocate: Callable[[int], Tensor] = buffer) -> Tensor:
-    """Read one plain-float tensor from its file, whole.
+def read_tensor(
+    fd: int,
+    stored: Stored,
+    allocate: Callable[[int], Tensor] = buffer,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Read one tensor from its file, whole.
+
+    Args:
+        dtype: what it is, unless it is a plain float.
 
     Raises:
         OSError: the file ends early.
@@ -62,8 +71,9 @@ def read_tensor(fd: int, stored: Stored, allocate: Callable[[int], Tensor] = buf
         if not got:
             raise OSError(f"{stored.name}: the file ends early")
         at += got
-    assert stored.dtype is not None
-    return raw.view(stored.dtype).view(stored.shape)
+    kind = dtype or stored.dtype
+    assert kind is not None
+    return raw.view(kind).view(stored.shape)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -72,7 +72,9 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
     args.middleware = [*args.middleware, MIDDLEWARE]
     with page, EngineHealth() as health:
         admission = context.folding.admission
-        context.shutdown = Shutdown(args.shutdown_timeout, health, lambda: admission.running)
+        context.shutdown = Shutdown(
+            args.shutdown_timeout, health, lambda: admission.running, context.updates.stop
+        )
         context.ready_notice = ready_notice(
             args, context.keys, access, endpoint=endpoint, page_port=config.ui_port
         )

@@ -158,7 +158,8 @@ def _context(
     )
     updates.folded = folding.held
     if resident.count:
-        updates.residency.places = ResidentSlots(resident, _images(config, base), metrics)
+        assert verifier.images is not None
+        updates.residency.places = ResidentSlots(resident, verifier.images, metrics)
         updates.mixes.resident = updates.residency.places
     if state is not None and verifier.store is not None:
         verifier.store.private = state.path.with_suffix(".pushed")
@@ -217,11 +218,8 @@ def _verifier(config: ServeConfig, base: ResolvedBase) -> Verifier:
     serve = cache_root() / "serve"
     verified = Verified(serve / "verified", base.path)
     store = SnapshotStore(serve / "adapters", verified)
-    return Verifier(checkpoint, store, verified, _images(config, base))
-
-
-def _images(config: ServeConfig, base: ResolvedBase) -> DeltaImages:
-    return DeltaImages(cache_root() / "serve" / "deltas", base.path, config.resident_dtype)
+    images = DeltaImages(serve / "deltas", base.path, config.resident_dtype)
+    return Verifier(checkpoint, store, verified, images)
 
 
 def _catalog(

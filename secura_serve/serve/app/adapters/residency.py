@@ -33,6 +33,7 @@ class Residency:
 
         Raises:
             UnservableError: a worker cannot serve it.
+            StorageError: its image cannot be written.
         """
         refused = None
         if self.workers is not None and (entry.per_request or entry.lora is not None):

@@ -152,6 +152,11 @@ class AdapterUpdates:
             for lost in self.state.restore(self.library, self.verifier.store, self.make_version):
                 self.say(lost)
 
+    def stop(self) -> None:
+        """Give up what is made in the background: the end of the process would wait for it."""
+        if self.verifier.images is not None:
+            self.verifier.images.stop()
+
     # What the routes and the watch call.
 
     @_counting_refusals

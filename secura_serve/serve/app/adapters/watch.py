@@ -22,7 +22,7 @@ from secura_serve.errors import LifecycleError, SecuraError, StorageError
 from secura_serve.serve.app.adapters.content.catalog import adapter_folders
 from secura_serve.serve.app.adapters.content.snapshots import digest_of, placed_files, stamps_of
 from secura_serve.serve.app.adapters.content.verifier import printable
-from secura_serve.serve.app.adapters.library import Library
+from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
 from secura_serve.serve.app.observer import WatchEvent
 
@@ -198,9 +198,20 @@ class FolderWatch:
         # Equal files that were placed anew, over a version that was pushed, are the newest. A copy
         # that somebody has removed is made again.
         newest = placed == record.placed or serving.digest == digest
-        if not newest or not serving.snapshot.path.is_dir():
+        if not newest or not await asyncio.to_thread(self._has_copy, serving):
             return False
         self._library.accept(name, digest)
+        return True
+
+    def _has_copy(self, version: Version) -> bool:
+        """Return whether the copy that is served is there; a fine-tune's is its delta image."""
+        places, path = self._updates.residency.places, version.snapshot.path
+        if version.entry.fine_tune is None or places is None:
+            return path.is_dir()
+        try:
+            places.images.found(path)
+        except StorageError:
+            return False
         return True
 
     async def _settled(self, folder: Path) -> bool:

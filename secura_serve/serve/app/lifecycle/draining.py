@@ -48,12 +48,18 @@ class Shutdown:
         limit: seconds that running requests have once a signal has come.
         health: of the engine.
         admitted: how many requests run, those included that are written in the background.
+        leaving: is called when nobody needs any more what is made in the background.
     """
 
     def __init__(
-        self, limit: float, health: EngineHealth, admitted: Callable[[], int] = lambda: 0
+        self,
+        limit: float,
+        health: EngineHealth,
+        admitted: Callable[[], int] = lambda: 0,
+        leaving: Callable[[], None] = lambda: None,
     ) -> None:
         self.limit, self.health, self.admitted = limit, health, admitted
+        self._leaving = leaving
         self.engine_died: str | None = None
         """The cause, if the server ends because of it."""
         self.refusal: str | None = None
@@ -127,6 +133,7 @@ class Shutdown:
     async def _end(self) -> None:
         """Cut what runs, then have uvicorn close its connections and leave."""
         assert self.refusal is not None
+        self._leaving()
         for answer in tuple(self.running):
             answer.cut(self.refusal)
         deadline = asyncio.get_running_loop().time() + 2 * _NOTICE_S

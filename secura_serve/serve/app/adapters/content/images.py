@@ -8,12 +8,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from secura_serve.atomic import only_writer
@@ -45,6 +47,11 @@ class DeltaImages:
         # One at a time, at the lowest priority: who is being answered comes first.
         self._thread = ThreadPoolExecutor(1, "delta-image", step_back)
         self._checked: dict[Path, tuple[int, int, int] | None] = {}
+        self._stopped = threading.Event()
+        # Not the process's number: in another container, or after a restart, another has the same.
+        self._own = f"{_OWN}-{uuid.uuid4().hex}"
+        # Held from the first such image on; the kernel drops it with the process.
+        self._alive = FileLock(root / f".{self._own}.lock", thread_local=False)
 
     def folder(self, name: str, digest: str) -> Path:
         """Return where the image of an adapter's content is, or will be.
@@ -60,7 +67,7 @@ class DeltaImages:
 
     def own_folder(self, number: int) -> Path:
         """Return where the image of something is that only this process has, by its number."""
-        return self.root / f"{_OWN}-{os.getpid()}-{number}"
+        return self.root / f"{self._own}-{number}"
 
     async def make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         """Return the image in ``folder``, made now in the background if it is not there.
@@ -106,8 +113,14 @@ class DeltaImages:
 
     def _make(self, folder: Path, specs: Sequence[str]) -> DeltaImage:
         if [str(folder)] == [*specs]:
-            return self.found(folder)
+            try:
+                return self.found(folder)
+            except StorageError as error:
+                raise StorageError(
+                    f"{error}; POST to /v1/adapters/reload makes it again from the checkpoint"
+                ) from error
         torch.set_num_threads(1)
+        self._refuse_if_stopped()
         source = open_source(str(self._base), specs)
         plan = plan_fold(source)
         # As the stream yields them: in the order of the files.
@@ -123,10 +136,31 @@ class DeltaImages:
         updates: Iterable[tuple[str, Tensor]],
     ) -> DeltaImage:
         self._refuse_without_space(image_nbytes(shapes.values(), self.dtype))
-        with only_writer(folder, wait=True):
-            with suppress(StorageError):
-                return self.found(folder)
-            return write_image(folder, shapes, updates, self.dtype)
+        try:
+            if folder.name.startswith(self._own) and not self._alive.is_locked:
+                self._alive.acquire()
+            with only_writer(folder, wait=True):
+                with suppress(StorageError):
+                    return self.found(folder)
+                return write_image(folder, shapes, self._until_stopped(updates), self.dtype)
+        except OSError as error:
+            raise StorageError(
+                f"{self.root} cannot be written ({error}): point SECURA_CACHE at another folder"
+            ) from error
+
+    def stop(self) -> None:
+        """Make no images any more, and give up the one that is being made: Python waits for its
+        threads before it ends."""
+        self._stopped.set()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise StorageError("the server is stopping, and makes no changes of weights any more")
+
+    def _until_stopped(self, updates: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for update in updates:
+            self._refuse_if_stopped()
+            yield update
 
     def _refuse_without_space(self, nbytes: int) -> None:
         try:
@@ -143,33 +177,44 @@ class DeltaImages:
 
     def remove(self, folder: Path) -> None:
         """Remove an image that nothing needs any more."""
+        if folder.is_symlink():
+            folder.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         self._checked.pop(folder, None)
-        with suppress(OSError):
-            (folder.parent / f".{folder.name}.lock").unlink()
+        self._clear(folder)
+
+    @staticmethod
+    def _clear(folder: Path) -> bool:
+        """Remove the lock of an image and its unfinished drafts; return False, and remove nothing,
+        while somebody holds the lock."""
+        try:
+            with only_writer(folder, wait=False):
+                return True
+        except OSError:
+            return False
 
     def remove_unused(self, days: float = KEPT_DAYS) -> None:
         """Remove images that no server has used for ``days``, and what killed processes left."""
-        oldest = time.time() - days * 86400
+        oldest, running = time.time() - days * 86400, dict[str, bool]()
         for entry in self.root.glob("*"):
+            # Hidden are an image's lock and drafts: .NAME.lock, .NAME.RANDOM.partial.
+            name = entry.name.removeprefix(".").partition(".")[0]
+            process = _process_of(name)
+            if process is not None and process not in running:
+                running[process] = not self._clear(self.root / process)
             with suppress(OSError):
-                if entry.stat().st_mtime < oldest or _left_behind(entry.name):
+                if running[process] if process else entry.stat().st_mtime >= oldest:
+                    continue
+                if entry.name == name:
                     self.remove(entry)
+                else:
+                    self._clear(self.root / name)
 
 
-def _left_behind(name: str) -> bool:
-    """Return whether a folder is that of a process that is no more."""
-    prefix, _, rest = name.partition("-")
-    number = rest.partition("-")[0]
-    if prefix != _OWN or not number.isdecimal():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
+def _process_of(name: str) -> str | None:
+    """Return the process that alone has an image, or None: ``process-ID`` of ``process-ID-7``."""
+    kind, _, rest = name.partition("-")
+    return f"{kind}-{rest.partition('-')[0]}" if kind == _OWN and rest else None
 
 
 def step_back() -> None:

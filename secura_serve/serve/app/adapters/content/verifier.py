@@ -87,7 +87,7 @@ class Verifier:
         verified: Verified | None = None,
         images: DeltaImages | None = None,
     ) -> None:
-        self._base, self.store, self._images = base, store, images
+        self._base, self.store, self.images = base, store, images
         self._verified = verified
         self._seen: dict[str, Comparison] = {}
         self._lora_sizes: dict[str, int] = {}
@@ -151,15 +151,15 @@ class Verifier:
         try:
             # Before anything is opened: a pipe or a device would wait, or never end.
             stamps = stamps_of(path)
-            if self.store is None or self._images is None:
+            if self.store is None or self.images is None:
                 return Entry(path.name, None, fine_tune=FineTune.load(path, self._base()))
             stamps, digest = self.store.known(path)
             tuned = FineTune.load(path, self._base())
-            folder = self._images.folder(path.name, digest)
-            made = self._images.of_fine_tune(folder, tuned, path)
+            folder = self.images.folder(path.name, digest)
+            made = self.images.of_fine_tune(folder, tuned, path)
             if stamps_of(path) != stamps:
                 if made:
-                    self._images.remove(folder)
+                    self.images.remove(folder)
                 raise UnservableError(f"{path.name} was still being written; try again")
         except OSError as error:
             raise UnservableError(f"{path.name} cannot be read: {error}") from error

@@ -93,7 +93,8 @@ def _part(piece: str, text: str) -> Part:
     if not star:
         return Part(model, 1.0)
     if not _is_number(number):
-        raise MixError(400, f"{_shown(number)} in {_shown(piece)} is no weight; {_HOW}")
+        plus = " (a weight has no '+': write 1e2)" if number[-1:] in ("e", "E") else ""
+        raise MixError(400, f"{_shown(number)} in {_shown(piece)} is no weight{plus}; {_HOW}")
     weight = float(number)
     if (problem := weight_problem(weight)) is not None:
         raise MixError(400, f"{_shown(piece)}: {problem}")

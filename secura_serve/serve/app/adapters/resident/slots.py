@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secura_serve.errors import LifecycleError, SecuraError
+from secura_serve.errors import LifecycleError, SecuraError, StorageError
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Version
@@ -200,9 +200,15 @@ class ResidentSlots:
         return bool(self._free)
 
     async def make_image(self, content: Path, folder: Path) -> str | None:
-        """Make the image of an adapter; return why that cannot be done, or None."""
+        """Make the image of an adapter; return why that cannot be done, or None.
+
+        Raises:
+            StorageError: it cannot be written, which is not the adapter's fault.
+        """
         try:
             await self.images.make(folder, [str(content)])
+        except StorageError:
+            raise
         except SecuraError as error:
             return str(error)
         return None
@@ -226,9 +232,7 @@ class ResidentSlots:
             begin = time.perf_counter()
             refused = "it was interrupted"
             try:
-                # Again: it may have left its place since, and its image with it.
-                image = await self.images.make(who.image, who.specs)
-                refused = await self._fill(place, image) or ""
+                refused = await self._copy(who, place) or ""
                 if not refused:
                     await self.workers.publish(place, who.image)
                     self._filled[who.number] = (who, place)
@@ -241,6 +245,22 @@ class ResidentSlots:
                 return refused
             self._observer.place_filled(time.perf_counter() - begin)
             return None
+
+    async def _copy(self, who: Occupant, place: int) -> str | None:
+        """Copy its image into a place; return why that cannot be done, or None."""
+        # Made again: it may have left its place since, and its image with it.
+        refused = await self._fill(place, await self.images.make(who.image, who.specs))
+        if refused is None or await self._is_whole(who.image):
+            return refused
+        # Another server, which needs it no more, has removed the image meanwhile.
+        return await self._fill(place, await self.images.make(who.image, who.specs))
+
+    async def _is_whole(self, image: Path) -> bool:
+        try:
+            await asyncio.to_thread(self.images.found, image)
+        except StorageError:
+            return False
+        return True
 
     async def _fill(self, place: int, image: DeltaImage) -> str | None:
         assert self.workers is not None
