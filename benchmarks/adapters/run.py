@@ -346,8 +346,8 @@ def _card(task: str, facts: dict[str, Any]) -> str:
         norm += (
             f" with τ = {settings['tau']:g}: no weight moves by more than that share of itself\n"
             "(before the result is rounded to the base's dtype). "
-            "That makes the update full-rank, so it answers only while folded into the weights "
-            f"(`--fold {task}`, or\n`secura-merge`)"
+            "That makes the update full-rank: it is served per request from a place of the engine "
+            "(`--resident`), folded\ninto the weights (`--fold` with its name), or merged (`secura-merge`)"
         )
     core = f"`{settings['core']}`"
     if settings["core"] == "ab":
