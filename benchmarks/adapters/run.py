@@ -347,7 +347,8 @@ def _card(task: str, facts: dict[str, Any]) -> str:
             f" with τ = {settings['tau']:g}: no weight moves by more than that share of itself\n"
             "(before the result is rounded to the base's dtype). "
             "That makes the update full-rank: it is served per request from a place of the engine "
-            "(`--resident`), folded\ninto the weights (`--fold` with its name), or merged (`secura-merge`)"
+            "(`--resident`), folded\ninto the weights (`--fold` with its name), or merged "
+            "(`secura-merge`)"
         )
     core = f"`{settings['core']}`"
     if settings["core"] == "ab":
