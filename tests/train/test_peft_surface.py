@@ -7,6 +7,7 @@ Needs peft and transformers; tiny random models in memory.
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from secura_serve.errors import BaseMismatchError, ConfigError, UnservableError
 from secura_serve.train import SecuraConfig, SecuraLayer, adapter_layers
+from tests.support.engines import random_adapter
 from tests.support.tuning import TOKENS, R, base, logits, shake, tuned
 
 TARGETS = ["q_proj", "down_proj"]
@@ -317,3 +319,12 @@ def test_bitsandbytes_is_refused(kind: str, moved: bool) -> None:
     model = model.to("cpu") if moved else model
     with pytest.raises(ConfigError, match=f"{kind} holds no dense W"):
         get_peft_model(model, SecuraConfig(r=R, target_modules=["linear"]))
+
+
+def test_peft_reads_a_folder_of_ours_without_a_warning(tiny_base, tmp_path):
+    folder = random_adapter(tiny_base("llama"), tmp_path / "a", r=4, seed=1)
+    assert "weights_digest" in (folder / "adapter_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = SecuraConfig.from_pretrained(str(folder))
+    assert config.r == 4

@@ -188,6 +188,8 @@ class SecuraConfig(PeftConfig):
         except (OSError, ValueError, RecursionError) as error:
             raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
         written = AdapterConfig.from_json(raw)
+        # Of the file beside it, not of the configuration: PEFT would warn of a setting it lacks.
+        raw.pop("weights_digest", None)
         folder = Path(path_json_file).parent
         # transformers' load_adapter copies nothing but U, and no rule gives these indices.
         if "basis" in written.selection and (folder / WEIGHTS_NAME).is_file():
