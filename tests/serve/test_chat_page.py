@@ -16,9 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from openai import OpenAI
 
+from demo.adapters.card import number
 from tests.support.browser import chromium, open_page, running_page
 
 # How much text each answer showed at each redraw: more than two lengths mean that it streamed.
@@ -91,6 +93,9 @@ def test_a_mix_and_a_full_rank_adapter_answer_as_they_do_without_the_page(
     page.get_by_role("tab", name="Retention").click()
     page.locator("#kept-adapter input").click()
     page.get_by_role("option", name=models[0], exact=True).click()
+    # A choice cancels what was asked for the one before, and Gradio logs where that has just begun.
+    card = httpx.get(f"{served.url}/adapters/{models[0]}").json()
+    page.locator("#kept", has_text=number(card["retention"]["kl"])).wait_for(timeout=30_000)
     page.locator("#show-layers").click()
     layers = page.locator("#layers table", has_text=models[0])
     layers.wait_for(timeout=60_000)
