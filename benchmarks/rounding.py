@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from benchmarks.adapters.run import ITEMS, RECIPES
 from secura_serve.bases import resolve_base
 from secura_serve.evaluate import answers, score
@@ -160,8 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     resolve_base(given.base)
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.rounding", *sys.argv[1:]]),
-        **header(("torch", "transformers")),
+        **report_head("benchmarks.rounding", ("torch", "transformers")),
     }
     report["rows"] = [
         row for name in given.adapters for row in measure(name, given.data, given.base)

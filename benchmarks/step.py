@@ -15,14 +15,13 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 from secura_serve.serve.engine.bank import Bank
 from secura_serve.serve.kernels import choose_kernel
 
@@ -141,8 +140,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.step", *sys.argv[1:]]),
-        **header(("torch",)),
+        **report_head("benchmarks.step", ("torch",)),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": given.threads,
         "kernel": choose_kernel(device, DTYPE).name,

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import header, out_file
+from benchmarks._report import out_file, report_head
 
 TARGETS: dict[str, Any] = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 KINDS = ("lora", "u", "ab", "u bounded", "ab bounded")
@@ -200,8 +200,7 @@ def main() -> None:
         print(memory(given, kind, match))
         return
     report = {
-        "command": " ".join(["python", "-m", "benchmarks.train_step", *sys.argv[1:]]),
-        **header(("torch", "transformers", "peft")),
+        **report_head("benchmarks.train_step", ("torch", "transformers", "peft")),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "dtype": given.dtype,
