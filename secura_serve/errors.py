@@ -128,8 +128,8 @@ class FoldError(SecuraError):
     """A fold into the running engine that did not happen; the message says what is served now."""
 
 
-class LifecycleError(SecuraError):
-    """A change of a running server's adapters that did not happen; what was served still is.
+class _StatusError(SecuraError):
+    """What a running server refuses to do.
 
     Args:
         status: the HTTP status that says it best.
@@ -140,16 +140,12 @@ class LifecycleError(SecuraError):
         super().__init__(message)
 
 
-class MixError(SecuraError):
-    """A weighted mix of adapters that a request asks for and that cannot be answered.
+class LifecycleError(_StatusError):
+    """A change of a running server's adapters that did not happen; what was served still is."""
 
-    Args:
-        status: the HTTP status that says it best.
-    """
 
-    def __init__(self, status: int, message: str) -> None:
-        self.status = status
-        super().__init__(message)
+class MixError(_StatusError):
+    """A weighted mix of adapters that a request asks for and that cannot be answered."""
 
 
 class PushError(SecuraError):

@@ -110,9 +110,7 @@ class Admission:
             self._open.set()
 
     @asynccontextmanager
-    async def admitted(
-        self, model: str | None, receive: Receive | None = None
-    ) -> AsyncIterator[Refusal | None]:
+    async def admitted(self, model: str | None, receive: Receive) -> AsyncIterator[Refusal | None]:
         """Wait to be admitted; yields the refusal, or None with the request counted as running.
 
         Args:
@@ -133,7 +131,7 @@ class Admission:
         finally:
             self._end(mine)
 
-    async def _wait_for_turn(self, model: str | None, receive: Receive | None) -> Refusal | None:
+    async def _wait_for_turn(self, model: str | None, receive: Receive) -> Refusal | None:
         """Return why a request may not run, or None at a moment when it may."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self._hold_seconds
@@ -210,7 +208,7 @@ class Admission:
             self._idle.set()
 
 
-async def _while_connected(receive: Receive | None, work: Awaitable[T]) -> T:
+async def _while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """Await something for a client that waits.
 
     In the task of the caller: what it is ready for must not become untrue before it goes on.
@@ -218,19 +216,16 @@ async def _while_connected(receive: Receive | None, work: Awaitable[T]) -> T:
     Raises:
         ClientDisconnect: it went away meanwhile.
     """
-    if receive is None:
-        return await work
-    clock = asyncio.get_running_loop().time
+    limit, clock = asyncio.timeout(None), asyncio.get_running_loop().time
 
-    async def gone(limit: asyncio.Timeout, receive: Receive) -> None:
+    async def watch_client() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         limit.reschedule(clock())
 
-    limit = asyncio.timeout(None)
     try:
         async with limit:
-            watch = asyncio.ensure_future(gone(limit, receive))
+            watch = asyncio.ensure_future(watch_client())
             try:
                 return await work
             finally:
