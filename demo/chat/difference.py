@@ -33,7 +33,7 @@ def difference(first: str, other: str) -> list[tuple[str, str | None]]:
 
 
 def _spans(left: list[str], right: list[str]) -> list[tuple[bool, int, int, int, int]]:
-    """Return whether ``left[a:b]`` is ``right[c:d]``, and a, b, c, d, from the first to the last."""
+    """Return for each part whether ``left[a:b]`` is ``right[c:d]``, and a, b, c, d."""
     start = len(commonprefix([left, right]))
     end = len(commonprefix([left[start:][::-1], right[start:][::-1]]))
     a, b = left[start : len(left) - end], right[start : len(right) - end]
