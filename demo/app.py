@@ -132,7 +132,9 @@ def launch(
     server = Server(connect(args.endpoint, args.api_key))
     blocks = build(server, examples, results)
     open_here = auth is None and args.share == "never" and is_local(args.host)
-    guard = Middleware(Guard, server=server, local_only=open_here and not args.no_auth)
+    # Nobody else is to ask with a key, so no flag gives such a page other names.
+    local_only = open_here and (args.api_key is not None or not args.no_auth)
+    guard = Middleware(Guard, server=server, local_only=local_only)
     how = {
         "server_name": args.host,
         "server_port": args.port,
