@@ -62,9 +62,10 @@ class Guard:
         refusal = await self._refusal(scope)
         if refusal is not None:
             return await _refuse(send, *refusal)
-        if not _path(scope).startswith(UPLOAD):
+        length = _header(scope, "content-length")
+        if scope["method"] != "POST" or not _is_upload(_path(scope)) or not length:
             return await self.app(scope, receive, send)
-        entry = [time.monotonic(), float(_header(scope, "content-length"))]
+        entry = [time.monotonic(), float(length)]
         self._uploads.append(entry)
         came = 0
 
@@ -102,7 +103,7 @@ class Guard:
         length = _header(scope, "content-length")
         if not length.isdecimal():
             return (411, "How long is it?") if _header(scope, "transfer-encoding") else None
-        if not path.startswith(UPLOAD):
+        if not _is_upload(path):
             return (413, "Too large.") if int(length) > LARGEST_REQUEST else None
         if (await self.server.snapshot()).operator != "key":
             return 403, "The server takes no changes through this page."
@@ -111,6 +112,10 @@ class Guard:
         if sum(size for _, size in self._uploads) + int(length) > LARGEST_UPLOADS:
             return 413, "Too much was uploaded within the last hour: send it to the server itself."
         return None
+
+
+def _is_upload(path: str) -> bool:
+    return path.rstrip("/") == UPLOAD
 
 
 def _path(scope: Message) -> str:

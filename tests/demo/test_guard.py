@@ -85,6 +85,7 @@ def test_uploads_are_for_the_operator_and_do_not_fill_the_disk(
 ) -> None:
     upload = "/gradio_api/upload"
     assert ask(guarded(operator="nobody"), upload, "POST", content_length="9") == 403
+    assert ask(guarded(), f"{upload}_progress") == ask(guarded(), upload, "POST") == 200
     monkeypatch.setattr(guards, "LARGEST_UPLOADS", 100)
     guard = guarded()
     assert ask(guard, upload, "POST", content_length="101") == 413
