@@ -171,7 +171,7 @@ class Chat:
         answers = {i: conversations[i].turns[-1].answer for i in asked}
         said = encodable(system).strip()
         asks = [(answers[i], conversations[i].messages(said)) for i in asked]
-        comparison = Comparison(self.server.client, asks, settings)
+        comparison = Comparison(self.server.answers, asks, settings)
         self.running[request.session_hash] = comparison
         drawn: dict[int, tuple[Any, ...]] = {}
         try:

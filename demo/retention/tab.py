@@ -82,7 +82,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
         base, adapter = ([Answer(model) for _ in QUESTIONS] for model in (now.bases[0], name))
         asked = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
         asks = [*zip(base, asked, strict=True), *zip(adapter, asked, strict=True)]
-        comparison = Comparison(server.client, asks, SETTINGS)
+        comparison = Comparison(server.answers, asks, SETTINGS)
         running[request.session_hash] = comparison
         try:
             yield table(base, adapter)

@@ -7,6 +7,7 @@ says "somebody else asks" against the real server's rule.
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,35 @@ def test_an_answer_can_be_written_into_the_page(piece: str):
     with FakeServer(scripts={BASE: Script((piece,))}) as fake:
         run(ask(connect(fake.url)))
     assert answer.text.encode() and answer.state == ("done" if len(piece) == 3 else "failed")
+
+
+def test_speed_and_first_token_are_those_of_the_stream_however_long_a_redraw_takes():
+    pace = {"short": 0.02, "long": 0.04}
+    answers = [Answer(name) for name in pace]
+
+    async def ask(client: Any) -> None:
+        async for _ in Comparison(client, [(answer, []) for answer in answers], Settings()):
+            time.sleep(0.4)
+
+    scripts = {name: Script(("word ",) * 20, wait_s=wait) for name, wait in pace.items()}
+    with FakeServer(scripts=scripts) as fake:
+        run(ask(connect(fake.url)))
+    for answer in answers:
+        assert answer.state == "done" and answer.tokens == 20
+        assert 0.3 < answer.tokens_per_s * pace[answer.model] < 1.1
+        assert answer.first_token_s < 0.3
+
+
+def test_many_tokens_at_once_have_no_speed():
+    answer = Answer(BASE)
+
+    async def ask(client: Any) -> None:
+        async for _ in Comparison(client, [(answer, [])], Settings()):
+            pass
+
+    with FakeServer(scripts={BASE: Script(("word ",) * 4, wait_s=0)}) as fake:
+        run(ask(connect(fake.url)))
+    assert summary(answer).startswith("4 tokens | first token")
 
 
 @pytest.mark.parametrize("counted", ["<img src=x>", ["<img>"], -1, float("inf"), 10**50])
