@@ -7,6 +7,7 @@ says "somebody else asks" against the real server's rule.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,5 +240,7 @@ def test_metrics_become_rates_and_a_restart_is_no_loss():
     for at, value in ((0.0, 10), (2.0, 30), (4.0, 3), (6.0, 5)):
         history.samples.append(read(f"# TYPE t counter\nt_total {value}\n", at))
     assert history.rates("t_total") == [(-4.0, 10.0), (0.0, 1.0)]
+    history.samples.append(read("# TYPE t counter\nt_total 500\n", 60.0))
+    assert math.isnan(history.rates("t_total")[-1][1]), "nobody looked: no mean over the gap"
     run(history.sample())
     assert "No server answers" in history.problem

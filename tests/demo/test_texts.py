@@ -164,13 +164,19 @@ def test_a_conversation_sends_what_was_said_and_leaves_out_what_failed():
     talk.ask("base", "three")
     sent = talk.messages("be brief")
     assert [m["content"] for m in sent] == ["be brief", "one", "1", "three"]
-    assert len(talk.shown()) == 6
+    assert len(talk.shown()) == 6 and talk.shown()[3]["content"] == "**No answer.** no"
+    failed.text = "```\nx"
+    assert talk.shown()[3]["content"] == "```\nx\n```\n\n**This answer broke off.** no"
 
 
 def test_a_card_shows_everything_and_escapes_what_others_wrote():
     shown = card(adapter_card("x", task=MARK, reason="<b>", recipe={"<i>": "<u>"}), ["base"])
     assert "<img" not in shown and "<b>" not in shown and "<i>" not in shown and "<u>" not in shown
-    for fact in ("32 on 210 linears", "990 kB (a LoRA of this rank: 39 MB)", "0.89", "base 0.505"):
+    for fact in (
+        "32 on 210 linears",
+        "990 kB; a LoRA of this rank 39 MB (39.4 times)",
+        "the base 0.505",
+    ):
         assert fact in shown
     assert "2 versions" in shown and "?models=base%2Cx" in shown and "0f1e2d3c4b5a" in shown
     many = [adapter_card(f"a{i}") for i in range(100)]
