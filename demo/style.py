@@ -103,7 +103,8 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .figure-table { overflow-x: auto; }
 .figure-table table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-.figure-table caption { text-align: left; color: var(--quiet); padding: .3rem 0; }
+.figure-table caption { text-align: left; color: var(--quiet); padding: .3rem 0;
+  position: sticky; left: 0; width: min(100%, calc(100vw - 5rem)); }
 .figure-table th, .figure-table td { padding: .3rem .6rem; text-align: left; vertical-align: top;
   border: 1px solid var(--border-color-primary); overflow-wrap: break-word; }
 .figure-table .heat { text-align: right; color: var(--on-heat);
@@ -115,6 +116,9 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .figure-table .scale span { flex: 1; padding: 0 .4rem; }
 .figure-table.layers table { width: 100%; font-size: .8rem; line-height: 1.25; }
 .figure-table.layers :is(th, td) { padding: .1rem .3rem; text-align: right; white-space: nowrap; }
+/* Gradio gives a plot the height of its box, but the label above it takes some. */
+:is(#front, #speed, #traffic) { box-sizing: content-box; overflow: visible !important;
+  padding-bottom: 2.2rem; }
 .numbers { display: grid; gap: .6rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .numbers div { display: flex; flex-direction: column-reverse; padding: .6rem .8rem;

@@ -142,19 +142,28 @@ def build_chat(chat: Chat) -> ChatTab:
         bot.retry(chat.retry_one(i), state, shown, **running)
         bot.edit(chat.edit(i), state, shown, **running)
         bot.clear(chat.clear_one(i), [conversations], shown, queue=False, **QUIET)
-    columns.change(_shown, [columns, mixer.target], [*boxes, mixer.target], queue=False, **QUIET)
-    before = gr.State(2)
+    before, last = gr.State(2), gr.State(2)
+    columns.change(
+        _shown,
+        [columns, last, mixer.target],
+        [last, *boxes, mixer.target],
+        queue=False,
+        **QUIET,
+    )
     columns.input(
         chat.models_for_more, [columns, before, *models], [before, *models], queue=False, **QUIET
     )
     return ChatTab(columns, boxes, models, prompt, system, settings, examples, mixer)
 
 
-def _shown(count: int, target: int) -> list[Any]:
+def _shown(count: int, last: int, target: int) -> list[Any]:
     """Show so many columns, and let a mix be written into those."""
-    shown = [gr.update(visible=i < count) for i in range(COLUMNS)]
+    if count == last:
+        return [gr.skip()] * (COLUMNS + 2)
+    changed = range(min(count, last), max(count, last))
+    boxes = [gr.update(visible=i < count) if i in changed else gr.skip() for i in range(COLUMNS)]
     choices = list(range(1, count + 1))
-    return [*shown, gr.update(choices=choices, value=min(target or count, count))]
+    return [count, *boxes, gr.update(choices=choices, value=min(target or count, count))]
 
 
 def _sampling() -> list[Any]:

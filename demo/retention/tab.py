@@ -26,6 +26,7 @@ __all__ = ["RetentionTab", "build_retention", "front", "kept", "named"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 REDRAW_S = 0.4
+FARTHEST = 0.5
 SETTINGS = Settings(max_tokens=32)
 THIS, SERVED, EXPERIMENT = "this adapter", "others of its task", "experiment"
 # Each keeps a contrast of 3 to 1 on the light page and on the dark one.
@@ -57,7 +58,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
         color_map=COLORS,
         tooltip="all",
         elem_id="front",
-        height=320,
+        height=400,
         label="Score against KL to the base, of one task: left and high is better. −2 is a KL of "
         ".01, −1 of .1",
     )
@@ -77,11 +78,13 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
         points = front(now, name, results)
         drawn = gr.ScatterPlot(value=points, visible=False)
         if not points.empty:
-            # Limits of their own, since Gradio's begin at 0.
-            low, high = points[X].min(), points[X].max()
-            drawn = gr.ScatterPlot(
-                value=points, visible=True, x_lim=[math.floor(2 * low) / 2, math.ceil(2 * high) / 2]
-            )
+            # Limits of their own, since Gradio's begin at 0. No tick stands at the very edge, where
+            # its label would be moved onto the next.
+            left, right = points[X].min(), points[X].max()
+            x_lim = [math.floor(2 * left) / 2 - 0.07, math.ceil(2 * right) / 2 + 0.07]
+            lowest = math.floor(10 * points["score"].min() - 0.1) / 10
+            y_lim = [lowest, max(1.0, points["score"].max())]
+            drawn = gr.ScatterPlot(value=points, visible=True, x_lim=x_lim, y_lim=y_lim)
         return [kept(now.card(name)), drawn, named(points), "", ""]
 
     async def questions(request: gr.Request, name: str | None) -> AsyncIterator[str]:
@@ -167,7 +170,8 @@ def front(now: Snapshot, name: str | None, results: Results) -> pd.DataFrame:
         kl, best = (card.get("retention") or {}).get("kl"), main_score(card)
         if kl is not None and best is not None:
             rows.append((card["id"], kl, best[1], THIS if card["id"] == name else SERVED))
-    rows = [row for row in rows if row[1] > 0]
+    # Beyond, a model says little, and would press all others against the axis.
+    rows = [row for row in rows if 0 < row[1] <= FARTHEST]
     rows.sort(key=lambda row: row[-1] == THIS)  # Drawn last, it lies on top.
     frame = pd.DataFrame(rows, columns=["name", "KL", "score", "what"])
     frame = frame.astype({"KL": float, "score": float})

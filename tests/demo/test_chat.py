@@ -33,6 +33,11 @@ ENDLESS = Script(("word ",) * 2000, wait_s=0.05)
 WATCH = """() => { window.lengths = []; new MutationObserver(() => window.lengths.push(
   document.querySelector('#chat-2').innerText.length)).observe(
   document.querySelector('#chat-2'), {childList: true, subtree: true, characterData: true}); }"""
+# What has the focus shows it, and no list of another box is open.
+RINGED = """() => { const e = document.activeElement;
+  const open = [...document.querySelectorAll('[role=listbox]')].filter((list) =>
+    list.checkVisibility() && !list.closest('.block').contains(e));
+  return !open.length && (e === document.body || getComputedStyle(e).outlineStyle !== 'none'); }"""
 # Figures that are there now; a redraw replaces them.
 MARK = "document.querySelectorAll('.figures').forEach(each => each.dataset.old = '')"
 FRESH = ".figures[data-state]:not([data-old])"
@@ -101,6 +106,15 @@ def answer(page: Any, column: int) -> Any:
     return page.locator(f"#chat-{column} .bot.message").last
 
 
+def docked(page: Any) -> bool:
+    """Return whether prompt and Send are seen, with the page scrolled to its top."""
+    page.evaluate("window.scrollTo(0, 0)")
+    boxes = [page.locator(part).bounding_box() for part in ("#prompt textarea", "#send")]
+    page.locator("#prompt textarea").focus()
+    ends = all(box["y"] > 0 and box["y"] + box["height"] <= 900 for box in boxes)
+    return ends and page.evaluate("window.scrollY") == 0
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
 def test_a_conversation_from_the_first_prompt_to_the_cleared_page(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
@@ -108,7 +122,9 @@ def test_a_conversation_from_the_first_prompt_to_the_cleared_page(
     server.scripts = {"iso-date": Script(MARKDOWN, wait_s=0.25)}
     page = visit(**window)
     page.evaluate(WATCH)
+    assert docked(page)
     ask(page, "Hello?\nAnd?")
+    assert docked(page)
     assert states(page) == ["done", "done"]
     assert len(set(page.evaluate("window.lengths"))) > 2, "it came in one piece"
     told = answer(page, 2)
@@ -117,7 +133,10 @@ def test_a_conversation_from_the_first_prompt_to_the_cleared_page(
     assert "print('<b>')" in told.locator("pre code").inner_text()
     figures = page.locator("#figures-2").inner_text()
     assert "6 tokens" in figures and "tokens/s" in figures and "first token" in figures
-    assert page.locator("#difference-2").inner_text().count("Title")
+    marked = page.locator("#difference-2")
+    assert marked.inner_text().count("Title") and marked.bounding_box()["height"] < 250
+    words = marked.locator(".text").first.evaluate("e => getComputedStyle(e).wordBreak")
+    assert words == "normal"
     expect(page.locator("#prompt textarea")).to_have_value("")
     assert {body["model"] for body in server.asked} == {BASE, "iso-date"}
 
@@ -211,6 +230,7 @@ def test_keys_stop_and_a_line_break(server: FakeServer, visit: Callable[..., Any
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
+        assert page.evaluate(RINGED), page.evaluate("document.activeElement.outerHTML")
         reached.add(
             page.evaluate("document.activeElement.closest('[id]:not([id^=component])')?.id")
         )
@@ -235,6 +255,7 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     page = visit(**window)
     page.locator("#count").get_by_label("4").check()
     page.locator("#model-4 input").wait_for()
+    assert docked(page)
     choose(page, 3, "sentiment@0f1e2d3c4b5a")
     page.locator("#mix > button").click()
     page.locator("#mix-column").get_by_label("4").check()
@@ -296,6 +317,7 @@ def test_a_link_and_the_commands_repeat_what_was_asked(
     other.locator("#status p.up", has_text="at http").wait_for(timeout=20_000)
     expect(other.locator("#prompt textarea")).to_have_value("What's 'this' & <that>?")
     expect(other.locator("#model-2 input")).to_have_value("sentiment*0.5+iso-date")
+    other.wait_for_timeout(1500)
     other.locator("#settings > button").click()
     expect(other.locator("#system textarea")).to_have_value("Be brief.")
     expect(other.locator("#max-tokens input[type=number]")).to_have_value("5")
@@ -309,6 +331,16 @@ def test_an_example_of_a_card_fills_prompt_and_models(
     page.locator("#examples").get_by_text("sentiment · An example for sentiment.").click()
     expect(page.locator("#prompt textarea")).to_have_value("An example for sentiment.")
     page.wait_for_function("document.querySelector('#model-2 input').value === 'sentiment'")
+    expect(page.locator("#prompt textarea")).to_be_focused()
+    page.keyboard.press("Enter")
+    answer(page, 2).get_by_text("Paris").wait_for()
+    # A column that comes up has a model that no other shows.
+    choose(page, 2, "iso-date")
+    page.locator("#mix > button").click()
+    expect(page.locator("#mix-column label")).to_have_count(2)
+    page.locator("#count").get_by_label("3").check()
+    expect(page.locator("#model-3 input")).to_have_value("sentiment")
+    expect(page.locator("#mix-column label")).to_have_count(3)
 
 
 def test_a_server_that_refuses_breaks_off_or_goes_and_comes_back(
