@@ -118,7 +118,7 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .figure-table.layers :is(th, td) { padding: .1rem .3rem; text-align: right; white-space: nowrap; }
 /* Gradio gives a plot the height of its box, but the label above it takes some. */
 :is(#front, #speed, #traffic) { box-sizing: content-box; overflow: visible !important;
-  padding-bottom: 2.2rem; }
+  padding: .5rem .5rem 2.2rem; width: calc(100% - 1rem - 2px); }
 .numbers { display: grid; gap: .6rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .numbers div { display: flex; flex-direction: column-reverse; padding: .6rem .8rem;

@@ -54,7 +54,7 @@ def test_an_adapter_is_asked_beside_the_base(
     assert layers.locator(".scale").inner_text().split() == [
         "0.00",
         "0.95",
-        "1.91",
+        "1.90",
         "2.86",
         "3.81",
         "and",
