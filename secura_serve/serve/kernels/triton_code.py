@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["core", "core_grouped", "expand"]
+__all__ = ["core", "core_grouped", "expand", "expand_activated"]
 
 
 @triton.jit(do_not_specialize=["stride"])
@@ -134,3 +134,57 @@ def expand(
             left = tl.load(given + begin, mask=mine[:, None] & here[None, :], other=0)
             total = tl.dot(left, right, acc=total, input_precision="ieee")
     tl.store(place, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand_activated(
+    made, y, h, slots, C, tokens, across, width,
+    r: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
+    ALIGN: tl.constexpr, TANH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """made[t, j] = act(gate)·up, y + C·h of column j being gate, and of j + width/2 being up.
+
+    In float32 up to the result, whether or not a token has an adapter.
+    """
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    slot = tl.load(slots + t, mask=t < tokens, other=-1)
+    half = width // 2 // ALIGN * ALIGN
+    j, k, mine = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, K), slot >= 0
+    # Where no token has an adapter C is not read.
+    edge = half * (tl.max(slot, axis=0) >= 0).to(tl.int32)
+    inside = (t < tokens)[:, None] & (j < half)[None, :]
+    place = y + t[:, None].to(tl.int64) * across + j[None, :]
+    given = h + t[:, None].to(tl.int64) * (2 * r) + k[None, :]
+    source = C + k[:, None] * width + j[None, :]
+    wanted = (j < edge)[None, :]
+    if r <= K:
+        right = tl.load(source, mask=(k < r)[:, None] & wanted, other=0)
+        other = tl.load(source + half, mask=(k < r)[:, None] & wanted, other=0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        gate = tl.load(place, mask=inside, other=0).to(tl.float32)
+        up = tl.load(place + half, mask=inside, other=0).to(tl.float32)
+        held = mine[:, None] & (k < r)[None, :]
+        left = tl.load(given, mask=held, other=0)
+        gate = tl.dot(left, right, acc=gate, input_precision="ieee")
+        left = tl.load(given + r, mask=held, other=0)
+        up = tl.dot(left, other, acc=up, input_precision="ieee")
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        gate = tl.load(place, mask=inside, other=0).to(tl.float32)
+        up = tl.load(place + half, mask=inside, other=0).to(tl.float32)
+        for begin in range(0, r, K):
+            here = k < r - begin
+            right = tl.load(source + begin * width, mask=here[:, None] & wanted, other=0)
+            left = tl.load(given + begin, mask=mine[:, None] & here[None, :], other=0)
+            gate = tl.dot(left, right, acc=gate, input_precision="ieee")
+            right = tl.load(source + begin * width + half, mask=here[:, None] & wanted, other=0)
+            left = tl.load(given + r + begin, mask=mine[:, None] & here[None, :], other=0)
+            up = tl.dot(left, right, acc=up, input_precision="ieee")
+    inner = gate
+    if TANH:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    total = gate * tl.sigmoid(inner) * up
+    to = made + t[:, None].to(tl.int64) * half + j[None, :]
+    tl.store(to, total.to(made.dtype.element_ty), mask=inside)

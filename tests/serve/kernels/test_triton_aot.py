@@ -36,9 +36,16 @@ for r, tokens in itertools.product({ranks}, (1, 64, 1024)):
         for launch in step_launches((4096, 1024, 1024), r, tokens, biased=True, early=early):
             # At most one 16-byte value, and beyond the ranks that adapters have by far.
             found += faults(launch, target, ("bank", "C", "y"), stack=16 if r > 256 else 0)
+    # The second kernel in the activation that follows, with the widths of Llama-3-8B.
+    for target in TARGETS if r in (32, 128) else ():
+        early, outs = target in ("sm_90", "sm_100"), (14336, 14336)
+        (_, launch) = step_launches(outs, r, tokens, early=early, activation="silu")
+        found += faults(launch, target, ("C", "y"))
 # Numbers of 4 bytes, of which none may be read alone either.
 for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
     found += faults(launch, "sm_90", ("bank", "C", "y"))
+(_, launch) = step_launches((4096, 4096), 64, 64, dtype=torch.float32, activation="gelu_tanh")
+found += faults(launch, "sm_90", ("C", "y"))
 assert not found, "\\n".join(found)
 """
 
@@ -74,6 +81,7 @@ for target in TARGETS:
 (_, expand) = step_launches((4097,), 32, 1)
 assert "griddepcontrol.wait" in build(expand, TARGETS["sm_90"]).code
 assert step_launches((4096,), 32, 64, active=False) == []
+assert step_launches((4096, 4096), 32, 64, active=False, activation="silu") == []
 """
 
 
