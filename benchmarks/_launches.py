@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from secura_serve.serve.kernels import triton_code, triton_step
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
-__all__ = ["LLAMA3_8B", "Launch", "caught", "fake", "step_launches"]
+__all__ = ["ACTIVATIONS", "LLAMA3_8B", "Launch", "caught", "fake", "step_launches"]
 
 LLAMA3_8B = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -29,6 +29,8 @@ LLAMA3_8B = {
     "down": (14336, (4096,)),
 }
 """Inputs and outputs of the packed linears of one of its 32 layers."""
+ACTIVATIONS = {"gate_up": "silu"}
+"""What follows them and takes their step along."""
 
 
 class Launch(NamedTuple):

@@ -4,8 +4,9 @@
 
 The launches are those that the code makes (caught, not run); what each of them reads and writes
 follows from its arguments. Time of a launch = a fixed cost + bytes from memory / bandwidth + bytes
-from the cache / its bandwidth, with nothing overlapped. Every constant is in the report. No GPU is
-needed; the package ``triton`` is.
+from the cache / its bandwidth, with nothing overlapped. Of the launch that takes the place of the
+base's activation only C and h count: the base has that launch, and reads and writes the rest, too.
+Every constant is in the report. No GPU is needed; the package ``triton`` is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks._launches import LLAMA3_8B, Launch, step_launches
+from benchmarks._launches import ACTIVATIONS, LLAMA3_8B, Launch, step_launches
 from benchmarks._report import header, out_file
 
 LAYERS, HEAD, BYTES = 32, 128256 * 4096, 2
@@ -25,9 +26,16 @@ H100 = {
     "cache_bytes_per_s": 5.5e12,
     "flops_per_s": 790e12,
     # Low and high: a kernel of a CUDA graph that waits for the one before it, with a few loads
-    # that wait for each other; and one that was started early (programmatic dependent launch).
+    # that wait for each other. An empty one takes 1.3 µs on an H100 (Hazy Research, "Look Ma, No
+    # Bubbles", 2025). This is also the cost of the step's first kernel, low and high: it is
+    # launched as dependent, but a GEMM that does not let it start has ended by then (CUDA
+    # Programming Guide, 4.5), and measured gains are none (kekzl/imp#1740: -0.9 to -0.4 % of
+    # tokens a second; openxla/xla#38544: 1.00 to 1.01 times).
     "launch_s": (1.6e-6, 2.5e-6),
-    "dependent_launch_s": (0.4e-6, 0.8e-6),
+    # What it saves where the kernel ahead lets it start (programmatic dependent launch), for low
+    # and high: 0.96 µs between two empty kernels (pegainfer-project/pegainfer#569); 0.47 µs of
+    # FlashInfer's RMSNorm on an H100 (flashinfer-ai/flashinfer#960).
+    "dependent_launch_saves_s": (0.96e-6, 0.47e-6),
 }
 # A gathered number costs the 32 bytes around it.
 _SECTOR = 32
@@ -39,13 +47,15 @@ def traffic(launch: Launch, adapters: int) -> tuple[float, float]:
     What no step before it can have left in the cache, C and U, comes from memory once.
     """
     given, name = launch.given, launch.kernel.__name__
-    n, r = given["n"], given["r"]
-    if name == "expand":
+    n, r = given.get("n", 2), given["r"]
+    if name in ("expand", "expand_activated"):
         tokens, out = given["y"].shape
         tiles = launch.grid[0]
-        C, blocks_of_slice = r * out * BYTES, launch.grid[1] / n
-        y = 2 * tokens * out * BYTES
-        h = tokens * n * r * BYTES * blocks_of_slice
+        C = r * out * BYTES
+        # An activation's blocks of columns are of both slices at once, and y is the base's to read.
+        beside = name == "expand_activated"
+        y = 0 if beside else 2 * tokens * out * BYTES
+        h = tokens * n * r * BYTES * launch.grid[1] / (1 if beside else n)
         return C, y + h + (tiles - 1) * C
     tokens, U = len(given["slots"]), n * r * r * BYTES
     parts = launch.grid[1] // n
@@ -66,17 +76,23 @@ def overhead(r: int, tokens: int, adapters: int, early: bool = True) -> dict[str
     """Return what one decode step has, and its share of the base's time, low and high."""
     memory: Any = H100["memory_bytes_per_s"]
     cache: Any = H100["cache_bytes_per_s"]
+    waiting: Any = H100["launch_s"]
+    saved: Any = H100["dependent_launch_saves_s"]
     times, moved, count = [0.0, 0.0], [0.0, 0.0], 0
-    for _, outs in LLAMA3_8B.values():
-        launches = step_launches(outs, r, tokens, early=early, adapters=adapters)
+    for name, (_, outs) in LLAMA3_8B.items():
+        launches = step_launches(
+            outs, r, tokens, early=early, adapters=adapters, activation=ACTIVATIONS.get(name)
+        )
         for i, launch in enumerate(launches):
             first, again = traffic(launch, adapters)
-            fixed: Any = H100["dependent_launch_s" if i and early else "launch_s"]
+            # The base's activation waits for the kernel before it, too.
+            instead = launch.kernel.__name__ == "expand_activated"
             for bound in (0, 1):
-                times[bound] += LAYERS * (fixed[bound] + first / memory + again / cache)
+                fixed = 0 if instead else waiting[bound] - (saved[bound] if i and early else 0)
+                times[bound] += LAYERS * (fixed + first / memory + again / cache)
             moved[0] += LAYERS * first
             moved[1] += LAYERS * again
-            count += LAYERS
+            count += LAYERS * (not instead)
     base = base_seconds(tokens)
     return {
         "rank": r,
@@ -103,7 +119,10 @@ def main() -> None:
         for r in args.ranks
         for tokens, adapters in ((1, 1), (16, 16), (64, 64), (256, 1), (256, 256))
     ]
-    idle = [step_launches(outs, 32, 64, active=False) for _, outs in LLAMA3_8B.values()]
+    idle = [
+        step_launches(outs, 32, 64, active=False, activation=ACTIVATIONS.get(name))
+        for name, (_, outs) in LLAMA3_8B.items()
+    ]
     report["launches_without_adapters"] = sum(map(len, idle))
     for step in report["steps"]:
         print(json.dumps(step), file=sys.stderr)

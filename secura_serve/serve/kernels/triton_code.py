@@ -5,8 +5,9 @@ that U, C and y can be read 16 bytes at a time. A slot is zero beyond its adapte
 to the next multiple of 8 changes nothing.
 
 Where ``PDL`` is set, a kernel starts while the one before it ends (NVIDIA's programmatic dependent
-launch): before ``gdc_wait`` it may only read what was written long before, so neither y nor h. The
-first kernel lets the second start after its own wait, when y is complete.
+launch): before ``gdc_wait`` it may only read what was written long before, so neither y nor h. U,
+ranks and slots are: their copies are in the stream ahead of the batch's first kernel, which starts
+when they have ended. The first kernel lets the second start after its own wait, when y is complete.
 """
 
 from __future__ import annotations
@@ -28,24 +29,43 @@ def core(
     t, s = tl.program_id(0), tl.program_id(1) // parts
     slot = tl.load(slots + t)
     if slot < 0:
+        # Or this kernel, and with it the wait of the next one, could end before y is complete.
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     # An adapter may be wider on other linears.
     rank = tl.minimum((tl.load(ranks + slot) + 7) // 8, r // 8) * 8
     i = tl.program_id(1) % parts * OUT + tl.arange(0, OUT)
-    total = tl.zeros((OUT,), dtype=tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for first in range(0, r, IN):
-        k = first + tl.arange(0, IN)
+    given, U_of = source + t.to(tl.int64) * stride, bank + slot.to(tl.int64) * apart + s * r * r
+    if r <= IN:
+        # All but g was written before the linear's own kernel began.
+        k = tl.arange(0, IN)
         at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
-        g = tl.load(source + t.to(tl.int64) * stride + at, mask=at >= 0, other=0).to(tl.float32)
-        if BIASED:
-            g -= tl.load(offset + s * r + k, mask=at >= 0, other=0).to(tl.float32)
-        place = slot.to(tl.int64) * apart + s * r * r + i[:, None] * r + k[None, :]
         inside = (i[:, None] < rank) & (k[None, :] < rank)
-        U = tl.load(bank + place, mask=inside, other=0).to(tl.float32)
-        total += tl.sum(U * g[None, :], axis=1)
+        U = tl.load(U_of + i[:, None] * r + k[None, :], mask=inside, other=0)
+        if BIASED:
+            b = tl.load(offset + s * r + k, mask=at >= 0, other=0).to(tl.float32)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        g = tl.load(given + at, mask=at >= 0, other=0).to(tl.float32)
+        if BIASED:
+            g -= b
+        total = tl.sum(U.to(tl.float32) * g[None, :], axis=1)
+    else:
+        total = tl.zeros((OUT,), dtype=tl.float32)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for first in range(0, r, IN):
+            k = first + tl.arange(0, IN)
+            at = tl.load(rows + s * r + k, mask=k < rank, other=-1)
+            g = tl.load(given + at, mask=at >= 0, other=0).to(tl.float32)
+            if BIASED:
+                g -= tl.load(offset + s * r + k, mask=at >= 0, other=0).to(tl.float32)
+            inside = (i[:, None] < rank) & (k[None, :] < rank)
+            U = tl.load(U_of + i[:, None] * r + k[None, :], mask=inside, other=0).to(tl.float32)
+            total += tl.sum(U * g[None, :], axis=1)
     tl.store(h + (t * n + s) * r + i, total.to(h.dtype.element_ty), mask=i < r)
 
 
@@ -66,6 +86,8 @@ def core_grouped(
     mine = left >= 0
     slot = tl.max(left, axis=0)
     if slot < 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         return
     total = tl.zeros((T, OUT), dtype=tl.float32)
     if PDL:

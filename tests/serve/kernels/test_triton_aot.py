@@ -78,8 +78,12 @@ for target in TARGETS:
     (_, expand) = step_launches((4097,), 32, 1, early=target in ("sm_90", "sm_100"))
     # y and C have rows of an odd length: nothing is aligned.
     assert any("narrow loads of C" in fault for fault in faults(expand, target, ("C", "y")))
-(_, expand) = step_launches((4097,), 32, 1)
-assert "griddepcontrol.wait" in build(expand, TARGETS["sm_90"]).code
+# Before its wait the first kernel has loaded all but g, the second C; to wait is an exit's, too.
+core, expand = (build(launch, TARGETS["sm_90"]).code for launch in step_launches((4096,), 32, 1))
+before, after, exit = core.split("griddepcontrol.wait")
+assert (before.count("ld.global"), after.count("ld.global"), exit.count("ld.")) == (7, 1, 0)
+before, after = expand.split("griddepcontrol.wait")
+assert before.count("ld.global") > after.count("ld.global") > 0
 assert step_launches((4096,), 32, 64, active=False) == []
 assert step_launches((4096, 4096), 32, 64, active=False, activation="silu") == []
 """
