@@ -25,12 +25,13 @@ H100 = {
     "memory_bytes_per_s": 3.0e12,
     "cache_bytes_per_s": 5.5e12,
     "flops_per_s": 790e12,
-    # Low and high: a kernel of a CUDA graph that waits for the one before it, with a few loads
-    # that wait for each other. An empty one takes 1.3 µs on an H100 (Hazy Research, "Look Ma, No
-    # Bubbles", 2025). This is also the cost of the step's first kernel, low and high: it is
-    # launched as dependent, but a GEMM that does not let it start has ended by then (CUDA
-    # Programming Guide, 4.5), and measured gains are none (kekzl/imp#1740: -0.9 to -0.4 % of
-    # tokens a second; openxla/xla#38544: 1.00 to 1.01 times).
+    # An empty kernel of a CUDA graph on an H100 (Hazy Research, "Look Ma, No Bubbles", 2025).
+    "empty_launch_s": 1.3e-6,
+    # Low and high: one that waits for the kernel before it, with a few loads that wait for each
+    # other. The step's first kernel costs as much: it is launched as dependent, but a GEMM that
+    # does not let it start has ended by then (CUDA Programming Guide, 4.5), and nothing was
+    # gained where that was measured (kekzl/imp#1740: -0.9 to -0.4 % of tokens a second;
+    # openxla/xla#38544: 1.00 to 1.01 times).
     "launch_s": (1.6e-6, 2.5e-6),
     # What it saves where the kernel ahead lets it start (programmatic dependent launch), for low
     # and high: 0.96 µs between two empty kernels (pegainfer-project/pegainfer#569); 0.47 µs of
@@ -48,21 +49,56 @@ def traffic(launch: Launch, adapters: int) -> tuple[float, float]:
     """
     given, name = launch.given, launch.kernel.__name__
     n, r = given.get("n", 2), given["r"]
-    if name in ("expand", "expand_activated"):
-        tokens, out = given["y"].shape
-        tiles = launch.grid[0]
-        C = r * out * BYTES
-        # An activation's blocks of columns are of both slices at once, and y is the base's to read.
-        beside = name == "expand_activated"
-        y = 0 if beside else 2 * tokens * out * BYTES
-        h = tokens * n * r * BYTES * launch.grid[1] / (1 if beside else n)
-        return C, y + h + (tiles - 1) * C
-    tokens, U = len(given["slots"]), n * r * r * BYTES
-    parts = launch.grid[1] // n
+    if name in ("core", "core_grouped"):
+        tokens, parts = len(given["slots"]), launch.grid[1] // n
+        reads = launch.grid[0] * given.get("T", 1) / tokens * min(adapters, tokens)
+        reads = tokens if name == "core" else reads
+        U, again = _mixing(n, r, tokens, adapters, reads=reads, programs=parts)
+        return U, again + tokens * n * r * BYTES
+    tokens, out = given["y"].shape
+    # C is read by each tile of tokens.
+    C = r * out * BYTES
+    again = (launch.grid[0] - 1) * C
+    if name == "expand":
+        h = tokens * r * BYTES * launch.grid[1]
+        return C, again + 2 * tokens * out * BYTES + h
+    # Its blocks of columns are of both slices at once, and y is the base's to read.
+    if given["h"] is not None:
+        return C, again + tokens * n * r * BYTES * launch.grid[1]
+    blocks = launch.grid[1]
+    U, mixing = _mixing(n, r, tokens, adapters, reads=tokens * blocks, programs=blocks)
+    return C + U, again + mixing
+
+
+def _mixing(
+    n: int, r: int, tokens: int, adapters: int, *, reads: float, programs: int
+) -> tuple[float, float]:
+    """Return the bytes of U from memory, and those of U and g from the cache.
+
+    Args:
+        reads: how often the U of a token is read.
+        programs: how many gather the same numbers.
+    """
+    U = n * r * r * BYTES
     distinct = min(adapters, tokens) * U
-    reads = tokens if name == "core" else launch.grid[0] * given["T"] / tokens * distinct / U
-    gathered = tokens * n * r * _SECTOR * parts
-    return distinct, max(reads * U - distinct, 0) + gathered + tokens * n * r * BYTES
+    gathered = tokens * n * r * _SECTOR * programs
+    return distinct, max(reads * U - distinct, 0) + gathered
+
+
+def fixed(launch: Launch, early: bool) -> tuple[float, float]:
+    """Return what a launch adds besides its bytes, low and high.
+
+    Args:
+        early: whether it is the second of two and may start early.
+    """
+    constants: Any = H100
+    low, high = constants["launch_s"]
+    if launch.kernel.__name__ == "expand_activated":
+        # The base's activation waits for the kernel before it, too; only chains of loads are more.
+        empty = constants["empty_launch_s"]
+        return (0.0, 0.0) if launch.given["h"] is not None else (low - empty, high - empty)
+    saved = constants["dependent_launch_saves_s"] if early else (0.0, 0.0)
+    return low - saved[0], high - saved[1]
 
 
 def base_seconds(tokens: int) -> float:
@@ -76,8 +112,6 @@ def overhead(r: int, tokens: int, adapters: int, early: bool = True) -> dict[str
     """Return what one decode step has, and its share of the base's time, low and high."""
     memory: Any = H100["memory_bytes_per_s"]
     cache: Any = H100["cache_bytes_per_s"]
-    waiting: Any = H100["launch_s"]
-    saved: Any = H100["dependent_launch_saves_s"]
     times, moved, count = [0.0, 0.0], [0.0, 0.0], 0
     for name, (_, outs) in LLAMA3_8B.items():
         launches = step_launches(
@@ -85,14 +119,12 @@ def overhead(r: int, tokens: int, adapters: int, early: bool = True) -> dict[str
         )
         for i, launch in enumerate(launches):
             first, again = traffic(launch, adapters)
-            # The base's activation waits for the kernel before it, too.
-            instead = launch.kernel.__name__ == "expand_activated"
+            costs = fixed(launch, early and i > 0)
             for bound in (0, 1):
-                fixed = 0 if instead else waiting[bound] - (saved[bound] if i and early else 0)
-                times[bound] += LAYERS * (fixed + first / memory + again / cache)
+                times[bound] += LAYERS * (costs[bound] + first / memory + again / cache)
             moved[0] += LAYERS * first
             moved[1] += LAYERS * again
-            count += LAYERS * (not instead)
+            count += LAYERS * (launch.kernel.__name__ != "expand_activated")
     base = base_seconds(tokens)
     return {
         "rank": r,
@@ -117,7 +149,7 @@ def main() -> None:
     report["steps"] = [
         overhead(r, tokens, adapters)
         for r in args.ranks
-        for tokens, adapters in ((1, 1), (16, 16), (64, 64), (256, 1), (256, 256))
+        for tokens, adapters in ((1, 1), (8, 8), (16, 16), (64, 64), (256, 1), (256, 256))
     ]
     idle = [
         step_launches(outs, 32, 64, active=False, activation=ACTIVATIONS.get(name))

@@ -124,7 +124,8 @@ def test_elsewhere_the_step_is_taken_at_once(cls, kernel, scale):
     torch.testing.assert_close(model["mlp"](x), want)
 
 
-PLAIN = "llama:LlamaMLP qwen2:Qwen2MLP mistral:MistralMLP gemma2:Gemma2MLP gemma3:Gemma3MLP"
+PLAIN = "llama:LlamaMLP qwen2:Qwen2MLP mistral:MistralMLP gemma:GemmaMLP gemma2:Gemma2MLP "
+PLAIN += "gemma3:Gemma3MLP granite:GraniteMLP"
 OTHERS = "qwen2_moe:Qwen2MoeMLP falcon_h1:FalconH1MLP"
 
 

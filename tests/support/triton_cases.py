@@ -48,7 +48,9 @@ shapes = [(131, (8, 3), (8, 5)), (136, (32, 7), (11, 32)), (72, (72, 20), (72, 3
           (128, (128, 40), (128, 90))]
 for (width, ranks, fill), dtype in itertools.product(shapes, {dtypes}):
     linear = Linear(TritonKernel(), (width, width), ranks, dtype, True, fill=fill, device=device)
+    # One launch for up to 8 tokens where ranks are small, two elsewhere.
     linear.check_activated(1, "silu")
+    linear.check_activated(7, "silu")
     for tokens in (17, 64):
         # One in seven has an adapter: a token of the first kernel takes long in the interpreter.
         t = torch.arange(tokens)

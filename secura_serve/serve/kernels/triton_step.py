@@ -31,6 +31,8 @@ COLUMNS = 128
 _TALL, _PROGRAMS = 128, 132
 # Ranks that the second kernel takes at once.
 _WIDEST = 64
+# Batches and ranks for which one launch before an activation is better than two.
+_FEW, _SMALL = 8, 32
 # The largest batch for which vLLM captures a graph: larger ones are mostly prompts, whose tokens
 # share an adapter with their neighbours.
 _DECODE = 512
@@ -171,7 +173,7 @@ def launch_activated(
 ) -> Tensor:
     """Return act(gate')·up' of the adapted output, ``(T, out/2)``, and leave ``y`` as it is.
 
-    A batch without adapters takes the base's own activation.
+    A batch without adapters takes the base's own activation; few tokens take a single launch.
 
     Args:
         y: ``(T, out)``, gate and up side by side.
@@ -183,15 +185,21 @@ def launch_activated(
     tokens, r = y.shape[0], rows.shape[1]
     if not tokens or not active.item():
         return base_activation(y, activation)
-    h = _core(y if source is None else source, slots, rows, bank, ranks, offset)
-    made = torch.empty(tokens, y.shape[1] // 2, dtype=y.dtype, device=y.device)
+    given, made = y if source is None else source, y.new_empty(tokens, y.shape[1] // 2)
     column_blocks = triton.cdiv(made.shape[1], COLUMNS)
     # It has two sums for each entry, so that tall tiles spill from here on.
-    tiles = _tiles(tokens, column_blocks, r, y.dtype, _TALL if r <= 32 else 64)
+    tiles = _tiles(tokens, column_blocks, r, y.dtype, _TALL if r <= _SMALL else 64)
+    h = None
+    if tokens <= _FEW and r <= min(_SMALL, tiles["K"]):
+        # Each of its programs has the U of all its tokens in registers.
+        tiles["num_warps"] = 8
+    else:
+        h = _core(given, slots, rows, bank, ranks, offset)
     triton_code.expand_activated[(triton.cdiv(tokens, tiles["T"]), column_blocks)](
-        made, y, h, slots, C, tokens, y.stride(0), y.shape[1], r,
-        COLUMNS=COLUMNS, ALIGN=align, TANH=activation == "gelu_tanh", **tiles,
-        **_options(y.device),
+        made, y, h, slots, C, given, rows, bank, ranks, offset, tokens, y.stride(0), y.shape[1],
+        given.stride(0), bank.stride(0), r,
+        BIASED=offset is not None, COLUMNS=COLUMNS, ALIGN=align, TANH=activation == "gelu_tanh",
+        **tiles, **_options(y.device),
     )  # fmt: skip
     return made
 

@@ -39,8 +39,11 @@ for r, tokens in itertools.product({ranks}, (1, 64, 1024)):
     # The second kernel in the activation that follows, with the widths of Llama-3-8B.
     for target in TARGETS if r in (32, 128) else ():
         early, outs = target in ("sm_90", "sm_100"), (14336, 14336)
-        (_, launch) = step_launches(outs, r, tokens, early=early, activation="silu")
-        found += faults(launch, target, ("C", "y"))
+        launches = step_launches(outs, r, tokens, early=early, biased=True, activation="silu")
+        # Few tokens of a small rank are taken in one launch, which reads U itself.
+        alone = (r, tokens) == (32, 1)
+        assert len(launches) == 2 - alone
+        found += faults(launches[-1], target, ("C", "y", "bank") if alone else ("C", "y"))
 # Numbers of 4 bytes, of which none may be read alone either.
 for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
     found += faults(launch, "sm_90", ("bank", "C", "y"))
@@ -82,8 +85,8 @@ for target in TARGETS:
 core, expand = (build(launch, TARGETS["sm_90"]).code for launch in step_launches((4096,), 32, 1))
 before, after, exit = core.split("griddepcontrol.wait")
 assert (before.count("ld.global"), after.count("ld.global"), exit.count("ld.")) == (7, 1, 0)
-before, after = expand.split("griddepcontrol.wait")
-assert before.count("ld.global") > after.count("ld.global") > 0
+before, after, exit = expand.split("griddepcontrol.wait")
+assert exit.count("ld.") == 0 and before.count("ld.global") > after.count("ld.global") > 0
 assert step_launches((4096,), 32, 64, active=False) == []
 assert step_launches((4096, 4096), 32, 64, active=False, activation="silu") == []
 """
