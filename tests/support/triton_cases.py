@@ -49,13 +49,13 @@ shapes = [(131, (8, 3), (8, 5)), (136, (32, 7), (11, 32)), (72, (72, 20), (72, 3
 for (width, ranks, fill), dtype in itertools.product(shapes, {dtypes}):
     linear = Linear(TritonKernel(), (width, width), ranks, dtype, True, fill=fill, device=device)
     # One launch for up to 8 tokens where ranks are small, two elsewhere.
-    linear.check_activated(1, "silu")
-    linear.check_activated(7, "silu")
+    for tokens in (1, 7) if max(ranks) < 72 else (1,):
+        linear.check_activated(tokens, "silu")
     for tokens in (17, 64):
-        # One in seven has an adapter: a token of the first kernel takes long in the interpreter.
+        # One in nine has an adapter: a token of the first kernel takes long in the interpreter.
         t = torch.arange(tokens)
-        linear.check_activated(tokens, "silu", slots=torch.where(t % 7 == 3, t % 2, -1))
-    if width == 72:
+        linear.check_activated(tokens, "silu", slots=torch.where(t % 9 == 3, t % 2, -1))
+    if width == 136:
         linear.check_activated(5, "gelu_tanh")
 linear = Linear(TritonKernel(), (136, 136), (16, 5), {dtypes}[-1], False, device=device)
 linear.check_activated(40, "silu", slots=torch.arange(40) // 35 - 1)

@@ -85,14 +85,12 @@ def core_grouped(
     i = tl.program_id(1) % parts * OUT + tl.arange(0, OUT)
     mine = left >= 0
     slot = tl.max(left, axis=0)
-    if slot < 0:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        return
-    total = tl.zeros((T, OUT), dtype=tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if slot < 0:
+        return
+    total = tl.zeros((T, OUT), dtype=tl.float32)
     while slot >= 0:
         now = left == slot
         rank = tl.minimum((tl.load(ranks + slot) + 7) // 8, r // 8) * 8
