@@ -8,7 +8,6 @@ A process of its own, which knows an endpoint's address and no more:
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import sys
 import threading
@@ -16,12 +15,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from .endpoint import add_arguments, connect
+from .endpoint import add_arguments, connect, without_login
 from .examples import Examples, read_examples
+from .guard import Guard, is_local
 from .retention.results import Results, read_results
 
 LARGEST_UPLOAD = "512mb"
 TRIES = 4
+SESSIONS = 1000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     add_arguments(made)
     made.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    made.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+    made.add_argument("--port", type=_port, default=7860, help="(%(default)s)")
     made.add_argument("--examples", metavar="FILE", help='JSON: {adapter: [{"prompt": "..."}]}')
     made.add_argument(
         "--results",
@@ -56,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--no-auth",
         action="store_true",
-        help="let whoever reaches the page use the endpoint; beyond this machine not with a key",
+        help="let whoever reaches the page use the endpoint, under any name; beyond this machine "
+        "not with a key",
     )
     made.add_argument(
         "--until-stdin-closes",
@@ -75,7 +77,7 @@ def login(args: argparse.Namespace) -> tuple[str, str] | None:
         if args.no_auth:
             raise ValueError("--auth and --no-auth contradict each other")
         return user, password
-    if args.share == "never" and _is_local(args.host):
+    if args.share == "never" and is_local(args.host):
         return None
     if args.api_key:
         raise ValueError("whoever opens this page would ask with your key: give --auth")
@@ -84,11 +86,19 @@ def login(args: argparse.Namespace) -> tuple[str, str] | None:
     return None
 
 
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 2**16:
+        raise argparse.ArgumentTypeError(f"{port} should be from 1 to 65535")
+    return port
+
+
+def ask_this_machine_directly() -> None:
+    """Have no proxy of the environment asked for what this machine answers."""
+    kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if kept.strip() != "*":
+        kept = ",".join(filter(None, [kept, "localhost", "127.0.0.1", "::1"]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = kept
 
 
 def end_with_stdin() -> None:
@@ -109,8 +119,9 @@ def launch(
     args: argparse.Namespace, examples: Examples, results: Results, auth: tuple[str, str] | None
 ) -> Any:
     """Open the page and return it; None if it cannot listen there."""
-    # Gradio reads this while it is imported, which takes seconds: not for `--help`.
+    # Gradio reads these while it is imported, which takes seconds: not for `--help`.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    ask_this_machine_directly()
     from starlette.middleware import Middleware
 
     from .headers import WithHeaders
@@ -118,7 +129,12 @@ def launch(
     from .server import Server
     from .style import CSS, HEAD, theme
 
-    blocks = build(Server(connect(args.endpoint, args.api_key)), examples, results)
+    server = Server(connect(args.endpoint, args.api_key))
+    blocks = build(server, examples, results)
+    open_here = auth is None and args.share == "never" and is_local(args.host)
+    # Nobody else is to ask with a key, so no flag gives such a page other names.
+    local_only = open_here and (args.api_key is not None or not args.no_auth)
+    guard = Middleware(Guard, server=server, local_only=local_only)
     how = {
         "server_name": args.host,
         "server_port": args.port,
@@ -128,7 +144,9 @@ def launch(
         "head": HEAD,
         # Else the browser would keep every call, and with it the admin key.
         "run_history": False,
-        "app_kwargs": {"middleware": [Middleware(WithHeaders)]},
+        "app_kwargs": {"middleware": [Middleware(WithHeaders), guard]},
+        # Gradio keeps a quarter of a megabyte of each; the longest unused is forgotten.
+        "state_session_capacity": SESSIONS,
         "max_file_size": LARGEST_UPLOAD,
         "theme": theme(),
         "footer_links": [],
@@ -166,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.error(f"{taken}: is the port taken? Choose another with --port")
     # Gradio's own lines advertise a public link; without its lock it would return at once.
     print(
-        f"secura-demo: {blocks.share_url or blocks.local_url} asks {args.endpoint}",
+        f"secura-demo: {blocks.share_url or blocks.local_url} asks {without_login(args.endpoint)}",
         flush=True,
     )
     blocks.block_thread()

@@ -20,11 +20,14 @@ from typing import Any, cast
 import openai
 
 from .answer import Answer, render
-from .endpoint import add_arguments, connect, explain, list_models
+from .endpoint import add_arguments, connect, encodable, explain, list_models
 
 Message = Mapping[str, str]
 LONGEST = 4096
 """How many tokens of an answer the page offers at most."""
+LONGEST_TEXT = 500_000
+"""How many characters an answer may have: a server may send more than it was asked for."""
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class Settings:
         # `min` and `max` would let NaN through.
         heat = self.temperature if self.temperature >= 0 else 0.0
         top = self.top_p if 0 < self.top_p <= 1 else 1.0
-        return Settings(min(max(self.max_tokens, 1), LONGEST), min(heat, 2.0), top, self.seed)
+        seed = self.seed
+        if seed is not None:
+            seed = min(max(seed, -LARGEST_SEED), LARGEST_SEED)
+        return Settings(min(max(self.max_tokens, 1), LONGEST), min(heat, 2.0), top, seed)
 
 
 @dataclass
@@ -125,9 +131,13 @@ class Comparison:
         async with stream:
             async for chunk in stream:
                 text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
-                answer.text += text
+                answer.text += encodable(text)
+                if len(answer.text) > LONGEST_TEXT:
+                    raise ValueError(f"it has more than {LONGEST_TEXT} characters")
                 counted = chunk.usage.completion_tokens if chunk.usage else None
-                answer.tokens = answer.tokens + bool(text) if counted is None else counted
+                # openai lets any type through, and what is no number could be markup.
+                known = isinstance(counted, int) and 0 <= counted <= LONGEST_TEXT
+                answer.tokens = counted if known else answer.tokens + bool(text)
                 if chunk.choices:
                     last, reason = time.perf_counter(), chunk.choices[0].finish_reason or reason
                 if answer.tokens and answer.first_token_s is None:

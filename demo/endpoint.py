@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import openai
 
 _LONGEST = 1000
+LIST_S = 15.0
+"""How long a list may take in all: a timeout of its own holds for each piece of an answer."""
 VIA = {"Via": "1.1 secura-demo"}
 """Says to the server that somebody else asks through this machine."""
 
@@ -27,10 +31,40 @@ class Model:
 
 def add_arguments(to: argparse.ArgumentParser) -> None:
     """Add `--endpoint` and `--api-key`, alike for every command of this folder."""
-    to.add_argument("--endpoint", default="http://127.0.0.1:8000/v1", help="base URL (%(default)s)")
+    to.add_argument(
+        "--endpoint",
+        default="http://127.0.0.1:8000/v1",
+        type=_address,
+        help="base URL (%(default)s)",
+    )
     to.add_argument(
         "--api-key", default=os.environ.get("VLLM_API_KEY"), help="(default: $VLLM_API_KEY)"
     )
+
+
+def _address(text: str) -> str:
+    """Return an endpoint. Raises ArgumentTypeError if nothing can be asked there."""
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be an address such as http://127.0.0.1:8000/v1"
+        )
+    return text
+
+
+def encodable(text: str) -> str:
+    """Return the text with ``?`` for halves of characters, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def without_login(endpoint: str) -> str:
+    """Return an address as it may be shown: without user and password."""
+    parts = urlsplit(endpoint)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def connect(endpoint: str, api_key: str | None = None) -> openai.AsyncOpenAI:
@@ -52,21 +86,33 @@ async def list_models(client: openai.AsyncOpenAI) -> list[Model]:
     `folded`. Raises what `explain` turns into a sentence.
     """
     try:
-        page = await client.models.list(timeout=10)
-        models = [
-            Model(card.id, getattr(card, "parent", None), getattr(card, "status", "") == "folded")
-            for card in page.data
-            if getattr(card, "status", "ready") in ("ready", "folded")
-        ]
+        async with asyncio.timeout(LIST_S):
+            page = await client.models.list(timeout=10)
+        models = [_model(card) for card in page.data if _answers(card)]
+    except TimeoutError as error:
+        raise openai.OpenAIError(f"no list of models within {LIST_S:g} s") from error
     # openai trips over an answer that is no list of models, such as some web page.
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise openai.OpenAIError("no list of models; the endpoint should end in /v1") from error
     return sorted(models, key=lambda m: (m.parent is not None, m.id if m.parent else ""))
 
 
+def _answers(card: Any) -> bool:
+    return getattr(card, "status", "ready") in ("ready", "folded")
+
+
+def _model(card: Any) -> Model:
+    """Read an entry. Raises TypeError if its names are none: openai lets any type through."""
+    parent = getattr(card, "parent", None)
+    if not isinstance(card.id, str) or not isinstance(parent, str | None):
+        raise TypeError("a model's name should be a string")
+    folded = getattr(card, "status", "") == "folded"
+    return Model(encodable(card.id), parent and encodable(parent), folded)
+
+
 def explain(error: Exception, endpoint: object) -> str:
     """Return the error as a sentence: what went wrong, and what to do about it."""
-    endpoint = str(endpoint).rstrip("/")
+    endpoint = without_login(str(endpoint)).rstrip("/")
     if isinstance(error, openai.APITimeoutError):
         return f"The server at {endpoint} did not answer in time: is it overloaded?"
     if isinstance(error, openai.APIConnectionError):
@@ -79,7 +125,11 @@ def explain(error: Exception, endpoint: object) -> str:
         }.get(error.status_code)
         said = error.body.get("message") if isinstance(error.body, dict) else None
         return _refusal(error.response, said, advice)
-    return f"The answer of {endpoint} broke off ({type(error).__name__}): {error or 'no details'}."
+    return f"The answer of {endpoint} broke off ({type(error).__name__}): {_told(error)}."
+
+
+def _told(error: Exception) -> str:
+    return encodable(str(error))[:_LONGEST] or "no details"
 
 
 def explain_response(answer: httpx.Response) -> str:
@@ -92,6 +142,6 @@ def explain_response(answer: httpx.Response) -> str:
 
 
 def _refusal(answer: Any, said: object, advice: str | None) -> str:
-    said = str(said or answer.reason_phrase)[:_LONGEST].rstrip(". ")
+    said = encodable(str(said or answer.reason_phrase))[:_LONGEST].rstrip(". ")
     parts = "; ".join(filter(None, [said, advice]))
     return f"The server refused ({answer.status_code}): {parts}."

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .endpoint import encodable
+
 __all__ = ["ANY", "Examples", "read_examples"]
 
 ANY = ""
@@ -25,8 +27,10 @@ def read_examples(path: str | None) -> Examples:
     if path is None:
         return USUAL
     try:
-        examples_by_adapter = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+        whole = encodable(json.dumps(json.loads(text), ensure_ascii=False))
+        examples_by_adapter = json.loads(whole)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path} as JSON: {error}") from error
     shape = f'{path} should be {{"adapter": [{{"prompt": "...", "system": "optional"}}]}}'
     if not isinstance(examples_by_adapter, dict):

@@ -115,7 +115,7 @@ def build_adapters(server: Server) -> AdaptersTab:
     def change(work: Callable[..., Awaitable[str]]) -> Callable[..., Awaitable[list[Any]]]:
         """Return a handler: do it, say what came of it, and show the adapters as they are now."""
 
-        async def handler(text: str, which: str, *values: Any) -> list[Any]:
+        async def handler(text: str, which: str, kept: str | None, *values: Any) -> list[Any]:
             try:
                 outcome = said(await work(*values))
             except Refused as refused:
@@ -124,7 +124,9 @@ def build_adapters(server: Server) -> AdaptersTab:
             found = matching(snapshot.adapters, text, which)
             names = [card["id"] for card in snapshot.adapters]
             shown = gallery(found, snapshot.bases, len(snapshot.adapters))
-            return [outcome, shown, gr.update(choices=names)]
+            # Gradio refuses the next change if what it deleted stays chosen.
+            left = gr.update(choices=names, value=kept if kept in names else None)
+            return [outcome, shown, left]
 
         return handler
 
@@ -158,7 +160,8 @@ def build_adapters(server: Server) -> AdaptersTab:
         (upload, do_upload, [key, name, files]),
     ]
     for button, work, inputs in works:
-        button.click(change(work), [search, wanted, *inputs], [result, cards, chosen], **FREE).then(
+        given = [search, wanted, chosen, *inputs]
+        button.click(change(work), given, [result, cards, chosen], **FREE).then(
             versions_of, [chosen], [version], **FREE
         )
     chosen.change(versions_of, [chosen], [version], **FREE)

@@ -25,7 +25,8 @@ def figures(answer: Answer) -> str:
     alert = f'<p role="alert" class="error">{escape(answer.error)}</p>' if answer.error else ""
     name = escape(answer.model)
     return (
-        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {text}</p>{alert}</div>'
+        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {escape(text)}</p>'
+        f"{alert}</div>"
     )
 
 
@@ -41,9 +42,12 @@ def step(
     lines: list[Any] = [gr.skip()] * COLUMNS
     first = not drawn
     for i, answer in answers.items():
-        state = (len(answer.text), answer.tokens, answer.state)
+        # The chat may have been cleared meanwhile.
+        asked = any(turn.answer is answer for turn in conversations[i].turns[-1:])
+        state = (asked, len(answer.text), answer.tokens, answer.state)
         if drawn.get(i) != state:
-            bots[i], lines[i], drawn[i] = conversations[i].shown(), figures(answer), state
+            bots[i], drawn[i] = conversations[i].shown(), state
+            lines[i] = figures(answer) if asked else ""
     prompt = gr.update(value="") if first else gr.skip()
     send, stop = gr.update(interactive=not running), gr.update(interactive=running)
     buttons = [send, stop] if first or not running else [gr.skip(), gr.skip()]

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..compare import Comparison, Settings
+from ..endpoint import encodable
 from ..server import Server
 from .conversation import Conversation
 from .display import COLUMNS, differences, nothing, redrawn, step
@@ -50,7 +51,7 @@ class Chat:
             yield nothing()
             return
         for i in asked:
-            conversations[i].ask(models[i].strip(), prompt.strip())
+            conversations[i].ask(models[i].strip(), encodable(prompt).strip())
         async for update in self._run(request, conversations, asked, system, settings, marked):
             yield update
 
@@ -109,7 +110,7 @@ class Chat:
                 return
             for i in same:
                 del conversations[i].turns[turn + 1 :]
-            prompt = without_joiners(_text(edited.value)).strip() or before
+            prompt = without_joiners(encodable(_text(edited.value))).strip() or before
             steps = self._again(request, conversations, same, prompt, marked, system, values)
             async for update in steps:
                 yield update
@@ -120,7 +121,9 @@ class Chat:
         if comparison := self.running.get(request.session_hash):
             comparison.stop()
 
-    def clear(self, conversations: list[Conversation]) -> list[Any]:
+    async def clear(self, request: gr.Request, conversations: list[Conversation]) -> list[Any]:
+        """Forget all turns; what is still answered is stopped."""
+        await self.stop(request)
         for conversation in conversations:
             conversation.turns.clear()
         return redrawn(conversations)
@@ -166,7 +169,8 @@ class Chat:
         marked: bool,
     ) -> AsyncIterator[list[Any]]:
         answers = {i: conversations[i].turns[-1].answer for i in asked}
-        asks = [(answers[i], conversations[i].messages(system.strip())) for i in asked]
+        said = encodable(system).strip()
+        asks = [(answers[i], conversations[i].messages(said)) for i in asked]
         comparison = Comparison(self.server.client, asks, settings)
         self.running[request.session_hash] = comparison
         drawn: dict[int, tuple[Any, ...]] = {}
@@ -178,8 +182,11 @@ class Chat:
                 await asyncio.sleep(max(0.0, at + REDRAW_S - time.monotonic()))
                 at = time.monotonic()
                 yield step(conversations, answers, drawn, running=True)
+            marks = [gr.skip()] * (COLUMNS - 1)
+            if marked:
+                # Words are compared for a while; others are not to wait for that.
+                marks = await asyncio.to_thread(differences, conversations, COLUMNS)
             last = step(conversations, answers, drawn, running=False)
-            marks = differences(conversations, COLUMNS) if marked else [gr.skip()] * (COLUMNS - 1)
             yield [*last[: -(COLUMNS - 1)], *marks]
         finally:
             # Also reached when the browser has gone.

@@ -39,6 +39,8 @@ def build_mixer(columns: gr.Radio, models: Sequence[gr.Dropdown]) -> Mixer:
                 label=f"Adapters (up to {LIMIT})",
                 multiselect=True,
                 max_choices=LIMIT,
+                # A part may leave the server, or be read from a model that somebody typed.
+                allow_custom_value=True,
                 elem_id="mix-parts",
                 scale=3,
                 min_width=300,

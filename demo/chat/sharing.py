@@ -18,7 +18,9 @@ __all__ = ["build_sharing"]
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # The browser knows under which address the page is open; this process may stand behind a proxy.
-LINK = "(query) => [window.location.origin + window.location.pathname + '?' + query]"
+LINK = "(query) => [query && window.location.origin + window.location.pathname + '?' + query]"
+# A server reads at most 64 KiB of address and headers.
+LONGEST_LINK = 50_000
 
 
 def build_sharing(
@@ -49,7 +51,8 @@ def build_sharing(
         text: str, kept: list[Conversation], count: int, said: str, *values: Any
     ) -> list[str]:
         limit, heat, top, seed = values[:-COLUMNS]
-        chosen = Settings(int(limit), heat, top, None if seed is None else int(seed))
+        seed = None if seed is None else int(seed)
+        chosen = Settings(int(limit), heat, top, seed).within_limits()
         asked = [(n.strip(), kept[i]) for i, n in enumerate(values[-COLUMNS:][:count]) if n]
         latest = text.strip() or next((c.turns[-1].prompt for c in kept if c.turns), "")
         shared = Shared(tuple(name for name, _ in asked), latest, said.strip(), chosen)
@@ -59,9 +62,11 @@ def build_sharing(
             if text.strip() or not turns:
                 turns = [*turns, Turn(latest, Answer(name))]
             asks.append((name, Conversation(turns).messages(said.strip())))
-        endpoint = chat.server.endpoint
+        endpoint, query = chat.server.endpoint, to_query(shared)
+        if len(query) > LONGEST_LINK:
+            gr.Warning("The prompt is too long for a link: only the commands have it.")
         return [
-            to_query(shared),
+            query if len(query) <= LONGEST_LINK else "",
             as_curl(endpoint, asks, chosen),
             as_python(endpoint, asks, chosen),
         ]

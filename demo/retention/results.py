@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -54,7 +55,7 @@ def read_results(files: Sequence[str]) -> Results:
                 matrices.append(_matrix(raw, Path(name)))
         except OSError as error:
             raise ValueError(f"cannot read {name}: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{name} should be JSON of {SHAPES}") from error
     return Results(tuple(points), tuple(matrices))
 
@@ -89,7 +90,8 @@ def heat_cell(share: float, text: str, title: str = "") -> str:
 
 
 def _cell(value: float) -> str:
-    return heat_cell(value, f"{value:.2f}")
+    # What was not measured is NaN.
+    return heat_cell(value, f"{value:.2f}") if math.isfinite(value) else "<td>–</td>"
 
 
 def _points(single: dict[str, Any]) -> list[Point]:
@@ -97,6 +99,7 @@ def _points(single: dict[str, Any]) -> list[Point]:
         Point(str(name), float(facts["score"]["mean"]), float(facts["kl"]["mean"]))
         for name, facts in single.items()
         if facts.get("score") and facts.get("kl")
+        if math.isfinite(facts["score"]["mean"])
     ]
 
 

@@ -92,6 +92,8 @@ def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
     page.locator("#delete-name textarea, #delete-name input").first.fill("sentiment")
     press(page, "delete", "sentiment is deleted.")
     page.wait_for_function("document.querySelectorAll('#cards h3').length === 1")
+    expect(page.locator("#change-adapter input")).to_have_value("")
+    assert page.locator(".toast-body").count() == 0
 
     files = []
     for name, content in (("adapter_config.json", "{}"), ("adapter_model.safetensors", "NaN")):

@@ -43,6 +43,7 @@ HOSTILE = (
     "<iframe srcdoc='<script>parent.document.title=1</script>'></iframe>\n\n"
     "![x](http://evil.test/x.png) [click](javascript:document.title='owned')\n\n"
     "<svg/onload=document.title='owned'> <div style='position:fixed;inset:0'>over</div>\n\n"
+    "```mermaid\ngraph TD\n A[<img class=evil src=http://evil.test/m.png>]\n```\n\n"
     "[a]:\n```\n<img class=evil src=http://evil.test/y.png onerror=\"document.title='owned'\">\n\n"
     "$$\\href{javascript:document.title='owned'}{x}$$ {{7*7}} ${value}"
 )
@@ -155,6 +156,7 @@ def test_what_a_model_writes_stays_text(server: FakeServer, visit: Callable[...,
     ask(page, HOSTILE)
     assert states(page) == ["done", "failed"]
     chats = page.locator("#columns")
+    assert chats.locator(".mermaid").count() == 0
     for kind in ("img:not([src^='/']):not([src^='data:'])", "iframe", "form", "script", "style"):
         assert chats.locator(f".message {kind}, .figures {kind}").count() == 0, kind
     assert (
@@ -199,6 +201,11 @@ def test_keys_stop_and_a_line_break(server: FakeServer, visit: Callable[..., Any
     page.locator("#stop").click()
     settled(page)
     assert "stopped" in page.locator("#figures-1").inner_text()
+    ask(page, "and again", wait=False)
+    answer(page, 1).get_by_text("word word").wait_for()
+    page.locator("#clear").click()
+    settled(page)
+    assert page.locator("[id^=chat-] .message, [id^=figures-] p").count() == 0
     # Everything can be reached by the keyboard, from the tabs to the last panel.
     page.locator("body").focus()
     reached = set()
@@ -241,8 +248,8 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     page.wait_for_function(
         "document.querySelector('#model-4 input').value === 'sentiment*0.5+iso-date'"
     )
-    said = page.locator("#mix-expression textarea, #mix-expression input").first.input_value()
-    assert said == "sentiment*0.5+iso-date"
+    said = page.locator("#mix-expression textarea, #mix-expression input").first
+    expect(said).to_have_value("sentiment*0.5+iso-date")
     ask(page, "Hello")
     assert states(page) == ["done"] * 4
     assert {body["model"] for body in server.asked} == {
@@ -251,7 +258,7 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
         "sentiment@0f1e2d3c4b5a",
         "sentiment*0.5+iso-date",
     }
-    assert page.locator("[id^=difference-]:visible").count() == 3
+    expect(page.locator("[id^=difference-]:visible")).to_have_count(3)
     page.locator("#marked input").uncheck()
     page.locator("#difference-2").wait_for(state="hidden")
 

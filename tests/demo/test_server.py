@@ -9,16 +9,22 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
+from demo import endpoint
+from demo.adapters.card import gallery
+from demo.adapters.search import matching
+from demo.answer import Answer, summary
+from demo.compare import LONGEST_TEXT, Comparison, Settings
 from demo.endpoint import VIA, connect
 from demo.live.samples import History, read
 from demo.server import Refused, Server
-from tests.support.fake_server import BASE, FakeServer
+from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 
 def run(work: Any) -> Any:
@@ -84,6 +90,83 @@ def test_changes_need_the_servers_own_key(tmp_path: Path):
         assert fake.changes == []
     with pytest.raises(Refused, match="No answer"):
         run(all_of(Server(connect(fake.url)), "secret"))
+
+
+def test_an_upload_without_the_key_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it is read"))
+    with FakeServer(admin_key="secret") as fake, pytest.raises(Refused, match=r"\(401\)"):
+        run(Server(connect(fake.url)).upload("wrong", "new", [tmp_path / "x"] * 1000))
+    assert fake.changes == []
+
+
+ODD = (5, "x", [5], {"a": 1}, None, {"kl": "x", "accuracy": []}, "\ud800", 10**400)
+
+
+def test_cards_of_any_type_are_shown():
+    keys = sorted(adapter_card("a").keys() - {"id"})
+    odd = [adapter_card(f"{key}{i}", **{key: ODD[i]}) for key in keys for i in range(len(ODD))]
+    with FakeServer(adapters=[*odd, adapter_card("x", id=5, state="refused")]) as fake:
+        now = run(Server(connect(fake.url)).snapshot())
+    assert len(now.adapters) == len(odd)
+    for each in matching(now.adapters, "", "all"):
+        shown = gallery([each], now.bases, 1)
+        assert "<article" in shown and shown.encode()
+
+
+def test_a_model_without_a_name_is_told():
+    with FakeServer(adapters=[adapter_card("x", id={"a": 1})]) as fake:
+        assert "no list of models" in run(Server(connect(fake.url)).snapshot()).problem
+
+
+def test_a_list_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(endpoint, "LIST_S", 0.2)
+    with FakeServer(slow_s=1.0) as fake:
+        assert "within 0.2 s" in run(Server(connect(fake.url)).snapshot()).problem
+
+
+@pytest.mark.parametrize("piece", ["a\ud800b", "x" * (LONGEST_TEXT + 1)], ids=["half", "long"])
+def test_an_answer_can_be_written_into_the_page(piece: str):
+    answer = Answer(BASE)
+
+    async def ask(client: Any) -> None:
+        async for _ in Comparison(client, [(answer, [])], Settings()):
+            pass
+
+    with FakeServer(scripts={BASE: Script((piece,))}) as fake:
+        run(ask(connect(fake.url)))
+    assert answer.text.encode() and answer.state == ("done" if len(piece) == 3 else "failed")
+
+
+@pytest.mark.parametrize("counted", ["<img src=x>", ["<img>"], -1, float("inf"), 10**50])
+def test_what_a_server_counts_is_a_number(counted: Any):
+    """openai's client lets any type through, and the count is shown in the page."""
+
+    class Stream:
+        async def __aenter__(self) -> Any:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def __aiter__(self) -> Any:
+            choice = SimpleNamespace(delta=SimpleNamespace(content="a"), finish_reason="stop")
+            usage = SimpleNamespace(completion_tokens=counted)
+            yield SimpleNamespace(choices=[choice], usage=usage)
+
+    async def create(**_: object) -> Stream:
+        return Stream()
+
+    completions = SimpleNamespace(create=create)
+    client: Any = SimpleNamespace(
+        chat=SimpleNamespace(completions=completions), base_url="http://x"
+    )
+    answer = Answer(BASE)
+
+    async def ask() -> None:
+        async for _ in Comparison(client, [(answer, [])], Settings()):
+            pass
+
+    run(ask())
+    assert answer.state == "done" and summary(answer).startswith("1 token |")
 
 
 def test_changes_of_the_weights_are_numbers_or_a_sentence():

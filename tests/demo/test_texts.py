@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from urllib.parse import parse_qsl
 
 import pytest
@@ -21,7 +22,8 @@ from demo.chat.difference import ADDED, MISSING, difference
 from demo.chat.mix import expression, parts_of
 from demo.chat.safe_text import JOINER, safe_text, without_joiners
 from demo.chat.share import Shared, as_curl, as_python, from_query, to_query
-from demo.compare import LONGEST, Settings
+from demo.compare import LONGEST, Settings, parser
+from demo.endpoint import explain, without_login
 from demo.retention.layers import layer_table
 from demo.retention.questions import QUESTIONS, right, table
 from demo.retention.results import heat_table, read_results
@@ -64,6 +66,12 @@ def test_no_tag_is_left_where_markdown_could_read_one(text):
     assert "<img" not in after and without_joiners(shown) == text.replace("\r", "\n")
 
 
+@pytest.mark.parametrize("before", ["", "- ", "> ", "  "])
+def test_a_diagram_stays_code(before):
+    text = f"{before}```mermaid\ngraph TD\n```"
+    assert "```mermaid" not in safe_text(text) and without_joiners(safe_text(text)) == text
+
+
 def test_code_and_ordinary_signs_stay_and_images_are_not_fetched():
     code = "Look:\n```html\n<b>bold</b>\n```\nand 1 < 2 <3"
     assert safe_text(code) == code
@@ -97,6 +105,8 @@ def test_a_link_carries_models_prompt_and_settings_there_and_back():
     assert from_query(bad, 4).settings == Settings(LONGEST)
     bad = {"models": "x", "temperature": "none", "max_tokens": "none", "seed": "none"}
     assert from_query(bad, 4).settings == Settings(seed=None)
+    # Larger ones cannot be written into the page.
+    assert abs(from_query({"models": "x", "seed": "-" + "9" * 30}, 4).settings.seed) < 2**63
 
 
 def test_the_commands_say_what_the_page_sends(tmp_path):
@@ -123,6 +133,26 @@ def test_differences_say_which_words_are_whose():
     )
     assert ("very ", ADDED) in pieces and ("today.", MISSING) in pieces
     assert difference("same  words", "same words") == [("same words", None)]
+    assert difference("a b c", "a x c") == [
+        ("a ", None),
+        ("b ", MISSING),
+        ("x ", ADDED),
+        ("c", None),
+    ]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_answers_that_repeat_words_are_compared_at_once(swapped):
+    pair = ["a " * 4000, "b a " * 99 + "end"]
+    start = time.perf_counter()
+    for first, other in (pair, ["x a " * 2000, "a b " * 2000]):
+        if swapped:
+            first, other = other, first
+        pieces = difference(first, other)
+        assert "".join(text for text, label in pieces if label != MISSING) == other
+        kept = "".join(text for text, label in pieces if label != ADDED)
+        assert kept.split() == first.split() or kept.split() == first.replace("end", " end").split()
+    assert time.perf_counter() - start < 5
 
 
 def test_a_conversation_sends_what_was_said_and_leaves_out_what_failed():
@@ -148,6 +178,13 @@ def test_a_card_shows_everything_and_escapes_what_others_wrote():
     assert size(1_500_000_000) == "1.5 GB" and size(None) == ""
     bare = {"id": "y", "object": "adapter", "state": "refused", "reason": "NaN", "versions": []}
     assert "NaN" in card(bare, []) and "<a " not in card(bare, [])
+
+
+def test_an_endpoint_is_an_address_and_shown_without_its_password():
+    with pytest.raises(SystemExit):
+        parser().parse_args(["x", "--endpoint", "http://[::1"])
+    assert without_login("http://u:p@h:1/v1") == "http://h:1/v1"
+    assert "p@" not in explain(ValueError("no"), "http://u:p@h:1/v1")
 
 
 def test_search_and_filter():
@@ -194,7 +231,13 @@ def test_results_are_read_by_their_shape(tmp_path):
     good.write_text(json.dumps(raw))
     matrix = read_results([str(good)]).matrices[0]
     assert matrix.rows == ((1.0, 0.0), (0.5, 1.0)) and "&lt;b&gt;" in heat_table(matrix)
-    for text in ("[]", "{}", "no", json.dumps(raw | {"matrix": {"m": [[1]]}})):
+    partly = {"tasks": ["a"], "accuracy": "m", "matrix": {"m": [[float("nan")]]}}
+    good.write_text(json.dumps(partly))
+    assert "<td>–</td>" in heat_table(read_results([str(good)]).matrices[0])
+    unknown = {"single": {"x": {"score": {"mean": float("nan")}, "kl": {"mean": 0.1}}}}
+    good.write_text(json.dumps(unknown))
+    assert read_results([str(good)]).points == ()
+    for text in ("[" * 100_000, "[]", "{}", "no", json.dumps(raw | {"matrix": {"m": [[1]]}})):
         bad.write_text(text)
         with pytest.raises(ValueError, match="bad.json should be JSON of"):
             read_results([str(bad)])

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +19,9 @@ from secura_serve.serve.app.http.access import PageAccess
 from secura_serve.serve.logs import follow, is_json, say
 
 __all__ = ["ChatPage"]
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy of the environment cannot reach this machine's own addresses."""
 
 
 def _command() -> list[str] | None:
@@ -54,7 +57,7 @@ class ChatPage:
         enabled: bool,
     ) -> None:
         self.endpoint, self.host, self.port = endpoint, access.host, port
-        self.login = access.login
+        self.login, self.open = access.login, access.open
         self.api_key, self.examples, self.enabled = api_key, examples, enabled
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
@@ -108,7 +111,7 @@ class ChatPage:
         environment = {name: value for name, value in os.environ.items() if name not in ours}
         if self.login:
             environment["SECURA_UI_AUTH"] = self.login
-        else:
+        elif self.open:
             command.append("--no-auth")
         if self.api_key:
             environment["VLLM_API_KEY"] = self.api_key
@@ -135,9 +138,9 @@ class ChatPage:
         """Wait for ``url``: True once it answers, False when told to stop or the page has ended."""
         while self._process is None or self._process.poll() is None:
             try:
-                with urllib.request.urlopen(url, timeout=2):
+                with _DIRECT.open(url, timeout=2):
                     return True
-            except (urllib.error.URLError, OSError):
+            except (OSError, HTTPException):
                 if self._stop.wait(1.0):
                     return False
         return False

@@ -97,7 +97,9 @@ class ServeConfig:
         metavar="USER:PASSWORD",
     )
     ui_no_auth: bool = option(
-        "let whoever reaches --ui-host use the chat page; not together with --api-key", False
+        "let whoever reaches --ui-host use the chat page, under any name; not together with "
+        "--api-key",
+        False,
     )
     write_timeout: float = option(
         "drop a client that has not read its answer for so many seconds", 60.0, metavar="SECONDS"

@@ -30,6 +30,8 @@ What is used, and why there is no public way:
   mixes are one name.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
+* ``get_mp_context`` in the three modules that start processes: on CPUs they are forked from one
+  that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """
@@ -46,7 +48,9 @@ from secura_serve.serve.compat.server import (
     first_token_seconds,
     log_by_file,
     make_arg_parser,
+    name_process,
     show_adapters_as,
+    start_processes_by,
     supports_adapters,
     yields_deltas,
 )
@@ -97,6 +101,7 @@ __all__ = [
     "make_arg_parser",
     "lora_request",
     "model_manager",
+    "name_process",
     "packed_modules",
     "quiet_reload",
     "registered_adapter",
@@ -105,6 +110,7 @@ __all__ = [
     "show_adapters_as",
     "skip_stock_lora",
     "slot_of",
+    "start_processes_by",
     "supports_adapters",
     "take_activation",
     "token_slots",

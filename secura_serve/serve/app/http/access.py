@@ -96,6 +96,8 @@ class PageAccess:
 
     host: str = "127.0.0.1"
     login: str | None = None
+    open: bool = False
+    """Everyone may have it without a login, under any name."""
 
 
 def page_access(host: str | None, *, login: str | None, no_login: bool, keys: Keys) -> PageAccess:
@@ -112,7 +114,7 @@ def page_access(host: str | None, *, login: str | None, no_login: bool, keys: Ke
     Raises:
         ConfigError: the login is malformed, or strangers would reach a page without one.
     """
-    page = PageAccess("127.0.0.1" if host is None else host, login)
+    page = PageAccess("127.0.0.1" if host is None else host, login, no_login)
     if login is not None:
         user, colon, password = login.partition(":")
         if not (user and colon and password):
