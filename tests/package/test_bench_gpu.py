@@ -42,6 +42,9 @@ def test_the_parts_run_and_are_kept(tmp_path):
     assert set(parts) == {"step", "fold", "serve"}
     assert all(part["status"] == 0 and part["rows"] for part in parts.values())
     assert parts["step"]["rows"][0]["lora_needs"]["launches"] == 2
+    assert all(
+        ("step_in_activation_us" in r) == (r["linear"] == "gate_up") for r in parts["step"]["rows"]
+    )
     assert parts["fold"]["rows"][0]["fold_gb_per_s"] >= 0
 
 

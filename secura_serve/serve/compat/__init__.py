@@ -19,6 +19,8 @@ What is used, and why there is no public way:
   and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
   they are made.
 * ``QKVParallelLinear.num_kv_head_replicas``: ranks that hold copies of one KV head.
+* ``gate_up_proj``, ``act_fn`` and ``down_proj`` of MLPs, whose forward is replaced where it is
+  found to be down(act(gate_up(x))); ``GeluAndMul.approximate``.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
 * ``OpenAIServingModels``: which names a server answers to, changed when adapters come and go and
   while one is folded.
@@ -36,6 +38,7 @@ What is used, and why there is no public way:
 
 from __future__ import annotations
 
+from secura_serve.serve.compat.gated import gated_activation, take_activation
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
 from secura_serve.serve.compat.server import (
     ListedModel,
@@ -91,6 +94,7 @@ __all__ = [
     "device_type",
     "install",
     "first_token_seconds",
+    "gated_activation",
     "kv_head_copies",
     "load_stock_lora",
     "log_by_file",
@@ -108,6 +112,7 @@ __all__ = [
     "slot_of",
     "start_processes_by",
     "supports_adapters",
+    "take_activation",
     "token_slots",
     "vllm_version",
     "worker_adapters",
