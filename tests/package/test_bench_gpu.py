@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 pytest.importorskip("triton", reason="no triton package")
 
@@ -30,7 +29,7 @@ sys.meta_path.insert(0, Absent())
 def _bench(tmp_path, *flags):
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.json"), *flags]
+    command = [warm.python(), "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.json"), *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
