@@ -109,12 +109,12 @@ def test_a_folder_whose_end_was_not_reported_goes_too(parts, made, monkeypatch):
     monkeypatch.setattr(watching, "_ROOT_MS", 200)
 
     async def run():
-        put(made / "one", parts.root / "one")
+        put(made / "one", parts.folder / "one")
         assert await parts.watch.reload() == {"one": "added"}
         # Before anything watches: of this nothing is ever reported.
-        shutil.rmtree(parts.root / "one")
+        shutil.rmtree(parts.folder / "one")
         async with followed(parts):
-            await until(lambda: parts.library.find("one") is None, 2 * watching.SETTLE_S)
+            await until(lambda: digest(parts, "one") is None, 3 * watching.SETTLE_S)
 
     asyncio.run(run())
 
