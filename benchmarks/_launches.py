@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from secura_serve.serve.kernels import triton_code, triton_step
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
-__all__ = ["LLAMA3_8B", "Launch", "caught", "fake", "step_launches"]
+__all__ = ["ACTIVATIONS", "LLAMA3_8B", "Launch", "caught", "fake", "step_launches"]
 
 LLAMA3_8B = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -29,6 +29,8 @@ LLAMA3_8B = {
     "down": (14336, (4096,)),
 }
 """Inputs and outputs of the packed linears of one of its 32 layers."""
+ACTIVATIONS = {"gate_up": "silu"}
+"""What follows them and takes their step along."""
 
 
 class Launch(NamedTuple):
@@ -95,11 +97,13 @@ def step_launches(
     active: bool = True,
     early: bool = True,
     adapters: int = 1,
+    activation: str | None = None,
 ) -> list[Launch]:
     """The launches of the adapter step of one packed linear.
 
     Args:
         outs: the outputs of each of its slices.
+        activation: what follows it and takes the step along.
         early: as on a GPU that can start a kernel before the one ahead has ended.
     """
     kernel, n = TritonKernel(), len(outs)
@@ -116,10 +120,12 @@ def step_launches(
     known, triton_step.dependent_launch = triton_step.dependent_launch, lambda device: early
     try:
         with caught(triton_code) as launches:
-            triton_step.launch(
-                y, None, slots, state.rows, part, ranks, state.C, state.offset,
-                state.column_blocks, torch.tensor(active), state.align,
-            )  # fmt: skip
+            held = (y, None, slots, state.rows, part, ranks, state.C, state.offset)
+            flag = torch.tensor(active)
+            if activation is None:
+                triton_step.launch(*held, state.column_blocks, flag, state.align)
+            else:
+                triton_step.launch_activated(*held, flag, state.align, activation)
     finally:
         triton_step.dependent_launch = known
     return launches

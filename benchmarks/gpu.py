@@ -4,7 +4,8 @@
 
 * ``kernels``: the Triton kernels against float64, compiled, bfloat16 too.
 * ``step``: the adapter step on the linears of a layer of Llama-3-8B beside the linear itself and
-  LoRA's step (vLLM's kernels where it can be imported, else the bytes and launches they need).
+  LoRA's step (vLLM's kernels where it can be imported, else the bytes and launches they need); that
+  of gate and up also in the activation after them, beside the activation alone.
 * ``fold``: bytes a second of a fold into one layer, beside a copy on the device.
 * ``train``: a training step against PEFT's LoRA.
 * ``serve``: base, stock LoRA and ours end to end; where vLLM can be imported.
@@ -42,18 +43,19 @@ LINEARS = {
     "gate_up": (4096, (14336, 14336)),
     "down": (14336, (4096,)),
 }
-TINY = {"qkv": (64, (64, 32, 32))}
+TINY = {"qkv": (64, (64, 32, 32)), "gate_up": (64, (48, 48))}
 # What a part has to end in once its time is over.
 _GRACE_S = 30
 
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run the tests' cases; what fails raises."""
-    from tests.support.triton_cases import FOLD, STEP
+    from tests.support.triton_cases import ACTIVATED, FOLD, STEP
 
     device = "cpu" if rehearse else "cuda"
     dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
-    for (name, code), dtype in itertools.product((("step", STEP), ("fold", FOLD)), dtypes):
+    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD))
+    for (name, code), dtype in itertools.product(cases, dtypes):
         text = code.format(device=device, dtypes=f"(torch.{dtype},)")
         done = subprocess.run(
             [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True
@@ -67,9 +69,12 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     import torch
 
     from benchmarks.step import lora_packed, once, packed
+    from secura_serve.serve.kernels.activation import gated
 
     device = torch.device("cpu" if rehearse else "cuda")
     linears = TINY if rehearse else LINEARS
+    # One launch, as in vLLM's own and in a compiled model.
+    alone = gated if rehearse else torch.compile(gated, dynamic=True)
     ranks = [8] if rehearse else [32, 8, 16, 64, 128]
     batches = [(1, 1), (4, 2)] if rehearse else [
         *((1, 1), (64, 64), (256, 256), (64, 1), (256, 1), (16, 16), (512, 64), (512, 256)),
@@ -85,6 +90,11 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
                 "no_adapter_us": packed(outs, r, tokens, adapters, device, active=False),
                 "lora_us": lora_packed(width, outs, r, tokens, adapters, device),
             }
+            if name == "gate_up":
+                y = torch.randn(tokens, sum(outs), device=device).bfloat16()
+                batch = (outs, r, tokens, adapters, device)
+                calls["activation_us"] = lambda y=y: alone(y, "silu")  # type: ignore[misc]
+                calls["step_in_activation_us"] = packed(*batch, activation="silu")
             row: dict[str, Any] = {"linear": name, "r": r, "tokens": tokens, "adapters": adapters}
             for what, call in calls.items():
                 if call is not None and not (what == "no_adapter_us" and device.type == "cuda"):

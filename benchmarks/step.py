@@ -37,8 +37,14 @@ def packed(
     device: torch.device,
     *,
     active: bool = True,
+    activation: str | None = None,
 ) -> Callable[[], Any]:
-    """The adapter step of a linear whose outputs are those of several, side by side."""
+    """The adapter step of a linear whose outputs are those of several, side by side.
+
+    Args:
+        active: whether the batch has adapters.
+        activation: what follows the linear and takes the step along.
+    """
     kernel, n = choose_kernel(device, DTYPE), len(outs)
     starts = [0, *itertools.accumulate(outs)]
     layout = kernel.layout(n, r, DTYPE)
@@ -55,6 +61,8 @@ def packed(
     y = torch.zeros(tokens, starts[-1], dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
     held = (bank.part(0), bank.ranks, state, torch.tensor(active))
+    if activation is not None:
+        return lambda: kernel.activated_step(y, None, slots, *held, activation)
     return lambda: kernel.step(y, None, slots, *held)
 
 

@@ -37,7 +37,7 @@ from secura_serve.adapter import (
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, BaseMismatchError, ConfigError
 from secura_serve.method import MagNorm, select
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 R = 3
 SHAPES = {"model.layers.0.q_proj": (8, 6), "model.layers.0.down_proj": (6, 10)}
@@ -332,7 +332,7 @@ def test_a_killed_save_leaves_no_half_adapter(folder: Path, tmp_path: Path, step
     before = load(folder)
     target = tmp_path / "fresh" if step == "save_file" else folder
     done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(target), step],
+        [warm.python(), "-c", _KILLED, str(target), step],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )

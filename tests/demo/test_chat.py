@@ -269,8 +269,8 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     page.wait_for_function(
         "document.querySelector('#model-4 input').value === 'sentiment*0.5+iso-date'"
     )
-    said = page.locator("#mix-expression textarea, #mix-expression input").first.input_value()
-    assert said == "sentiment*0.5+iso-date"
+    said = page.locator("#mix-expression textarea, #mix-expression input").first
+    expect(said).to_have_value("sentiment*0.5+iso-date")
     ask(page, "Hello")
     assert states(page) == ["done"] * 4
     assert {body["model"] for body in server.asked} == {

@@ -42,6 +42,7 @@ from secura_serve.merge import (
 )
 from secura_serve.merge.main import main
 from secura_serve.method import Basis, MagNorm, merged
+from tests.support import warm
 from tests.support.bases import ARCHS
 from tests.support.merging import (
     NORMS,
@@ -484,7 +485,7 @@ def test_help_is_instant() -> None:
 def test_a_result_that_cannot_be_printed_is_one_line(llama: Path, tmp_path: Path) -> None:
     adapter, out = make_adapter(llama, tmp_path / "a", norm=BOUNDED), tmp_path / "out"
     flags = ["--base", str(llama), "--adapter", str(adapter), "--out", str(out)]
-    command = [sys.executable, "-c", "from secura_serve.cli import merge; merge()", *flags]
+    command = [warm.python(), "-c", "from secura_serve.cli import merge; merge()", *flags]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and out.is_dir()

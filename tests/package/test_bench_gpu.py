@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 pytest.importorskip("triton", reason="no triton package")
 
@@ -30,7 +29,7 @@ sys.meta_path.insert(0, Absent())
 def _bench(tmp_path, *flags):
     (tmp_path / "sitecustomize.py").write_text(ABSENT)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.json"), *flags]
+    command = [warm.python(), "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.json"), *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -43,6 +42,9 @@ def test_the_parts_run_and_are_kept(tmp_path):
     assert set(parts) == {"step", "fold", "serve"}
     assert all(part["status"] == 0 and part["rows"] for part in parts.values())
     assert parts["step"]["rows"][0]["lora_needs"]["launches"] == 2
+    assert all(
+        ("step_in_activation_us" in r) == (r["linear"] == "gate_up") for r in parts["step"]["rows"]
+    )
     assert parts["fold"]["rows"][0]["fold_gb_per_s"] >= 0
 
 

@@ -70,7 +70,9 @@ PROMPTS = {
 def started(tmp_path_factory):
     log, page = tmp_path_factory.mktemp("default") / "log", free_port()
     flags = ("--ui-port", str(page))
-    with serving("smollm2-135m", ROOT / "adapters", log, *flags, chat_page=True) as server:
+    with serving(
+        "smollm2-135m", ROOT / "adapters", log, *flags, chat_page=True, cold=True
+    ) as server:
         yield server, page
 
 

@@ -47,6 +47,18 @@ wanted += [(Worker, ("model_runner", "reload_weights"))]
 faults = [f"{{cls.__name__}}: {{gone}}" for cls, names in wanted if (gone := lacks(cls, names))]
 assert not faults, faults
 assert lacks(Worker, ["no_such_name"]) == ["no_such_name"]
+
+# The step of gate and up goes into the activation of these.
+from torch import nn
+from secura_serve.serve.compat.gated import gated_activation
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.models import llama, mistral, qwen2
+for cls in (llama.LlamaMLP, mistral.MistralMLP, qwen2.Qwen2MLP):
+    mlp, act = cls.__new__(cls), SiluAndMul.__new__(SiluAndMul)
+    for module in (mlp, act):
+        nn.Module.__init__(module)
+    mlp.gate_up_proj, mlp.act_fn, mlp.down_proj = nn.Identity(), act, nn.Identity()
+    assert gated_activation(mlp) == "silu", cls
 """
 
 

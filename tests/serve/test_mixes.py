@@ -320,11 +320,14 @@ def test_a_mix_runs_on_while_its_part_goes(started):
                 asyncio.create_task(http.post("/v1/completions", json=long | {"model": model}))
                 for model in ("one*0.5+going", "one*0.5+two")
             ]
-            while (await http.get("/admin/fold")).json()["running_requests"] < 2:
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(60):
+                while (await http.get("/admin/fold")).json()["running_requests"] < 2:
+                    assert not any(task.done() for task in asked), "over before they were seen"
+                    await asyncio.sleep(0.05)
             await asyncio.to_thread(shutil.rmtree, served.folder / "going")
-            while (await http.get("/v1/adapters/going")).status_code == 200:
-                await asyncio.sleep(0.05)
+            async with asyncio.timeout(60):
+                while (await http.get("/v1/adapters/going")).status_code == 200:
+                    await asyncio.sleep(0.05)
             assert not any(task.done() for task in asked), "they were over before it went"
             refused = await http.post("/v1/completions", json={"model": "one*0.5+going"})
             assert refused.status_code == 404

@@ -25,7 +25,7 @@ from secura_serve import adapter as A
 from secura_serve.errors import StorageError
 from secura_serve.serve.app.adapters.content.snapshots import KEPT_DAYS, digest_of
 from secura_serve.serve.app.adapters.content.verified import Verified
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import files_of, house, pushed
 
@@ -258,7 +258,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(base, tmp_path):
     chance = random.Random(5)
     for _ in range(8):
         child = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(tmp_path)],
+            [warm.python(), "-c", _WRITER, str(tmp_path)],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,

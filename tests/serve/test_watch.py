@@ -105,6 +105,20 @@ def test_a_rename_is_seen_and_served_replaced_renamed_and_removed(parts, made):
     asyncio.run(run())
 
 
+def test_a_folder_whose_end_was_not_reported_goes_too(parts, made, monkeypatch):
+    monkeypatch.setattr(watching, "_ROOT_MS", 200)
+
+    async def run():
+        put(made / "one", parts.folder / "one")
+        assert await parts.watch.reload() == {"one": "added"}
+        # Before anything watches: of this nothing is ever reported.
+        shutil.rmtree(parts.folder / "one")
+        async with followed(parts):
+            await until(lambda: digest(parts, "one") is None, 3 * watching.SETTLE_S)
+
+    asyncio.run(run())
+
+
 def test_a_foreign_copy_is_taken_once_it_has_settled(parts, made):
     """The configuration first, then the weights in pieces, each but the last incomplete."""
     weights = (made / "foreign" / WEIGHTS).read_bytes()

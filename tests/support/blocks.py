@@ -20,7 +20,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 PAGES = (
     ROOT / "README.md",
@@ -110,16 +110,16 @@ def run(block: Block, folder: Path, server: str | None) -> None:
     code = block.code
     if server is not None:
         code = _SERVER.sub(lambda m: f"http://{server}" if "http" in m[0] else server, code)
-    scripts = str(Path(sys.executable).parent)
+    scripts = (warm.commands(), str(Path(sys.executable).parent), os.environ["PATH"])
     environment = os.environ | {
-        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join(scripts),
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }
     if block.language == "bash":
         command = ["bash", "-c", _PRELUDE + code]
     else:
-        command = [sys.executable, "-c", code]
+        command = [warm.python(), "-c", code]
     done = subprocess.run(
         command,
         cwd=folder,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.engines import free_port
 
 __all__ = ["chromium", "open_page", "running_page", "scroll_width", "send"]
@@ -41,7 +40,7 @@ def chromium() -> Iterator[Any]:
 def running_page(endpoint: str, log: Path, *flags: str) -> Iterator[str]:
     """Start ``demo.app`` on an endpoint, and give its address once it answers."""
     port = free_port()
-    command = [sys.executable, "-m", "demo.app", "--endpoint", endpoint, "--port", str(port)]
+    command = [warm.python(), "-m", "demo.app", "--endpoint", endpoint, "--port", str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*command, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT

@@ -27,6 +27,7 @@ from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.method import CALIBRATED, MagNorm, Ranking, auto_alpha, gather, select
 from secura_serve.serve.names import ACTIVE
+from tests.support import warm
 
 # The console script, as vLLM's processes import the file that the first one runs.
 SERVE = [sys.executable, str(Path(sys.executable).with_name("secura-serve"))]
@@ -61,10 +62,22 @@ def free_port() -> int:
 
 
 def serving(
-    base: Path | str, folder: Path | None, log: Path, *flags: str, chat_page: bool = False
+    base: Path | str,
+    folder: Path | None,
+    log: Path,
+    *flags: str,
+    chat_page: bool = False,
+    cold: bool = False,
 ) -> AbstractContextManager[Served]:
-    """Start ``secura-serve``, wait until it answers, stop it; without a folder, the base alone."""
-    command = [*SERVE, "--base", str(base), *flags]
+    """Start ``secura-serve``, wait until it answers, stop it; without a folder, the base alone.
+
+    Args:
+        cold: as a user starts it, instead of with vLLM imported (:mod:`tests.support.warm`).
+    """
+    # How vLLM logs is settled when it is imported.
+    cold = cold or "--log-format" in flags
+    python = sys.executable if cold else warm.python("serve")
+    command = [python, SERVE[1], "--base", str(base), *flags]
     command += ["--adapters", str(folder)] if folder is not None else []
     return _running([*command, *([] if chat_page else ["--no-ui"])], folder or log.parent, log)
 

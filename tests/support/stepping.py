@@ -14,15 +14,16 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 class Linear:
     """Random C, U and rows; numbers of ``dtype``, kept as plain matrices beside the kernel's."""
 
-    def __init__(self, kernel, outs, ranks, dtype, biased, *, device=CPU):
+    def __init__(self, kernel, outs, ranks, dtype, biased, *, fill=None, device=CPU):
         self.gen = torch.Generator().manual_seed(0)
         self.kernel, self.outs, self.dtype, self.out = kernel, outs, dtype, sum(outs)
         r = max(ranks)
+        fill = fill or [r] * len(outs)
         self.firsts = [sum(outs[:s]) for s in range(len(outs) + 1)]
-        self.rows = [self.firsts[s] + self.pick(o, r) for s, o in enumerate(outs)]
-        self.C = [self.noise(o, r) for o in outs]
+        self.rows = [self.firsts[s] + self.pick(o, fill[s]) for s, o in enumerate(outs)]
+        self.C = [self.noise(o, f) for o, f in zip(outs, fill, strict=True)]
         self.b = self.noise(self.out) if biased else None
-        self.U = [[self.noise(k, k) * 0.3 for _ in outs] for k in ranks]
+        self.U = [[self.noise(min(k, f), min(k, f)) * 0.3 for f in fill] for k in ranks]
 
         layout = kernel.layout(len(outs), r, dtype)
         names = [f"slice{s}" for s in range(len(outs))]
@@ -35,8 +36,8 @@ class Linear:
         C = torch.zeros(layout.r, self.out, dtype=dtype)
         rows = torch.full((len(outs), layout.r), -1)
         for s in range(len(outs)):
-            C[:r, self.firsts[s] : self.firsts[s + 1]] = self.C[s].T
-            rows[s, :r] = self.rows[s]
+            C[: fill[s], self.firsts[s] : self.firsts[s + 1]] = self.C[s].T
+            rows[s, : fill[s]] = self.rows[s]
         offset = None if self.b is None else self.b[rows.clamp(min=0)].flatten().to(device)
         self.state = kernel.prepare(rows, C.to(device), offset, self.firsts)
 
@@ -49,6 +50,11 @@ class Linear:
     def step(self, y, slots, source=None, active=True):
         flag = torch.tensor(active)
         return self.kernel.step(y, source, slots, self.part, self.ranks, self.state, flag)
+
+    def activated(self, y, slots, activation, source=None, active=True):
+        flag = torch.tensor(active)
+        held = (self.part, self.ranks, self.state, flag, activation)
+        return self.kernel.activated_step(y, source, slots, *held)
 
     def wanted(self, y, slots):
         """Float64 loops over tokens and slices."""
@@ -65,11 +71,28 @@ class Linear:
 
     def check(self, tokens, slots=None):
         """Raise AssertionError unless the kernel does what the loops do."""
-        if slots is None:
-            slots = torch.randint(-1, len(self.U), (tokens,), generator=self.gen)
-        y = self.noise(tokens, self.out)
+        y, slots = self._batch(tokens, slots)
         want, device = self.wanted(y, slots), self.part.device
         got = self.step(y.clone().to(device), slots.to(device)).cpu()
-        worst = float((got.double() - want).abs().max() / want.abs().max())
-        assert worst < TOLERANCE[self.dtype], (tokens, worst)
+        self._near(got, want)
         assert torch.equal(got[slots < 0], y[slots < 0])
+
+    def check_activated(self, tokens, activation, slots=None):
+        """The same for the step in the activation after it, which leaves y as it is."""
+        y, slots = self._batch(tokens, slots)
+        gate, up = self.wanted(y, slots).chunk(2, dim=1)
+        act = torch.tanh(0.7978845608028654 * (gate + 0.044715 * gate**3))
+        want = (gate / (1 + (-gate).exp()) if activation == "silu" else gate * (1 + act) / 2) * up
+        given = y.to(self.part.device)
+        got = self.activated(given, slots.to(given.device), activation).cpu()
+        self._near(got, want)
+        assert torch.equal(given.cpu(), y)
+
+    def _batch(self, tokens, slots):
+        if slots is None:
+            slots = torch.randint(-1, len(self.U), (tokens,), generator=self.gen)
+        return self.noise(tokens, self.out), slots
+
+    def _near(self, got, want):
+        worst = float((got.double() - want).abs().max() / want.abs().max())
+        assert worst < TOLERANCE[self.dtype], (tuple(got.shape), worst)

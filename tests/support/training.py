@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 PAIRS = [
     {"prompt": f"What is {a} plus {b}?", "completion": f"{a + b}"}
@@ -39,7 +38,7 @@ def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
 
 def command(*argv: str) -> list[str]:
     """secura-train as a process of its own."""
-    return [sys.executable, "-m", "secura_serve.train.main", *argv]
+    return [warm.python(), "-m", "secura_serve.train.main", *argv]
 
 
 def environment() -> dict[str, str]:

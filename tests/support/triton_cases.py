@@ -36,6 +36,38 @@ linear.step(y[:0], slots[:0])
 assert torch.equal(linear.step(y.clone(), slots, source, active=False), y)
 """
 
+ACTIVATED = """
+import itertools, torch
+from secura_serve.serve.kernels import triton_step, use_base_activation
+from secura_serve.serve.kernels.triton_kernel import TritonKernel
+from tests.support.stepping import Linear
+
+device = torch.device({device!r})
+# Slices that hold fewer rows than the other, and widths that no block of columns divides.
+shapes = [(131, (8, 3), (8, 5)), (136, (32, 7), (11, 32)), (72, (72, 20), (72, 30)),
+          (128, (128, 40), (128, 90))]
+for (width, ranks, fill), dtype in itertools.product(shapes, {dtypes}):
+    linear = Linear(TritonKernel(), (width, width), ranks, dtype, True, fill=fill, device=device)
+    # One launch for up to 8 tokens where ranks are small, two elsewhere.
+    for tokens in (1, 7) if max(ranks) < 72 else (1,):
+        linear.check_activated(tokens, "silu")
+    for tokens in (17, 64):
+        # One in nine has an adapter: a token of the first kernel takes long in the interpreter.
+        t = torch.arange(tokens)
+        linear.check_activated(tokens, "silu", slots=torch.where(t % 9 == 3, t % 2, -1))
+    if width == 136:
+        linear.check_activated(5, "gelu_tanh")
+linear = Linear(TritonKernel(), (136, 136), (16, 5), {dtypes}[-1], False, device=device)
+linear.check_activated(40, "silu", slots=torch.arange(40) // 35 - 1)
+# Tall tiles, of which the last has few tokens.
+triton_step._PROGRAMS = 1
+linear.check_activated(130, "silu", slots=torch.arange(130) // 128 - 1)
+# A batch without adapters takes the base's own, whatever the buffer of slots holds.
+use_base_activation("silu", lambda y: y[:, :3] + 1)
+y, slots = linear.noise(4, 272).to(device), torch.zeros(4, dtype=torch.int64).to(device)
+assert torch.equal(linear.activated(y, slots, "silu", active=False), y[:, :3] + 1)
+"""
+
 FOLD = """
 import itertools, torch
 from secura_serve.merge import triton_fold

@@ -17,6 +17,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.bases import ResolvedBase, cache_root, resolve_base
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterError, ConfigError
+from secura_serve.serve import fork_server
 from secura_serve.serve.app.adapters.content.catalog import Catalog, scan
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
@@ -76,6 +77,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
     elif config.keys:
         # Before the adapters are verified, which may take a while.
         read_keys(Path(config.keys).expanduser())
+    forked = not config.check and _start_importing(vllm_flags)
     base = resolve_base(config.base)
     names = list(config.served_model_name) or [_default_name(base)]
     verifier = _verifier(config, base)
@@ -86,7 +88,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
         return 1 if catalog.refused else 0
     checkpoint = Checkpoint(base.path)
     served: list[Adapter | PlainLoRA] = [*catalog.served, *catalog.plain_loras]
-    _prepare_vllm()
+    _prepare_vllm(forked)
     per_request = config.adapters is not None and _takes_adapters(checkpoint, served, vllm_flags)
     ours = catalog.served if per_request else []
     loras = catalog.plain_loras if per_request else []
@@ -251,15 +253,31 @@ def _catalog(
     return catalog
 
 
-def _prepare_vllm() -> None:
-    """Check this vLLM, and choose the plugins that it loads: our routes are one."""
-    # vLLM's own command line sets it too: its workers must not be forked from a used process.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+def _start_importing(vllm_flags: list[str]) -> bool:
+    """Have another process import vLLM while this one checks the adapters; return whether it does.
+
+    Before anything here has threads; see :mod:`secura_serve.serve.fork_server`.
+    """
     # Here, since torch takes a folder below /tmp when it is imported; a container loses that one.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
+    forked = False
+    if fork_server.can_fork(vllm_flags):
+        # vllm 0.32 cannot load what it saves with it on a CPU ("'function' object has no attribute
+        # 'finalize_loading'"), so every start would compile anew; Inductor's own cache does work.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        forked = fork_server.start()
+    # vLLM's own command line sets it too: its workers must not be forked from a used process.
+    os.environ.setdefault(fork_server.METHOD, "spawn")
+    return forked
+
+
+def _prepare_vllm(forked: bool) -> None:
+    """Check this vLLM, and choose the plugins that it loads: our routes are one."""
     from secura_serve.serve import compat, plugin
 
     compat.check()
+    if forked:
+        fork_server.use()
     plugin.choose_plugins()
 
 

@@ -19,6 +19,8 @@ What is used, and why there is no public way:
   and the attributes in ``MANAGER``, ``LAYER`` and ``BASE_LINEAR``: looked up on the instances as
   they are made.
 * ``QKVParallelLinear.num_kv_head_replicas``: ranks that hold copies of one KV head.
+* ``gate_up_proj``, ``act_fn`` and ``down_proj`` of MLPs, whose forward is replaced where it is
+  found to be down(act(gate_up(x))); ``GeluAndMul.approximate``.
 * ``CpuPlatform.check_and_update_config``: switches compilation off once there are adapters.
 * ``OpenAIServingModels``: which names a server answers to, changed when adapters come and go and
   while one is folded.
@@ -28,12 +30,15 @@ What is used, and why there is no public way:
   mixes are one name.
 * ``OpenAIServingResponses.background_tasks``: answers that are still being written after their
   request was answered; the weights must not change under them.
+* ``get_mp_context`` in the three modules that start processes: on CPUs they are forked from one
+  that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """
 
 from __future__ import annotations
 
+from secura_serve.serve.compat.gated import gated_activation, take_activation
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
 from secura_serve.serve.compat.server import (
     ListedModel,
@@ -43,7 +48,9 @@ from secura_serve.serve.compat.server import (
     first_token_seconds,
     log_by_file,
     make_arg_parser,
+    name_process,
     show_adapters_as,
+    start_processes_by,
     supports_adapters,
     yields_deltas,
 )
@@ -87,12 +94,14 @@ __all__ = [
     "device_type",
     "install",
     "first_token_seconds",
+    "gated_activation",
     "kv_head_copies",
     "load_stock_lora",
     "log_by_file",
     "make_arg_parser",
     "lora_request",
     "model_manager",
+    "name_process",
     "packed_modules",
     "quiet_reload",
     "registered_adapter",
@@ -101,7 +110,9 @@ __all__ = [
     "show_adapters_as",
     "skip_stock_lora",
     "slot_of",
+    "start_processes_by",
     "supports_adapters",
+    "take_activation",
     "token_slots",
     "vllm_version",
     "worker_adapters",

@@ -13,6 +13,7 @@ from secura_serve.errors import IncompatibleVLLMError
 
 __all__ = [
     "BASE_LINEAR",
+    "CONTEXTS",
     "LAYER",
     "LINEARS",
     "MANAGER",
@@ -26,6 +27,13 @@ __all__ = [
 ]
 
 SUPPORTED = ("0.31", "0.34")
+
+# Where vLLM asks how it is to start the engine process, workers, and what lies between ranks.
+CONTEXTS = (
+    "vllm.v1.engine.utils:get_mp_context",
+    "vllm.v1.executor.multiproc_executor:get_mp_context",
+    "vllm.v1.engine.coordinator:get_mp_context",
+)
 
 # name -> parameters that we rely on (None: not a function)
 NAMES: Mapping[str, tuple[str, ...] | None] = {
@@ -113,6 +121,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "weights_iterator",
         "is_checkpoint_format",
     ),
+    **dict.fromkeys(CONTEXTS, ()),
 }
 LINEARS = (
     "ColumnParallelLinearWithLoRA",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import IncompatibleVLLMError
-from secura_serve.serve.compat.names import SUPPORTED, find, vllm_version
+from secura_serve.serve.compat.names import CONTEXTS, SUPPORTED, find, vllm_version
 
 __all__ = [
     "ListedModel",
@@ -19,7 +19,9 @@ __all__ = [
     "first_token_seconds",
     "make_arg_parser",
     "log_by_file",
+    "name_process",
     "show_adapters_as",
+    "start_processes_by",
     "supports_adapters",
     "yields_deltas",
 ]
@@ -182,6 +184,24 @@ def log_by_file(args: Any, file: str) -> None:
         args.log_config_file = file
         return
     args.logging_config = LoggingConfig(pylogging_config_file=file)
+
+
+def start_processes_by(context: Callable[[], Any]) -> None:
+    """Have vLLM start the engine process, and that one its workers, by a context of ours.
+
+    Args:
+        context: makes what ``multiprocessing.get_context`` would return.
+    """
+    for name in CONTEXTS:
+        module = importlib.import_module(name.partition(":")[0])
+        module.get_mp_context = context  # type: ignore[attr-defined]
+
+
+def name_process(name: str) -> None:
+    """Have ``ps`` show this process as vLLM's others, ``VLLM::name``."""
+    from vllm.utils.system_utils import set_process_title
+
+    set_process_title(name)
 
 
 def device_type() -> str:

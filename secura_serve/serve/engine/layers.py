@@ -48,6 +48,9 @@ class CURLinearMixin(DeltaLinearMixin):
     """``(n·r, in)``, the rows of a linear whose outputs are split over ranks; else None."""
     active: Tensor
     """``()`` bool on the CPU, given by the manager: whether any token has a CUR adapter."""
+    activation: str | None = None
+    """What follows this linear and takes its step along (:meth:`activate`); None where the step is
+    taken at once."""
 
     # Given by the vLLM class that this is mixed into.
     punica_wrapper: Any
@@ -169,13 +172,8 @@ class CURLinearMixin(DeltaLinearMixin):
         # by the first one.
         into = x.reshape(-1, x.shape[-1])
         slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
-        if self.bank is not None:
-            source = None
-            if self.R is not None:
-                clear = not self.kernel.skips
-                source = torch.ops.secura_rows.product(into, self.R, self.active, clear)
-            held = (self.bank, self.ranks, self.state, self.active)
-            y = self.kernel.step(y, source, slots, *held)
+        if self.bank is not None and self.activation is None:
+            y = self.kernel.step(y, self._source(into), slots, *self._held())
         self.apply_deltas(y, into, slots)
         if self.lora is not None and self.device.type == "cpu":
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
@@ -183,3 +181,38 @@ class CURLinearMixin(DeltaLinearMixin):
         elif self.lora is not None:
             y = compat.apply_stock_lora(self, into, y)
         return y.view(output.shape)
+
+    def can_activate(self, activation: str) -> bool:
+        """Return whether the step is better taken together with the gated activation after it."""
+        pair = self.n_slices == 2 and self.output_slices[0] == self.output_slices[1]
+        return self.bank is not None and pair and activation in self.kernel.fuses
+
+    def activate(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return act(gate')·up' of each token's adapted output.
+
+        Plain LoRA and full-rank updates are in ``output``; a token has one kind of adapter, and the
+        U of these kinds is zero.
+
+        Args:
+            x: this linear's input.
+            output: what it made of x.
+        """
+        y = output.reshape(-1, output.shape[-1])
+        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
+        source = self._source(x.reshape(-1, x.shape[-1]))
+        held = (*self._held(), self.activation)
+        made: Tensor = self.kernel.activated_step(y, source, slots, *held)
+        return made.view(*output.shape[:-1], -1)
+
+    def _source(self, x: Tensor) -> Tensor | None:
+        """Return R x where ranks share the outputs; elsewhere it is in the output itself."""
+        if self.R is None:
+            return None
+        product: Tensor = torch.ops.secura_rows.product(
+            x, self.R, self.active, not self.kernel.skips
+        )
+        return product
+
+    def _held(self) -> tuple[Any, ...]:
+        """Return what the kernel's step takes besides a batch."""
+        return self.bank, self.ranks, self.state, self.active

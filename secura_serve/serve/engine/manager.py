@@ -28,6 +28,7 @@ from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
 from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, BatchKinds
 from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
+from secura_serve.serve.engine.gated import take_activations
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.engine.mapped import map_tensors
 from secura_serve.serve.engine.mixing import KeptRow, check_mix, mixed_row
@@ -92,12 +93,17 @@ class CURModelManager(LRUCacheLoRAModelManager):
                     layers.append(layer)
                     places.append((names, layout))
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
-        if layers:
-            kernel = layers[0].kernel.name
-            logger.info("adapters: %d slots, %s kernel", self.lora_slots, kernel)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
             layer.active = self.kinds[CUR]
+        # A quantised base may quantise in its activation, which it then has to do itself.
+        plain = vllm_config.quant_config is None
+        taken = take_activations(model, self.modules) if plain else 0
+        if layers:
+            logger.info(
+                "adapters: %d slots, %s kernel, %d of %d steps in the activation that follows",
+                *(self.lora_slots, layers[0].kernel.name, taken, len(layers)),
+            )
         if missing := [*wanted, *resident]:
             raise UnservableError(
                 f"adapters change {len(missing)} modules that {type(model).__name__} does not "

@@ -17,6 +17,7 @@ calls :func:`register_kernel` from its ``vllm.general_plugins`` entry point.
 
 from __future__ import annotations
 
+from secura_serve.serve.kernels.activation import ACTIVATIONS, use_base_activation
 from secura_serve.serve.kernels.base import Kernel, choose_kernel, kernel_names, register_kernel
 from secura_serve.serve.kernels.delta_step import (
     PADDED,
@@ -31,6 +32,7 @@ from secura_serve.serve.kernels.torch_kernel import TorchKernel
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
 __all__ = [
+    "ACTIVATIONS",
     "PADDED",
     "DeltaSlots",
     "Kernel",
@@ -41,6 +43,7 @@ __all__ = [
     "delta_step",
     "kernel_names",
     "register_kernel",
+    "use_base_activation",
 ]
 
 register_kernel(NativeKernel)

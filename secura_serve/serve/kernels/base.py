@@ -12,6 +12,7 @@ from torch import Tensor
 
 from secura_serve.errors import ConfigError
 from secura_serve.registry import Registry
+from secura_serve.serve.kernels.activation import gated
 from secura_serve.serve.kernels.layout import Layout
 
 __all__ = ["Kernel", "choose_kernel", "kernel_names", "register_kernel"]
@@ -29,6 +30,8 @@ class Kernel(ABC, Generic[State]):
     """Of the kernels that are supported, the one with the highest priority is used."""
     skips: ClassVar[bool] = False
     """Whether :meth:`step` reads nothing of a batch without adapters."""
+    fuses: ClassVar[frozenset[str]] = frozenset()
+    """The activations with which :meth:`activated_step` is better than a step before them."""
 
     @classmethod
     @abstractmethod
@@ -76,6 +79,31 @@ class Kernel(ABC, Generic[State]):
             state: what :meth:`prepare` returned for this linear.
             active: ``()`` bool on the CPU; False where no token of the batch has an adapter.
         """
+
+    def activated_step(
+        self,
+        y: Tensor,
+        source: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: State,
+        active: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """Return act(gate')·up' of the adapted output of two slices of one width, as new memory.
+
+        Traced like :meth:`step`, whose arguments these are.
+
+        Args:
+            y: ``(T, 2·d)``, gate and up side by side.
+            activation: one of :attr:`fuses`.
+
+        Returns:
+            ``(T, d)``.
+        """
+        adapted = self.step(y, source, slots, bank, ranks, state, active)
+        return gated(adapted, activation)
 
 
 _KERNELS: Registry[type[Kernel[Any]]] = Registry("kernel")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secura_serve.serve.kernels.activation import ACTIVATIONS
 from secura_serve.serve.kernels.base import Kernel
 from secura_serve.serve.kernels.torch_step import adapter_step
 
@@ -29,7 +30,7 @@ class TorchState:
 class TorchKernel(Kernel[TorchState]):
     """Used where no faster kernel is supported."""
 
-    name, priority = "torch", 0
+    name, priority, fuses = "torch", 0, frozenset(ACTIVATIONS)
 
     @classmethod
     def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from secura_serve.serve.kernels.activation import ACTIVATIONS
 from secura_serve.serve.kernels.base import Kernel
 from secura_serve.serve.kernels.layout import Layout
 
@@ -37,7 +38,7 @@ class TritonState:
 class TritonKernel(Kernel[TritonState]):
     """For CUDA devices, where the package ``triton`` is installed."""
 
-    name, priority, skips = "triton", 20, True
+    name, priority, skips, fuses = "triton", 20, True, frozenset(ACTIVATIONS)
 
     @classmethod
     def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,3 +85,30 @@ class TritonKernel(Kernel[TritonState]):
             state.align,
         )
         return y
+
+    def activated_step(
+        self,
+        y: Tensor,
+        source: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: TritonState,
+        active: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """Leave ``y`` as it is and return the activation's output; see :class:`Kernel`."""
+        made: Tensor = torch.ops.secura_gpu.activated(
+            y,
+            source,
+            slots,
+            state.rows,
+            bank,
+            ranks,
+            state.C,
+            state.offset,
+            active,
+            state.align,
+            activation,
+        )
+        return made

@@ -4,7 +4,9 @@ The first makes h = U_slot·g of every token and slice, g gathered from the base
 the second adds C·h to that output, a block of tokens and columns at a time. A token without an
 adapter costs a comparison, a narrow adapter its own rank, a batch without any adapter no launch at
 all: a flag on the CPU says so, and a CUDA graph that was captured for such batches has no step in
-it. Grids depend on shapes alone. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by the
+it. Where a gated activation follows and reads the output anyway, the second adds C·h there
+(``secura_gpu::activated``) and takes the place of the base's own launch. Grids depend on shapes
+alone. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by the
 tests).
 """
 
@@ -19,11 +21,18 @@ import triton
 from torch import Tensor
 
 from secura_serve.serve.kernels import triton_code
+from secura_serve.serve.kernels.activation import base_activation
 
-__all__ = ["COLUMNS", "alignment", "blocks", "dependent_launch", "launch"]
+__all__ = ["COLUMNS", "alignment", "blocks", "dependent_launch", "launch", "launch_activated"]
 
 COLUMNS = 128
 """Columns of y that one program of the second kernel adds to."""
+# The most tokens for one program, where so many programs are left: an H100's multiprocessors.
+_TALL, _PROGRAMS = 128, 132
+# Ranks that the second kernel takes at once.
+_WIDEST = 64
+# Batches and ranks for which one launch before an activation is better than two.
+_FEW, _SMALL = 8, 32
 # The largest batch for which vLLM captures a graph: larger ones are mostly prompts, whose tokens
 # share an adapter with their neighbours.
 _DECODE = 512
@@ -58,6 +67,58 @@ def dependent_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _options(device: torch.device) -> dict[str, Any]:
+    """Return what every launch is given besides its arguments and tiles."""
+    early = dependent_launch(device)
+    return {"PDL": early, "launch_pdl": True} if early else {"PDL": False}
+
+
+def _core(
+    source: Tensor, slots: Tensor, rows: Tensor, bank: Tensor, ranks: Tensor, offset: Tensor | None
+) -> Tensor:
+    """Return h = U_slot·(source − offset)[rows], ``(T, n, r)``, in one launch; see :func:`launch`.
+
+    Of a token without an adapter it holds anything.
+    """
+    tokens, (n, r) = source.shape[0], rows.shape
+    h = torch.empty(tokens, n, r, dtype=source.dtype, device=source.device)
+    padded, biased = max(16, triton.next_power_of_2(r)), offset is not None
+    common = (h, source, slots, rows, bank, ranks, offset)
+    if source.dtype != torch.float32 and tokens > _DECODE and r >= _GROUPED_RANK:
+        tile, wide = 32, min(padded, 64)
+        triton_code.core_grouped[(triton.cdiv(tokens, tile), n * triton.cdiv(r, wide))](
+            *common, tokens, source.stride(0), bank.stride(0), n, r,
+            BIASED=biased, T=tile, OUT=wide, IN=wide, num_warps=8, num_stages=1,
+            **_options(source.device),
+        )  # fmt: skip
+    else:
+        tall, wide = min(padded, 32), min(padded, 128)
+        triton_code.core[(tokens, n * triton.cdiv(r, tall))](
+            *common, source.stride(0), bank.stride(0), n, r,
+            BIASED=biased, OUT=tall, IN=wide, num_warps=max(tall * wide // 1024, 1),
+            **_options(source.device),
+        )  # fmt: skip
+    return h
+
+
+def _tiles(
+    tokens: int, column_blocks: int, r: int, dtype: torch.dtype, tallest: int = _TALL
+) -> dict[str, Any]:
+    """Return how the second kernel splits its work.
+
+    A tile of tokens reads C once, so that large ones save traffic where they leave enough programs.
+    """
+    padded = max(16, triton.next_power_of_2(r))
+    if dtype == torch.float32:
+        # Without tensor cores a product is unrolled into registers, and large tiles spill.
+        return {"T": 16, "K": min(padded, 16), "num_warps": 8, "num_stages": 2}
+    tile = 64 if tokens >= 64 else 16
+    if tokens // tallest * column_blocks >= _PROGRAMS:
+        tile = max(tile, tallest)
+    warps = 4 if tile == 16 else 8
+    return {"T": tile, "K": min(padded, _WIDEST), "num_warps": warps, "num_stages": 2}
+
+
 def launch(
     y: Tensor,
     source: Tensor | None,
@@ -89,34 +150,58 @@ def launch(
     tokens, (n, r) = y.shape[0], rows.shape
     if not tokens or not active.item():
         return
-    h = torch.empty(tokens, n, r, dtype=y.dtype, device=y.device)
-    given = y if source is None else source
-    padded = max(16, triton.next_power_of_2(r))
-    early = dependent_launch(y.device)
-    extra: dict[str, Any] = {"launch_pdl": True} if early else {}
-    common = (slots, rows, bank, ranks, offset)
-    # Without tensor cores a product is unrolled into registers, and large tiles spill.
-    half = y.dtype != torch.float32
-    if half and tokens > _DECODE and r >= _GROUPED_RANK:
-        tile, wide = 32, min(padded, 64)
-        triton_code.core_grouped[(triton.cdiv(tokens, tile), n * triton.cdiv(r, wide))](
-            h, given, *common, tokens, given.stride(0), bank.stride(0), n, r,
-            BIASED=offset is not None, T=tile, OUT=wide, IN=wide, PDL=early, num_warps=8,
-            num_stages=1, **extra,
-        )  # fmt: skip
-    else:
-        tall, wide = min(padded, 32), min(padded, 128)
-        triton_code.core[(tokens, n * triton.cdiv(r, tall))](
-            h, given, *common, given.stride(0), bank.stride(0), n, r,
-            BIASED=offset is not None, OUT=tall, IN=wide, PDL=early,
-            num_warps=max(tall * wide // 1024, 1), **extra,
-        )  # fmt: skip
-    tile = 64 if half and tokens >= 64 else 16
-    triton_code.expand[(triton.cdiv(tokens, tile), table.shape[0])](
+    h = _core(y if source is None else source, slots, rows, bank, ranks, offset)
+    tiles = _tiles(tokens, table.shape[0], r, y.dtype)
+    triton_code.expand[(triton.cdiv(tokens, tiles["T"]), table.shape[0])](
         y, h, slots, C, table, tokens, y.stride(0), C.shape[1], n, r,
-        T=tile, COLUMNS=COLUMNS, K=min(padded, 64 if half else 16), ALIGN=align, PDL=early,
-        num_warps=4 if half and tile == 16 else 8, num_stages=2, **extra,
+        COLUMNS=COLUMNS, ALIGN=align, **tiles, **_options(y.device),
     )  # fmt: skip
+
+
+def launch_activated(
+    y: Tensor,
+    source: Tensor | None,
+    slots: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    ranks: Tensor,
+    C: Tensor,
+    offset: Tensor | None,
+    active: Tensor,
+    align: int,
+    activation: str,
+) -> Tensor:
+    """Return act(gate')·up' of the adapted output, ``(T, out/2)``, and leave ``y`` as it is.
+
+    A batch without adapters takes the base's own activation; few tokens take a single launch.
+
+    Args:
+        y: ``(T, out)``, gate and up side by side.
+        rows: ``(2, r)`` int32.
+        activation: one of :data:`~secura_serve.serve.kernels.activation.ACTIVATIONS`.
+
+    The others are those of :func:`launch`.
+    """
+    tokens, r = y.shape[0], rows.shape[1]
+    if not tokens or not active.item():
+        return base_activation(y, activation)
+    given, made = y if source is None else source, y.new_empty(tokens, y.shape[1] // 2)
+    column_blocks = triton.cdiv(made.shape[1], COLUMNS)
+    # It has two sums for each entry, so that tall tiles spill from here on.
+    tiles = _tiles(tokens, column_blocks, r, y.dtype, _TALL if r <= _SMALL else 64)
+    h = None
+    if tokens <= _FEW and r <= min(_SMALL, tiles["K"]):
+        # Each of its programs has the U of all its tokens in registers.
+        tiles["num_warps"] = 8
+    else:
+        h = _core(given, slots, rows, bank, ranks, offset)
+    triton_code.expand_activated[(triton.cdiv(tokens, tiles["T"]), column_blocks)](
+        made, y, h, slots, C, given, rows, bank, ranks, offset, tokens, y.stride(0), y.shape[1],
+        given.stride(0), bank.stride(0), r,
+        BIASED=offset is not None, COLUMNS=COLUMNS, ALIGN=align, TANH=activation == "gelu_tanh",
+        **tiles, **_options(y.device),
+    )  # fmt: skip
+    return made
 
 
 # Not torch.library.custom_op, which costs 26 instead of 7 µs a call where no graph is captured.
@@ -125,6 +210,16 @@ _LIBRARY.define(
     "step_(Tensor(a!) y, Tensor? source, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, "
     "Tensor C, Tensor? offset, Tensor table, Tensor active, int align) -> ()"
 )
+_LIBRARY.define(
+    "activated(Tensor y, Tensor? source, Tensor slots, Tensor rows, Tensor bank, Tensor ranks, "
+    "Tensor C, Tensor? offset, Tensor active, int align, str activation) -> Tensor"
+)
 for _key in ("CUDA", "CPU"):
     _LIBRARY.impl("step_", launch, _key)
+    _LIBRARY.impl("activated", launch_activated, _key)
 torch.library.register_fake("secura_gpu::step_", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake(
+    "secura_gpu::activated",
+    lambda y, *args: y.new_empty(y.shape[0], y.shape[1] // 2),
+    lib=_LIBRARY,
+)

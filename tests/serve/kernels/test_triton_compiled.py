@@ -18,16 +18,21 @@ from tests.support.stepping import Linear  # noqa: E402
 
 
 @pytest.mark.long
-def test_inductor_does_not_copy_y():
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_inductor_does_not_copy_y(activation):
     from torch._inductor.utils import run_and_get_code
 
-    linear = Linear(TritonKernel(), (96, 32, 32), (16, 5), torch.bfloat16, biased=False)
+    outs = (96, 32, 32) if activation is None else (64, 64)
+    linear = Linear(TritonKernel(), outs, (16, 5), torch.bfloat16, biased=False)
     W, active = linear.noise(linear.out, 24), torch.tensor(False)
 
     def layer(x, slots):
         y = torch.nn.functional.linear(x, W)
         flat = y.reshape(-1, y.shape[-1])
         held = (linear.part, linear.ranks, linear.state, active)
+        if activation is not None:
+            batch = (flat, None, slots[: flat.shape[0]])
+            return torch.relu(linear.kernel.activated_step(*batch, *held, activation))
         made = linear.kernel.step(flat, None, slots[: flat.shape[0]], *held)
         return torch.relu(made.view(y.shape))
 
@@ -37,7 +42,9 @@ def test_inductor_does_not_copy_y():
     out, (code, *_) = run_and_get_code(compiled, x, slots)
     torch.testing.assert_close(out, layer(x, slots))
     made = re.search(r"extern_kernels\.\w*mm\(.*out=(buf\d+)\)", code)
-    given = re.search(r"secura_gpu\.step_\.default\((?:reinterpret_tensor\()?(buf\d+)", code)
+    given = re.search(
+        r"secura_gpu\.(?:step_|activated)\.default\((?:reinterpret_tensor\()?(buf\d+)", code
+    )
     assert made and given and made[1] == given[1], code
 
 

@@ -9,20 +9,25 @@ from __future__ import annotations
 import pytest
 
 from tests.support.interpreted import run
-from tests.support.triton_cases import STEP
+from tests.support.triton_cases import ACTIVATED, STEP
 
 pytest.importorskip("triton", reason="no triton package")
 
 
+CASES = pytest.mark.parametrize("code", [STEP, ACTIVATED], ids=["step", "activated"])
+
+
 @pytest.mark.long
-def test_interpreted_on_the_cpu():
+@CASES
+def test_interpreted_on_the_cpu(code):
     # The interpreter computes with NumPy, which has no bfloat16.
-    run(STEP.format(device="cpu", dtypes="(torch.float32, torch.float16)"), interpreted=True)
+    run(code.format(device="cpu", dtypes="(torch.float32, torch.float16)"), interpreted=True)
 
 
-def test_compiled_on_a_gpu():
+@CASES
+def test_compiled_on_a_gpu(code):
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     dtypes = "(torch.float32, torch.float16, torch.bfloat16)"
-    run(STEP.format(device="cuda", dtypes=dtypes), interpreted=False)
+    run(code.format(device="cuda", dtypes=dtypes), interpreted=False)

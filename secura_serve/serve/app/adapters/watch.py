@@ -68,6 +68,9 @@ class FolderWatch:
                     recursive=True,
                 ):
                     self._note({self._name(path) for _, path in changes} - {""})
+                    if not changes:
+                        # The system drops events when too many come at once.
+                        self._note({n for n in self._library.records if self._is_left_over(n)})
                     # Of a folder that was replaced by another nothing would be reported any more.
                     if not os.path.samestat(watched, self.root.stat()):
                         break
