@@ -33,7 +33,7 @@ demo: setup ## serve the embedded base with ./adapters and open the chat page
 
 screenshots: setup ## pictures of the chat page for the docs; wants chromium installed
 	$(PY) -m demo.screenshots --out docs/images --page-flag=--examples=adapters/examples.json \
-	  --page-flag=--results=benchmarks/results/experiment/summary.json \
+	  --page-flag=--results=adapters/experiment.json \
 	  -- $(VENV)/bin/secura-serve --base $(BASE) --adapters $(ADAPTERS) $(FLAGS)
 
 # In two processes with one thread each, first what needs no engine: an engine takes 4 GB.

@@ -71,9 +71,8 @@ def direct(url: str, tokens: int) -> list[Stream]:
     asks = [(answer, [{"role": "user", "content": PROMPT}]) for answer in answers]
 
     async def ask() -> None:
-        async with connect(f"{url}/v1") as client:
-            async for _ in Comparison(client, asks, Settings(tokens)):
-                pass
+        async for _ in Comparison(connect(f"{url}/v1"), asks, Settings(tokens)):
+            pass
 
     # Playwright has an event loop in the main thread.
     with ThreadPoolExecutor(1) as other:

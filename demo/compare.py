@@ -21,12 +21,15 @@ import openai
 
 from .answer import Answer, render
 from .endpoint import add_arguments, connect, encodable, explain, list_models
+from .reader import reader
 
 Message = Mapping[str, str]
 LONGEST = 4096
 """How many tokens of an answer the page offers at most."""
 LONGEST_TEXT = 500_000
 """How many characters an answer may have: a server may send more than it was asked for."""
+SHORTEST_S = 0.05
+"""Over less time there is no speed: a server may send many tokens at once."""
 LARGEST_SEED = 2**63 - 1
 
 
@@ -56,9 +59,11 @@ class Comparison:
 
     Each step yields the one list of live answers after at least one of them has changed: a slow
     reader misses steps, never text. Leaving the loop or cancelling it closes every request, upon
-    which the server stops generating.
+    which the server stops generating. Answers are read in a thread of their own, so that their
+    times are those of the stream, however long a step takes.
 
     Args:
+        client: of this use alone, since its connections belong to that thread.
         asks: the answer to fill, which names its model, and the messages to send for it.
     """
 
@@ -69,23 +74,21 @@ class Comparison:
     def __post_init__(self) -> None:
         self.answers = [answer for answer, _ in self.asks]
         self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
 
     def stop(self) -> None:
         """Close the requests that still run; their answers keep the text they have."""
-        for task in self._tasks:
-            task.cancel()
+        reader().call(self._cancel)
         for answer in self.answers:
             if not answer.finished:
                 answer.state = "stopped"
-        self._changed.set()
+        self._tell()
 
     async def __aiter__(self) -> AsyncIterator[list[Answer]]:
-        self._tasks = [
-            asyncio.create_task(self._ask(answer, messages))
-            for answer, messages in self.asks
-            if not answer.finished
-        ]
+        self._loop = asyncio.get_running_loop()
+        ended = reader().start(self._ask_all())
         try:
             while not all(answer.finished for answer in self.answers):
                 await self._changed.wait()
@@ -93,16 +96,35 @@ class Comparison:
                 yield self.answers
         finally:
             self.stop()
+            await asyncio.wrap_future(ended)
+
+    def _tell(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+    def _cancel(self) -> None:
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def _ask_all(self) -> None:
+        if not self._stopped:
+            asks = [(answer, said) for answer, said in self.asks if not answer.finished]
+            self._tasks = [asyncio.create_task(self._ask(*ask)) for ask in asks]
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _ask(self, answer: Answer, messages: Sequence[Message]) -> None:
         try:
             await self._stream(answer, messages)
             answer.state = "done"
+        except asyncio.CancelledError:
+            answer.state = "stopped"
+            raise
         # Whatever fails here must not take the other answers with it.
         except Exception as error:
             answer.state, answer.error = "failed", explain(error, self.client.base_url)
-        self._changed.set()
+        finally:
+            self._tell()
 
     async def _open(
         self, model: str, messages: Sequence[Message], **usage: bool
@@ -144,9 +166,9 @@ class Comparison:
                     # The first chunk may hold several tokens: none of them belongs to the rate.
                     first, tokens_at_first = last, answer.tokens
                     answer.first_token_s, answer.state = last - start, "streaming"
-                elif answer.tokens > tokens_at_first and last > first:
+                elif answer.tokens > tokens_at_first and last - first >= SHORTEST_S:
                     answer.tokens_per_s = (answer.tokens - tokens_at_first) / (last - first)
-                self._changed.set()
+                self._tell()
         # A connection that closes looks like an answer that ends.
         if reason is None:
             raise ConnectionError("the server closed the connection")
@@ -179,15 +201,15 @@ async def run(args: argparse.Namespace) -> int:
         except openai.OpenAIError as error:
             print(f"compare: {explain(error, args.endpoint)}", file=sys.stderr)
             return 1
-        messages = [{"role": "user", "content": args.prompt}]
-        if args.system:
-            messages.insert(0, {"role": "system", "content": args.system})
-        asks = [(Answer(model), messages) for model in args.models or served]
-        comparison = Comparison(client, asks, settings)
-        async for answers in comparison:
-            if sys.stderr.isatty():
-                total = sum(answer.tokens for answer in answers)
-                print(f"\r{total} tokens", end="\r", file=sys.stderr, flush=True)
+    messages = [{"role": "user", "content": args.prompt}]
+    if args.system:
+        messages.insert(0, {"role": "system", "content": args.system})
+    asks = [(Answer(model), messages) for model in args.models or served]
+    comparison = Comparison(connect(args.endpoint, args.api_key), asks, settings)
+    async for answers in comparison:
+        if sys.stderr.isatty():
+            total = sum(answer.tokens for answer in answers)
+            print(f"\r{total} tokens", end="\r", file=sys.stderr, flush=True)
     print(render(comparison.answers, shutil.get_terminal_size().columns))
     return int(any(answer.error for answer in comparison.answers))
 

@@ -24,6 +24,7 @@ from .server import Server, Snapshot
 __all__ = ["build", "examples_of", "mixable", "status"]
 
 POLL_S = 3.0
+TO_PROMPT = "() => document.querySelector('#prompt textarea').focus({preventScroll: true})"
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -60,7 +61,12 @@ def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
         ]  # fmt: skip
 
         async def follow(
-            last: Snapshot | None, text: str, which: str, kept: str | None, *models: str | None
+            last: Snapshot | None,
+            text: str,
+            which: str,
+            changing: str | None,
+            kept: str | None,
+            *models: str | None,
         ) -> list[Any]:
             """Show what the server offers, where that has changed."""
             now = await server.snapshot()
@@ -81,7 +87,7 @@ def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
                 notice(now),
                 gallery(matching(now.adapters, text, which), now.bases, len(now.adapters)),
                 gr.update(visible=now.operator == "key"),
-                gr.update(choices=names),
+                gr.update(choices=names, **({} if changing in [None, *names] else {"value": None})),
                 gr.update(choices=names, value=kept if kept in names else next(iter(names), None)),
             ]
 
@@ -96,7 +102,9 @@ def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
             count = len(link.models) or gr.skip()
             return [count, link.prompt, link.system, *sampling, *names]
 
-        asked = [seen, shelf.search, shelf.wanted, retention.chosen, *chat.models]
+        asked = [
+            seen, shelf.search, shelf.wanted, shelf.chosen, retention.chosen, *chat.models,
+        ]  # fmt: skip
         gr.on(
             [blocks.load],
             shared,
@@ -107,7 +115,7 @@ def build(server: Server, examples: Examples, results: Results) -> gr.Blocks:
         gr.Timer(POLL_S).tick(follow, asked, follows, **QUIET)
         chat.examples.click(
             pick, [chat.examples, seen], [chat.system, chat.prompt, *chat.models[:2]], **QUIET
-        )
+        ).then(None, js=TO_PROMPT, **QUIET)
     return blocks
 
 
@@ -137,23 +145,20 @@ def _model_updates(now: Snapshot, models: Sequence[str | None]) -> list[Any]:
         versions = [each["digest"] for each in card.get("versions", [])]
         choices += [(f"{name}@{d[:12]}", f"{name}@{d[:12]}") for d in versions if len(versions) > 1]
     usual = [*now.bases[:1], *now.served] or [""]
+    # A column that has none gets one that no other has, while there are any.
+    free = [name for name in usual if name not in models]
+    given = [model or (free.pop(0) if free else usual[-1]) for model in models]
     return [
-        gr.update(choices=choices)
-        if model
-        else gr.update(choices=choices, value=usual[min(i, len(usual) - 1)] or None)
-        for i, model in enumerate(models)
+        gr.update(choices=choices) if model else gr.update(choices=choices, value=name or None)
+        for model, name in zip(models, given, strict=True)
     ]
 
 
 def mixable(now: Snapshot) -> list[str]:
-    """Return the adapters of which a sum can be asked: C·U·R without a norm."""
-    return [
-        card["id"]
-        for card in now.adapters
-        if card["id"] in now.served
-        and card.get("type") == "cur"
-        and card.get("magnorm") in (None, "none")
-    ]
+    """Return the adapters of which a sum can be asked, those with a norm behind the others: the
+    two kinds are not mixed with each other."""
+    parts = [c for c in now.adapters if c["id"] in now.served and c.get("type") == "cur"]
+    return [c["id"] for c in sorted(parts, key=lambda c: c.get("magnorm") not in (None, "none"))]
 
 
 def examples_of(now: Snapshot, given: Examples) -> list[tuple[str, str, str]]:

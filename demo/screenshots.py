@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             for picture in draw(window, url, few=width < 600):
                 file = args.out / f"{picture}-{name}.png"
-                window.screenshot(path=file, full_page=True)
+                # The chat fills the window: its prompt stays at the foot.
+                window.screenshot(path=file, full_page=picture != "chat")
                 # A page has few colours: a third of the bytes. The rare ones are marks and stay.
                 few = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
                 few.save(file, optimize=True)

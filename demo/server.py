@@ -25,6 +25,7 @@ from .endpoint import (
     LIST_S,
     VIA,
     Model,
+    connect,
     encodable,
     explain,
     explain_response,
@@ -79,6 +80,8 @@ class Server:
     """One server, as all visitors of the page see it: they share its snapshots."""
 
     client: openai.AsyncOpenAI
+    answers: openai.AsyncOpenAI = field(init=False)
+    """For chats alone: their thread has connections of its own."""
     _http: httpx.AsyncClient = field(init=False)
     _slow: httpx.AsyncClient = field(init=False)
     """For what takes minutes: it must not keep the connections that lists and metrics need."""
@@ -87,6 +90,7 @@ class Server:
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
+        self.answers = connect(str(self.client.base_url), self.client.api_key)
         # One for all: each would read the certificates of the system anew.
         trusted = httpx.create_ssl_context()
         self._http = httpx.AsyncClient(headers=VIA, timeout=_READ, verify=trusted)

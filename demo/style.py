@@ -10,27 +10,60 @@ __all__ = ["CSS", "HEAD", "HEADERS", "theme"]
 FONT = [gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif"]
 
 CSS = """
-:root { --quiet: var(--neutral-600); --bad: #b91c1c; --good: #166534;
+:root { --chat: max(14rem, calc(100dvh - 25.5rem));
+  --quiet: var(--neutral-600); --bad: #b91c1c; --good: #166534;
   --color-accent: var(--primary-600);
+  --pale: #ffffff; --full: #6ecd8c; --on-heat: #111827;
   --keyword: #6d28d9; --string: #166534; --number: #9a3412; --name: #1d4ed8; }
 .dark { --quiet: var(--neutral-300); --bad: #fca5a5; --good: #86efac;
   --color-accent: var(--primary-400);
+  --pale: #1e293b; --full: #166534; --on-heat: #f8fafc;
   --keyword: #c4b5fd; --string: #86efac; --number: #fdba74; --name: #93c5fd; }
 .gradio-container { width: 100%; max-width: 1680px !important; margin: 0 auto !important; }
 #head { align-items: center; }
+#head > * { padding: 0; }
 #title h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 #status p { margin: 0; font-size: .9rem; color: var(--quiet); overflow-wrap: anywhere; }
 #status p::before { content: ""; display: inline-block; width: .6em; height: .6em;
   margin-right: .5em; border-radius: 50%; background: #16a34a; }
 #status p.down { color: var(--bad); }
 #status p.down::before { background: currentColor; }
-#bar, #ask { align-items: end; }
-#ask { position: sticky; bottom: 0; z-index: 5; padding: .5rem 0;
+/* Gradio hides what reaches out of its box, and nothing sticks in such a box. */
+.gradio-container { overflow: visible !important; overflow-x: clip !important; }
+:focus-visible { outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+/* Gradio leaves the list of a box open when Tab goes on to the next. */
+.block:not(:focus-within) .options:has([role=option]) { display: none !important; }
+#bar .block { padding: .3rem .8rem; }
+#bar .form { align-items: center; background: var(--block-background-fill); }
+#count { display: flex; flex-flow: row wrap; align-items: center; gap: .2rem .8rem; }
+#count > :first-child { margin: 0; }
+#columns > .column { gap: .5rem; }
+[id^=figures-] { padding: 0; }
+[id^=figures-]:not(:has(.figures)) { display: none; }
+/* The name and the bin of a chat stand above what scrolls. */
+[id^=chat-] .bubble-wrap { margin-top: 1.8rem; height: calc(100% - 1.8rem); padding-top: 0; }
+[id^=chat-] .placeholder-content { justify-content: start; }
+[id^=difference-] > .container { max-height: 11rem; overflow-y: auto; }
+[id^=difference-] :is(.textfield, .textspan, .text) { overflow-wrap: break-word;
+  word-break: normal; }
+:is(#columns, #panels) :is(button, input, textarea, a) { scroll-margin-bottom: 9rem; }
+#panels { align-items: start; flex-wrap: wrap; }
+#panels > :has(> button.open) { flex: 1 1 100%; }
+#dock { position: sticky; bottom: 0; z-index: 40; gap: .4rem; padding: .5rem 0;
   background: var(--body-background-fill); }
+#ask { align-items: end; gap: .5rem; }
+#ask button { min-width: 0 !important; flex-basis: 4rem; }
+#examples { display: flex; align-items: center; gap: .6rem; }
+#examples .label { margin: 0; flex: none; }
+#examples > .gallery { flex-wrap: nowrap; overflow-x: auto; padding: 3px; scrollbar-width: thin; }
+#examples button { flex: none; }
+#examples button div { white-space: nowrap !important; }
+:is(#share-curl, #share-python) textarea { font-family: var(--font-mono); font-size: .85rem; }
 @media (max-width: 640px) {
+  :root { --chat: max(14rem, 38dvh); }
   #head { flex-direction: column; align-items: start; gap: 0; }
-  #ask { position: static; }
-  #bar .form, #mix .form { flex-direction: column; }
+  .gradio-container > main { padding-inline: .9rem; }
+  #bar .form, #mix .form { flex-direction: column; align-items: start; }
 }
 .message pre, .message pre code { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .message-wrap .prose.chatbot.md { opacity: 1 !important; }
@@ -70,14 +103,22 @@ p.notice, p.count { color: var(--quiet); margin: .2rem 0; }
 .figure-table { overflow-x: auto; }
 .figure-table table { border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
-.figure-table caption { text-align: left; color: var(--quiet); padding: .3rem 0; }
+.figure-table caption { text-align: left; color: var(--quiet); padding: .3rem 0;
+  position: sticky; left: 0; width: min(100%, calc(100vw - 5rem)); }
 .figure-table th, .figure-table td { padding: .3rem .6rem; text-align: left; vertical-align: top;
-  border: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.figure-table .heat { text-align: right; color: #111827; }
-.figure-table .scale { display: flex; max-width: 20rem; margin-top: .3rem; font-size: .8rem; }
+  border: 1px solid var(--border-color-primary); overflow-wrap: break-word; }
+.figure-table .heat { text-align: right; color: var(--on-heat);
+  background: color-mix(in srgb, var(--full) var(--heat), var(--pale)); }
+.figure-table.wide table { width: 100%; }
+.figure-table.wide :is(th, td) { min-width: 8rem; }
+.figure-table.wide :is(th, td):last-child { min-width: 4rem; }
+.figure-table .scale { display: flex; max-width: 24rem; margin-top: .3rem; font-size: .8rem; }
 .figure-table .scale span { flex: 1; padding: 0 .4rem; }
-.figure-table.layers table { font-size: .8rem; line-height: 1.25; }
+.figure-table.layers table { width: 100%; font-size: .8rem; line-height: 1.25; }
 .figure-table.layers :is(th, td) { padding: .1rem .3rem; text-align: right; white-space: nowrap; }
+/* Gradio gives a plot the height of its box, but the label above it takes some. */
+:is(#front, #speed, #traffic) { box-sizing: content-box; overflow: visible !important;
+  padding: .5rem .5rem 2.2rem; width: calc(100% - 1rem - 2px); }
 .numbers { display: grid; gap: .6rem; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 .numbers div { display: flex; flex-direction: column-reverse; padding: .6rem .8rem;

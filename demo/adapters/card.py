@@ -7,11 +7,11 @@ from html import escape
 from typing import Any
 from urllib.parse import urlencode
 
+from .words import kept, number, recipe
+
 __all__ = ["card", "gallery", "kind", "main_score", "number", "size"]
 
 SHOWN = 60
-SHORT = ("method", "core", "magnorm", "lr", "max_steps", "epochs", "batch_size", "seed")
-"""Those settings of a recipe that most differ between adapters."""
 KINDS = {"cur": "CUR", "lora": "LoRA", "full": "fine-tune"}
 Card = Mapping[str, Any]
 
@@ -59,10 +59,6 @@ def size(number_of_bytes: object) -> str:
     return f"{number_of_bytes} bytes"
 
 
-def number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, (int, float)) else str(value)
-
-
 def main_score(of: Card) -> tuple[str, float, float | None] | None:
     """Return name, value and the base's value of the score that stands for the task."""
     scores = of.get("scores") or {}
@@ -73,32 +69,28 @@ def main_score(of: Card) -> tuple[str, float, float | None] | None:
 
 
 def _rows(of: Card) -> list[tuple[str, str]]:
-    rank, lora = of.get("rank"), size(of.get("lora_size"))
-    there = (
-        f"{size(of.get('size'))} (a LoRA of this rank: {lora})" if lora else size(of.get("size"))
-    )
-    best = main_score(of)
+    rank, best = of.get("rank"), main_score(of)
     score = ""
     if best is not None:
         score = f"{number(best[1])} {best[0].replace('_', ' ')}"
-        score += f" (base {number(best[2])})" if best[2] is not None else ""
-    recipe = of.get("recipe") or {}
-    short = ", ".join(f"{key} {number(recipe[key])}" for key in SHORT if key in recipe)
+        score += f", the base {number(best[2])}" if best[2] is not None else ""
     return [
+        ("score", score),
+        ("the base is", kept(of.get("retention") or {})),
+        ("size", _sizes(of.get("size"), of.get("lora_size"))),
         ("kind", kind(of)),
         ("rank", f"{rank} on {of.get('modules')} linears" if rank else ""),
-        ("size", there),
-        ("score", score),
-        ("kept of the base", _named(of.get("retention"))),
-        ("trained with", short),
+        ("trained with", recipe(of.get("recipe") or {})),
         ("digest", str(of.get("digest") or "")[:12]),
         ("aliases", ", ".join(map(str, of.get("aliases") or []))),
-        ("asked", {"fold": "once it is folded"}.get(str(of.get("mode")), "per request")),
+        ("asked", "once it is folded" if of.get("mode") == "fold" else "per request"),
     ]
 
 
-def _named(numbers: Mapping[str, object] | None) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {number(v)}" for k, v in (numbers or {}).items())
+def _sizes(own: object, lora: object) -> str:
+    if not (isinstance(own, (int, float)) and isinstance(lora, (int, float)) and own > 0):
+        return size(own)
+    return f"{size(own)}; a LoRA of this rank {size(lora)} ({number(lora / own)} times)"
 
 
 def _task(of: Card) -> str:
@@ -128,9 +120,12 @@ def _versions(of: Card) -> str:
 
 
 def _link(of: Card, bases: Sequence[str]) -> str:
-    if of.get("state") == "refused":
+    # While an adapter is folded no base is offered: nothing could be compared.
+    if of.get("state") == "refused" or of.get("mode") == "fold" or not bases:
         return ""
-    query = {"models": ",".join([*bases[:1], str(of["id"])])}
+    query = {"models": f"{bases[0]},{of['id']}"}
     if examples := of.get("examples"):
         query["prompt"] = str(examples[0])
-    return f'<a href="?{escape(urlencode(query))}">Compare with the base</a>'
+    # In a tab of its own: the page that is open keeps its conversation.
+    where = escape(f"?{urlencode(query)}")
+    return f'<a href="{where}" target="_blank" rel="noopener">Compare with the base (new tab)</a>'

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,6 +23,11 @@ READ_ONLY = (
     "admin key (--admin-api-key), which is then asked for here."
 )
 WITH_KEY = "Changes need the server's admin key. It is sent with each change, and kept nowhere."
+UPLOAD = (
+    '<p class="notice">A new adapter, or a new version: <code>adapter_config.json</code> and '
+    "<code>adapter_model.safetensors</code>, and what its card is made of: <code>README.md</code>, "
+    "<code>train.json</code>.</p>"
+)
 NO_CARDS = "This server has no list of adapters: it is not secura-serve, or not reached."
 
 
@@ -50,6 +55,11 @@ def said(text: str, *, failed: bool = False) -> str:
     return f'<p role="{role}" class="{name}">{escape(text)}</p>'
 
 
+def _result() -> gr.HTML:
+    """Add the place beside some buttons where it is told what came of them."""
+    return gr.HTML("", elem_classes="changed")
+
+
 def build_adapters(server: Server) -> AdaptersTab:
     """Add the tab to the page that is being built."""
     about = gr.HTML("", elem_id="notice")
@@ -67,8 +77,16 @@ def build_adapters(server: Server) -> AdaptersTab:
             html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         )
         with gr.Row():
-            chosen = gr.Dropdown([], label="Adapter", elem_id="change-adapter")
-            version = gr.Dropdown([], label="Version to go back to", elem_id="change-version")
+            # What was chosen may be gone a moment later, and Gradio makes an error of that.
+            chosen = gr.Dropdown(
+                [], label="Adapter", allow_custom_value=True, elem_id="change-adapter"
+            )
+            version = gr.Dropdown(
+                [],
+                label="Version to go back to",
+                allow_custom_value=True,
+                elem_id="change-version",
+            )
         with gr.Row():
             pin, unpin, back, fold, unfold = (
                 gr.Button(label, elem_id=name, size="sm", min_width=90)
@@ -80,6 +98,7 @@ def build_adapters(server: Server) -> AdaptersTab:
                     ("Unfold", "unfold"),
                 )
             )
+        changed = _result()
         with gr.Row():
             typed = gr.Textbox(
                 "", label="To delete the adapter, type its name", elem_id="delete-name", scale=3
@@ -87,16 +106,15 @@ def build_adapters(server: Server) -> AdaptersTab:
             delete = gr.Button(
                 "Delete", elem_id="delete", variant="stop", size="sm", scale=1, min_width=90
             )
+        deleted = _result()
+        gr.HTML(UPLOAD)
         files = gr.File(
-            label="adapter_config.json, adapter_model.safetensors, README.md, train.json",
-            file_count="multiple",
-            elem_id="upload-files",
-            height=140,
+            label="New adapter", file_count="multiple", elem_id="upload-files", height=220
         )
         with gr.Row():
             name = gr.Textbox("", label="Name of the new adapter", elem_id="upload-name", scale=3)
             upload = gr.Button("Upload", elem_id="upload", size="sm", scale=1, min_width=90)
-        result = gr.HTML("", elem_id="changed")
+        uploaded = _result()
     cards = gr.HTML("", elem_id="cards")
     tab = AdaptersTab(search, wanted, about, cards, changes, chosen)
 
@@ -112,21 +130,29 @@ def build_adapters(server: Server) -> AdaptersTab:
         choices = [(digest[:12], digest) for digest in older]
         return gr.update(choices=choices, value=older[-1] if older else None)
 
-    def change(work: Callable[..., Awaitable[str]]) -> Callable[..., Awaitable[list[Any]]]:
-        """Return a handler: do it, say what came of it, and show the adapters as they are now."""
+    results = [changed, deleted, uploaded]
+
+    def change(
+        work: Callable[..., Awaitable[str]], where: gr.HTML, fields: Sequence[Any]
+    ) -> Callable[..., Awaitable[list[Any]]]:
+        """Return a handler: do it, say what came of it there, and show the adapters as they are
+        now; what was done leaves its fields empty."""
+
+        skipped = [gr.skip()] * (2 + len(fields))
 
         async def handler(text: str, which: str, kept: str | None, *values: Any) -> list[Any]:
             try:
                 outcome = said(await work(*values))
             except Refused as refused:
-                return [said(str(refused), failed=True), gr.skip(), gr.skip()]
+                told = said(str(refused), failed=True)
+                return [*(told if each is where else "" for each in results), *skipped]
             snapshot = await server.snapshot(fresh=True)
             found = matching(snapshot.adapters, text, which)
             names = [card["id"] for card in snapshot.adapters]
             shown = gallery(found, snapshot.bases, len(snapshot.adapters))
-            # Gradio refuses the next change if what it deleted stays chosen.
             left = gr.update(choices=names, value=kept if kept in names else None)
-            return [outcome, shown, left]
+            told = [outcome if each is where else "" for each in results]
+            return [*told, shown, left, *[gr.update(value=None)] * len(fields)]
 
         return handler
 
@@ -150,18 +176,18 @@ def build_adapters(server: Server) -> AdaptersTab:
             raise Refused("An upload needs a name and the adapter's files.")
         return await server.upload(secret, called.strip(), [Path(path) for path in paths])
 
-    works: list[tuple[gr.Button, Callable[..., Awaitable[str]], list[Any]]] = [
-        (pin, lambda k, a: server.pin(k, named(a), True), [key, chosen]),
-        (unpin, lambda k, a: server.pin(k, named(a), False), [key, chosen]),
-        (back, do_rollback, [key, chosen, version]),
-        (fold, lambda k, a: server.fold(k, named(a)), [key, chosen]),
-        (unfold, lambda k: server.fold(k, None), [key]),
-        (delete, do_delete, [key, chosen, typed]),
-        (upload, do_upload, [key, name, files]),
+    works: list[tuple[gr.Button, Callable[..., Awaitable[str]], list[Any], gr.HTML, list[Any]]] = [
+        (pin, lambda k, a: server.pin(k, named(a), True), [key, chosen], changed, []),
+        (unpin, lambda k, a: server.pin(k, named(a), False), [key, chosen], changed, []),
+        (back, do_rollback, [key, chosen, version], changed, []),
+        (fold, lambda k, a: server.fold(k, named(a)), [key, chosen], changed, []),
+        (unfold, lambda k: server.fold(k, None), [key], changed, []),
+        (delete, do_delete, [key, chosen, typed], deleted, [typed]),
+        (upload, do_upload, [key, name, files], uploaded, [name, files]),
     ]
-    for button, work, inputs in works:
-        given = [search, wanted, chosen, *inputs]
-        button.click(change(work), given, [result, cards, chosen], **FREE).then(
+    for button, work, inputs, where, fields in works:
+        given, shown = [search, wanted, chosen, *inputs], [*results, cards, chosen, *fields]
+        button.click(change(work, where, fields), given, shown, **FREE).then(
             versions_of, [chosen], [version], **FREE
         )
     chosen.change(versions_of, [chosen], [version], **FREE)

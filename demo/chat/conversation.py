@@ -40,11 +40,8 @@ class Conversation:
         """Return two messages for each turn, as Markdown without HTML."""
         messages: list[Mapping[str, str]] = []
         for turn in self.turns:
-            answer = turn.answer
-            text = safe_text(answer.text)
-            if not text:
-                text = "…" if not answer.finished else "*(no text)*"
-            messages += [_message("user", safe_text(turn.prompt)), _message("assistant", text)]
+            messages.append(_message("user", safe_text(turn.prompt)))
+            messages.append(_message("assistant", _shown(turn.answer)))
         return messages
 
     def cut(self, message: int) -> Turn | None:
@@ -52,6 +49,22 @@ class Conversation:
         turn = self.turns[message // 2] if message // 2 < len(self.turns) else None
         del self.turns[message // 2 :]
         return turn
+
+
+def _shown(answer: Answer) -> str:
+    """Return an answer with what became of it, where that is not plain."""
+    text = safe_text(answer.text)
+    if answer.error is not None:
+        said = "This answer broke off." if text else "No answer."
+        if text.count("```") % 2:
+            text += "\n```"  # Else the reason would be part of the code.
+        reason = safe_text(" ".join(answer.error.split()))
+        return "\n\n".join(filter(None, [text, f"**{said}** {reason}"]))
+    if text:
+        return text
+    return {"waiting": "…", "streaming": "…", "stopped": "*(stopped before its first word)*"}.get(
+        answer.state, "*(an empty answer)*"
+    )
 
 
 def _message(role: str, content: str) -> dict[str, str]:

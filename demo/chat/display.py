@@ -14,19 +14,27 @@ from .difference import ADDED, MISSING, difference
 __all__ = ["COLUMNS", "LABELS", "differences", "figures", "nothing", "redrawn", "step"]
 
 COLUMNS = 4
+TIMES = (
+    "Measured where this page reads the stream. The time to the first token includes the wait for "
+    "the server, which answers the other columns too."
+)
 LABELS = {ADDED: "#bbf7d0", MISSING: "#fecaca"}
 
 
 def figures(answer: Answer) -> str:
-    """Return the line below an answer: its speed, or why there is none."""
-    text = summary(answer) if answer.tokens or answer.finished else "waiting"
-    if answer.state == "stopped":
-        text += " | stopped"
-    alert = f'<p role="alert" class="error">{escape(answer.error)}</p>' if answer.error else ""
-    name = escape(answer.model)
+    """Return the line below an answer: its speed, and how it ended where that is not plain."""
+    text = summary(answer) if answer.tokens or answer.state in ("done", "stopped") else ""
+    if not answer.finished and not text:
+        text = "waiting"
+    ended = "stopped" if answer.state == "stopped" else ""
+    if answer.error is not None:
+        # The reason stands where the answer would.
+        ended = "broke off" if answer.text else "no answer"
+    role = ' role="alert" class="error"' if answer.error else ""
+    said = " | ".join(filter(None, [text, ended]))
     return (
-        f'<div class="figures" data-state="{answer.state}"><p><b>{name}</b> {escape(text)}</p>'
-        f"{alert}</div>"
+        f'<div class="figures" data-state="{answer.state}"><p title="{TIMES}"{role}>'
+        f"<b>{escape(answer.model)}</b> {escape(said)}</p></div>"
     )
 
 

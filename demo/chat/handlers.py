@@ -135,6 +135,18 @@ class Chat:
 
         return clear
 
+    async def models_for_more(self, count: int, before: int, *models: str | None) -> list[Any]:
+        """Return the number of columns and their models; a column that comes up gets a model that
+        no other shows, while there are any."""
+        now = await self.server.snapshot()
+        chosen, known = list(models), [*now.bases, *now.served]
+        updates: list[Any] = [gr.skip()] * COLUMNS
+        for i in range(before, count):
+            free = [name for name in known if name not in chosen[:i]]
+            if chosen[i] in chosen[:i] and free:
+                chosen[i] = updates[i] = free[0]
+        return [count, *updates]
+
     def mark(self, conversations: list[Conversation], columns: int, marked: bool) -> list[Any]:
         """Show or hide how the last answers differ from the first column's."""
         return differences(conversations, columns if marked else 0)
@@ -171,7 +183,7 @@ class Chat:
         answers = {i: conversations[i].turns[-1].answer for i in asked}
         said = encodable(system).strip()
         asks = [(answers[i], conversations[i].messages(said)) for i in asked]
-        comparison = Comparison(self.server.client, asks, settings)
+        comparison = Comparison(self.server.answers, asks, settings)
         self.running[request.session_hash] = comparison
         drawn: dict[int, tuple[Any, ...]] = {}
         try:

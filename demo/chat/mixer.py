@@ -17,17 +17,18 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 @dataclass
 class Mixer:
+    target: gr.Radio
+    """The column that the mix is written into."""
     parts: gr.Dropdown
     """Its choices are the adapters that can be mixed."""
 
 
 def build_mixer(columns: gr.Radio, models: Sequence[gr.Dropdown]) -> Mixer:
     """Add the panel to the page that is being built."""
-    numbers = list(range(1, len(models) + 1))
     with gr.Accordion("Mix adapters", open=False, elem_id="mix"):
         with gr.Row():
             target = gr.Radio(
-                numbers,
+                [1, 2],
                 value=2,
                 label="Mix in column",
                 elem_id="mix-column",
@@ -105,4 +106,4 @@ def build_mixer(columns: gr.Radio, models: Sequence[gr.Dropdown]) -> Mixer:
             write, [columns, target, parts, *weights], written, **QUIET, trigger_mode="always_last"
         )
     target.input(read, [target, parts, *models], [parts, said, *weights], **QUIET)
-    return Mixer(parts)
+    return Mixer(target, parts)

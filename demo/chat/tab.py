@@ -17,7 +17,10 @@ from .sharing import build_sharing
 __all__ = ["ChatTab", "build_chat"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-HINT = "Choose models above, write a prompt below and press Enter."
+HINT = (
+    "The same prompt goes to every column: the base, adapters on it, or mixes of them. "
+    "Take an example below, or write your own."
+)
 
 
 @dataclass
@@ -36,7 +39,6 @@ class ChatTab:
 
 def build_chat(chat: Chat) -> ChatTab:
     """Add the tab to the page that is being built."""
-    usual = Settings()
     conversations = gr.State([Conversation() for _ in range(COLUMNS)])
     with gr.Row(elem_id="bar"):
         columns = gr.Radio(
@@ -45,7 +47,7 @@ def build_chat(chat: Chat) -> ChatTab:
             label="Columns",
             elem_id="count",
             scale=1,
-            min_width=300,
+            min_width=260,
         )
         marked = gr.Checkbox(
             True,
@@ -63,14 +65,15 @@ def build_chat(chat: Chat) -> ChatTab:
                         [],
                         label=f"Model {i + 1}",
                         allow_custom_value=True,
+                        container=False,
                         elem_id=f"model-{i + 1}",
                     )
                 )
                 bots.append(
                     gr.Chatbot(
-                        label=f"Answers {i + 1}",
+                        label=f"Column {i + 1}",
                         elem_id=f"chat-{i + 1}",
-                        height=360,
+                        height="var(--chat)",
                         editable="user",
                         sanitize_html=True,
                         allow_tags=False,
@@ -93,42 +96,39 @@ def build_chat(chat: Chat) -> ChatTab:
                         )
                     )
             boxes.append(box)
-    with gr.Row(elem_id="ask"):
-        prompt = gr.Textbox(
-            "",
-            label="Prompt (Enter sends, Shift+Enter starts a line, Esc stops)",
-            elem_id="prompt",
-            max_lines=8,
-            scale=8,
-            min_width=260,
+    with gr.Row(elem_id="panels"):
+        with gr.Accordion("System prompt and sampling", open=False, elem_id="settings"):
+            system = gr.Textbox("", label="System prompt", elem_id="system", max_lines=8)
+            settings = _sampling()
+        mixer = build_mixer(columns, models)
+        share = build_sharing(chat.server)
+    with gr.Column(elem_id="dock"):
+        examples = gr.Dataset(
+            components=[
+                gr.Textbox(visible=False, label=each) for each in ("name", "system", "prompt")
+            ],
+            samples=[],
+            sample_labels=[],
+            label="Examples",
+            elem_id="examples",
+            samples_per_page=40,
         )
-        send = gr.Button("Send", elem_id="send", variant="primary", scale=1, min_width=76)
-        stop = gr.Button("Stop", elem_id="stop", interactive=False, scale=1, min_width=76)
-        again = gr.Button("Retry", elem_id="retry", scale=1, min_width=76)
-        clear = gr.Button("Clear", elem_id="clear", scale=1, min_width=76)
-    examples = gr.Dataset(
-        components=[gr.Textbox(visible=False, label=each) for each in ("name", "system", "prompt")],
-        samples=[],
-        sample_labels=[],
-        label="Examples",
-        elem_id="examples",
-        samples_per_page=8,
-    )
-    with gr.Accordion("System prompt and sampling", open=False, elem_id="settings"):
-        system = gr.Textbox("", label="System prompt", elem_id="system", max_lines=8)
-        with gr.Row():
-            settings = [
-                gr.Slider(
-                    1, LONGEST, usual.max_tokens, step=1, label="Max tokens", elem_id="max-tokens"
-                ),
-                gr.Slider(
-                    0, 2, usual.temperature, step=0.05, label="Temperature", elem_id="temperature"
-                ),
-                gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top p", elem_id="top-p"),
-                gr.Number(usual.seed, label="Seed", precision=0, elem_id="seed"),
-            ]
-    mixer = build_mixer(columns, models)
-    build_sharing(chat, prompt, conversations, columns, system, settings, models)
+        with gr.Row(elem_id="ask"):
+            prompt = gr.Textbox(
+                "",
+                label="Prompt",
+                placeholder="Ask every column (Enter sends, Esc stops)",
+                container=False,
+                elem_id="prompt",
+                max_lines=8,
+                scale=8,
+                min_width=260,
+            )
+            send = gr.Button("Send", elem_id="send", variant="primary", scale=1, min_width=76)
+            stop = gr.Button("Stop", elem_id="stop", interactive=False, scale=1, min_width=76)
+            again = gr.Button("Retry", elem_id="retry", scale=1, min_width=76)
+            clear = gr.Button("Clear", elem_id="clear", scale=1, min_width=76)
+    share.follow(prompt, conversations, columns, system, settings, models)
 
     state = [conversations, columns, marked, system, *settings, *models]
     shown = [prompt, send, stop, *bots, *lines, *marks]
@@ -142,11 +142,40 @@ def build_chat(chat: Chat) -> ChatTab:
         bot.retry(chat.retry_one(i), state, shown, **running)
         bot.edit(chat.edit(i), state, shown, **running)
         bot.clear(chat.clear_one(i), [conversations], shown, queue=False, **QUIET)
+    before, last = gr.State(2), gr.State(2)
     columns.change(
-        lambda count: [gr.update(visible=i < count) for i in range(COLUMNS)],
-        [columns],
-        boxes,
+        _shown,
+        [columns, last, mixer.target],
+        [last, *boxes, mixer.target],
         queue=False,
         **QUIET,
     )
+    columns.input(
+        chat.models_for_more, [columns, before, *models], [before, *models], queue=False, **QUIET
+    )
     return ChatTab(columns, boxes, models, prompt, system, settings, examples, mixer)
+
+
+def _shown(count: int, last: int, target: int) -> list[Any]:
+    """Show so many columns, and let a mix be written into those."""
+    if count == last:
+        return [gr.skip()] * (COLUMNS + 2)
+    changed = range(min(count, last), max(count, last))
+    boxes = [gr.update(visible=i < count) if i in changed else gr.skip() for i in range(COLUMNS)]
+    choices = list(range(1, count + 1))
+    return [count, *boxes, gr.update(choices=choices, value=min(target or count, count))]
+
+
+def _sampling() -> list[Any]:
+    usual = Settings()
+    with gr.Row():
+        return [
+            gr.Slider(
+                1, LONGEST, usual.max_tokens, step=1, label="Max tokens", elem_id="max-tokens"
+            ),
+            gr.Slider(
+                0, 2, usual.temperature, step=0.05, label="Temperature", elem_id="temperature"
+            ),
+            gr.Slider(0.05, 1, usual.top_p, step=0.05, label="Top p", elem_id="top-p"),
+            gr.Number(usual.seed, label="Seed", precision=0, elem_id="seed"),
+        ]

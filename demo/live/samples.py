@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ __all__ = ["History", "Sample", "read"]
 
 KEPT = 150
 _FRESH_S = 1.0
+GAP_S = 8.0
+"""Nobody looked for so long: what was in between is not known."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ class History:
             self._asking = False
 
     def rates(self, name: str) -> list[tuple[float, float]]:
-        """Return (seconds ago, increase per second); a restart, which counts anew, is left out."""
+        """Return (seconds ago, increase per second).
+
+        A restart, which counts anew, is left out; where nobody asked for a while the rate is NaN.
+        """
         found, now = [], self.samples[-1].at if self.samples else 0.0
         for before, after in zip(self.samples, list(self.samples)[1:], strict=False):
             more = after.numbers.get(name, 0.0) - before.numbers.get(name, 0.0)
+            took = after.at - before.at
             if more >= 0:
-                found.append((after.at - now, more / (after.at - before.at)))
+                found.append((after.at - now, more / took if took <= GAP_S else math.nan))
         return found

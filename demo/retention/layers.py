@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ..adapters.card import number
+from ..adapters.words import number
 from .results import heat, heat_cell
 
 __all__ = ["layer_table"]
@@ -16,6 +16,8 @@ _MODULE = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.(?P<kind>.+)")
 # As a layer computes them; others follow as they come.
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _STEPS = 5
+_TOP = 0.95
+"""The share of all linears that the scale covers; those beyond have its last colour."""
 
 
 def layer_table(name: str, modules: Mapping[str, float]) -> str:
@@ -32,7 +34,9 @@ def layer_table(name: str, modules: Mapping[str, float]) -> str:
         cells.setdefault(row, {})[found["kind"] if found else module] = (module, ratio)
     kinds = _ordered(list(dict.fromkeys(kind for row in cells.values() for kind in row)))
     several = len({stack for stack, _ in cells}) > 1
-    most = max(modules.values())
+    ratios = sorted(modules.values())
+    # One that sticks out would leave all others pale.
+    most = ratios[min(len(ratios) - 1, math.ceil(_TOP * (len(ratios) - 1)))]
     heads = "".join(
         f'<th scope=col title="{escape(kind)}">{escape(short)}</th>'
         for kind, short in [("layer", "layer"), *zip(kinds, _shortened(kinds), strict=True)]
@@ -79,10 +83,10 @@ def _percent(ratio: float, most: float) -> str:
 
 
 def _scale(most: float) -> str:
-    """Return the colours with their numbers, from 0 to the largest change."""
+    """Return the colours with their numbers, from 0 to the end of the scale."""
     shares = [step / (_STEPS - 1) for step in range(_STEPS)]
     marks = "".join(
         f'<span class="heat" style="{heat(share)}">{_percent(most * share, most)}</span>'
         for share in shares
     )
-    return f'<span class="scale">{marks}</span>'
+    return f'<span class="scale">{marks}<span>and more</span></span>'

@@ -44,7 +44,7 @@ def table(base: Sequence[Answer], adapter: Sequence[Answer]) -> str:
     failed = next((answer.error for answer in [*base, *adapter] if answer.error), None)
     alert = f'<p role="alert" class="error">{escape(failed)}</p>' if failed else ""
     return (
-        f'{alert}<div class="figure-table" tabindex="0" role="region" aria-label="Answers to '
+        f'{alert}<div class="figure-table wide" tabindex="0" role="region" aria-label="Answers to '
         f'general questions"><table><caption>{_summary(base, adapter)}</caption>'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

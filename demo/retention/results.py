@@ -25,6 +25,8 @@ class Point:
     name: str
     score: float
     kl: float
+    task: str | None = None
+    """Name of the adapter that learned the same, if the file says so."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_results(files: Sequence[str]) -> Results:
         try:
             raw = json.loads(Path(name).read_text(encoding="utf-8"))
             if "single" in raw:
-                points += _points(raw["single"])
+                points += _points(raw["single"], raw.get("task"))
             else:
                 matrices.append(_matrix(raw, Path(name)))
         except OSError as error:
@@ -61,7 +63,7 @@ def read_results(files: Sequence[str]) -> Results:
 
 
 def heat_table(matrix: Matrix) -> str:
-    """Return the matrix as a table whose cells are the darker the higher they are."""
+    """Return the matrix as a table whose cells are the greener the higher they are."""
     heads = "".join(f"<th scope=col>{escape(task)}</th>" for task in ("after", *matrix.tasks))
     rows = "".join(
         f"<tr><th scope=row>{escape(task)}</th>{''.join(map(_cell, row))}</tr>"
@@ -76,11 +78,8 @@ def heat_table(matrix: Matrix) -> str:
 
 
 def heat(share: float) -> str:
-    """Return the style of a value between 0 and 1: the higher, the darker."""
-    # From white to a green on which dark letters keep a contrast of 7 to 1.
-    share = min(max(share, 0.0), 1.0)
-    red, green, blue = (round(255 + (end - 255) * share) for end in (110, 205, 140))
-    return f"background: rgb({red} {green} {blue})"
+    """Return the style of a value between 0 and 1; the page's theme has the colours."""
+    return f"--heat: {100 * min(max(share, 0.0), 1.0):.0f}%"
 
 
 def heat_cell(share: float, text: str, title: str = "") -> str:
@@ -94,9 +93,10 @@ def _cell(value: float) -> str:
     return heat_cell(value, f"{value:.2f}") if math.isfinite(value) else "<td>–</td>"
 
 
-def _points(single: dict[str, Any]) -> list[Point]:
+def _points(single: dict[str, Any], task: object) -> list[Point]:
+    known = task if isinstance(task, str) else None
     return [
-        Point(str(name), float(facts["score"]["mean"]), float(facts["kl"]["mean"]))
+        Point(str(name), float(facts["score"]["mean"]), float(facts["kl"]["mean"]), known)
         for name, facts in single.items()
         if facts.get("score") and facts.get("kl")
         if math.isfinite(facts["score"]["mean"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ..adapters.card import main_score, number
+from ..adapters.card import main_score
+from ..adapters.words import number
 from ..answer import Answer
 from ..compare import Comparison, Settings
 from ..server import Refused, Server, Snapshot
@@ -20,14 +22,16 @@ from .layers import layer_table
 from .questions import QUESTIONS, table
 from .results import Results, heat_table
 
-__all__ = ["RetentionTab", "build_retention", "front", "kept"]
+__all__ = ["RetentionTab", "build_retention", "front", "kept", "named"]
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 REDRAW_S = 0.4
-SETTINGS = Settings(max_tokens=32)
 FARTHEST = 0.5
-THIS, SERVED, EXPERIMENT = "this adapter", "other adapters", "experiment"
-COLORS = {THIS: "#dc2626", SERVED: "#4f46e5", EXPERIMENT: "#6b7280"}
+SETTINGS = Settings(max_tokens=32)
+THIS, SERVED, EXPERIMENT = "this adapter", "others of its task", "experiment"
+# Each keeps a contrast of 3 to 1 on the light page and on the dark one.
+COLORS = {THIS: "#ef4444", SERVED: "#6366f1", EXPERIMENT: "#7c8aa0"}
+X = "KL to the base, as a power of ten"
 MEANING = {
     "kl": "KL to the base per token of neutral text: 0 is unchanged",
     "perplexity_ratio": "perplexity of neutral text over the base's: 1 is unchanged",
@@ -43,19 +47,22 @@ class RetentionTab:
 
 def build_retention(server: Server, results: Results) -> RetentionTab:
     """Add the tab to the page that is being built."""
-    chosen = gr.Dropdown([], label="Adapter", elem_id="kept-adapter")
+    chosen = gr.Dropdown([], label="Adapter", allow_custom_value=True, elem_id="kept-adapter")
     numbers = gr.HTML(kept(None), elem_id="kept")
     picture = gr.ScatterPlot(
         # Not before there is something to draw: two drawings at once may end in the wrong order.
         visible=False,
-        x="KL to the base",
+        x=X,
         y="score",
         color="what",
         color_map=COLORS,
         tooltip="all",
         elem_id="front",
-        label=f"Score against KL to the base, as far as {FARTHEST:g}: left and high is better",
+        height=400,
+        label="Score against KL to the base, of one task: left and high is better. −2 is a KL of "
+        ".01, −1 of .1",
     )
+    names = gr.HTML("", elem_id="front-names")
     with gr.Row():
         ask = gr.Button("Ask base and adapter", elem_id="ask-questions", variant="primary")
         stop = gr.Button("Stop", elem_id="stop-questions", min_width=90)
@@ -69,7 +76,16 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     async def show(name: str | None) -> list[Any]:
         now = await server.snapshot()
         points = front(now, name, results)
-        return [kept(now.card(name)), gr.update(value=points, visible=not points.empty), "", ""]
+        drawn = gr.ScatterPlot(value=points, visible=False)
+        if not points.empty:
+            # Limits of their own, since Gradio's begin at 0. No tick stands at the very edge, where
+            # its label would be moved onto the next.
+            left, right = points[X].min(), points[X].max()
+            x_lim = [math.floor(2 * left) / 2 - 0.07, math.ceil(2 * right) / 2 + 0.07]
+            lowest = math.floor(10 * points["score"].min() - 0.1) / 10
+            y_lim = [lowest, max(1.0, points["score"].max())]
+            drawn = gr.ScatterPlot(value=points, visible=True, x_lim=x_lim, y_lim=y_lim)
+        return [kept(now.card(name)), drawn, named(points), "", ""]
 
     async def questions(request: gr.Request, name: str | None) -> AsyncIterator[str]:
         now = await server.snapshot()
@@ -82,7 +98,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
         base, adapter = ([Answer(model) for _ in QUESTIONS] for model in (now.bases[0], name))
         asked = [[{"role": "user", "content": question}] for question, _ in QUESTIONS]
         asks = [*zip(base, asked, strict=True), *zip(adapter, asked, strict=True)]
-        comparison = Comparison(server.client, asks, SETTINGS)
+        comparison = Comparison(server.answers, asks, SETTINGS)
         running[request.session_hash] = comparison
         try:
             yield table(base, adapter)
@@ -115,7 +131,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     chosen.change(
         show,
         [chosen],
-        [numbers, picture, answers, layers],
+        [numbers, picture, names, answers, layers],
         queue=False,
         cancels=[measured],
         **QUIET,
@@ -142,15 +158,44 @@ def kept(card: Any) -> str:
 
 
 def front(now: Snapshot, name: str | None, results: Results) -> pd.DataFrame:
-    """Return a row for each adapter whose card has both numbers, and each variant.
+    """Return a row for each adapter of the same task whose card has both numbers, and each variant.
 
-    What moved the base beyond `FARTHEST` would press all others against the axis.
+    Adapters have the same task if the base has the same score in it.
     """
-    rows = [(p.name, p.kl, p.score, EXPERIMENT) for p in results.points if p.kl <= FARTHEST]
-    for card in now.adapters:
+    group = _task(now.card(name))
+    same = [card for card in now.adapters if _task(card) == group]
+    tasks = [None, *(card["id"] for card in same)]
+    rows = [(p.name, p.kl, p.score, EXPERIMENT) for p in results.points if p.task in tasks]
+    for card in same:
         kl, best = (card.get("retention") or {}).get("kl"), main_score(card)
-        if kl is not None and kl <= FARTHEST and best is not None:
+        if kl is not None and best is not None:
             rows.append((card["id"], kl, best[1], THIS if card["id"] == name else SERVED))
+    # Beyond, a model says little, and would press all others against the axis.
+    rows = [row for row in rows if 0 < row[1] <= FARTHEST]
     rows.sort(key=lambda row: row[-1] == THIS)  # Drawn last, it lies on top.
-    frame = pd.DataFrame(rows, columns=["name", "KL to the base", "score", "what"])
-    return frame.astype({"KL to the base": float, "score": float})
+    frame = pd.DataFrame(rows, columns=["name", "KL", "score", "what"])
+    frame = frame.astype({"KL": float, "score": float})
+    frame[X] = frame["KL"].map(math.log10)
+    return frame
+
+
+def _task(card: Any) -> tuple[Any, ...] | None:
+    best = main_score(card) if card is not None else None
+    return best and (best[0], best[2])
+
+
+def named(points: pd.DataFrame) -> str:
+    """Return the points of the picture with their names, from the least KL on."""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(str(row['name']))}</th><td>{number(row['score'])}</td>"
+        f"<td>{number(row['KL'])}</td><td>{escape(str(row['what']))}</td></tr>"
+        for _, row in points.sort_values("KL").iterrows()
+    )
+    if not rows:
+        return ""
+    heads = "".join(f"<th scope=col>{head}</th>" for head in ("name", "score", "KL", "what"))
+    return (
+        f"<details><summary>The {len(points)} points by name</summary>"
+        '<div class="figure-table" tabindex="0" role="region" aria-label="Points of the picture">'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+    )

@@ -31,7 +31,7 @@ def names(page: Any) -> list[str]:
 
 def press(page: Any, button: str, said: str) -> None:
     page.locator(f"#{button}").click()
-    page.locator("#changed", has_text=said).wait_for(timeout=15_000)
+    page.locator(".block.changed", has_text=said).wait_for(timeout=15_000)
 
 
 def choose(page: Any, box: str, option: str) -> None:
@@ -59,9 +59,15 @@ def test_the_gallery_shows_searches_and_takes_no_changes_without_a_key(
     page.wait_for_function("document.querySelector('#cards h3')?.innerText === 'plain'")
     assert scroll_width(page) <= window["width"]
     choose(page, "filter", "all")
-    page.locator("#cards article", has_text="iso-date").get_by_role("link").click()
-    page.wait_for_function("document.querySelector('#model-2 input')?.value === 'iso-date'")
-    expect(page.locator("#prompt textarea")).to_have_value("An example for iso-date.")
+    facts = " ".join(page.locator("#cards article", has_text="iso-date").inner_text().split())
+    for fact in ("0.89 accuracy, the base 0.505", "moved by KL 0.138", "39 MB (39.4 times)"):
+        assert fact in facts
+    with page.expect_popup() as opened:
+        page.locator("#cards article", has_text="iso-date").get_by_role("link").click()
+    other = opened.value
+    other.wait_for_function("document.querySelector('#model-2 input')?.value === 'iso-date'")
+    expect(other.locator("#prompt textarea")).to_have_value("An example for iso-date.")
+    other.close()
     assert server.changes == []
 
 
@@ -84,7 +90,11 @@ def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
     press(page, "unpin", "sentiment may leave its slot.")
     press(page, "rollback", "sentiment is served as a1b2c3d4e5f6.")
     page.locator("#cards .badge", has_text="rolled back").wait_for()
+    # What came of it stands beside the buttons.
+    told, button = (page.locator(each).first.bounding_box() for each in (".block.changed", "#fold"))
+    assert 0 <= told["y"] - button["y"] < 150
     press(page, "fold", "sentiment is folded")
+    page.locator("#cards a").first.wait_for(state="detached")
     page.locator("#status", has_text="nothing else answers until unfolded").wait_for(timeout=10_000)
     press(page, "unfold", "The weights are those of the base again.")
     page.locator("#delete-name textarea, #delete-name input").first.fill("sentimen")
@@ -93,6 +103,7 @@ def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
     press(page, "delete", "sentiment is deleted.")
     page.wait_for_function("document.querySelectorAll('#cards h3').length === 1")
     expect(page.locator("#change-adapter input")).to_have_value("")
+    expect(page.locator("#delete-name textarea, #delete-name input").first).to_have_value("")
     assert page.locator(".toast-body").count() == 0
 
     files = []

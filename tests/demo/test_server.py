@@ -7,6 +7,8 @@ says "somebody else asks" against the real server's rule.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +139,35 @@ def test_an_answer_can_be_written_into_the_page(piece: str):
     assert answer.text.encode() and answer.state == ("done" if len(piece) == 3 else "failed")
 
 
+def test_speed_and_first_token_are_those_of_the_stream_however_long_a_redraw_takes():
+    pace = {"short": 0.02, "long": 0.04}
+    answers = [Answer(name) for name in pace]
+
+    async def ask(client: Any) -> None:
+        async for _ in Comparison(client, [(answer, []) for answer in answers], Settings()):
+            time.sleep(0.4)
+
+    scripts = {name: Script(("word ",) * 20, wait_s=wait) for name, wait in pace.items()}
+    with FakeServer(scripts=scripts) as fake:
+        run(ask(connect(fake.url)))
+    for answer in answers:
+        assert answer.state == "done" and answer.tokens == 20
+        assert 0.3 < answer.tokens_per_s * pace[answer.model] < 1.1
+        assert answer.first_token_s < 0.3
+
+
+def test_many_tokens_at_once_have_no_speed():
+    answer = Answer(BASE)
+
+    async def ask(client: Any) -> None:
+        async for _ in Comparison(client, [(answer, [])], Settings()):
+            pass
+
+    with FakeServer(scripts={BASE: Script(("word ",) * 4, wait_s=0)}) as fake:
+        run(ask(connect(fake.url)))
+    assert summary(answer).startswith("4 tokens | first token")
+
+
 @pytest.mark.parametrize("counted", ["<img src=x>", ["<img>"], -1, float("inf"), 10**50])
 def test_what_a_server_counts_is_a_number(counted: Any):
     """openai's client lets any type through, and the count is shown in the page."""
@@ -209,5 +240,7 @@ def test_metrics_become_rates_and_a_restart_is_no_loss():
     for at, value in ((0.0, 10), (2.0, 30), (4.0, 3), (6.0, 5)):
         history.samples.append(read(f"# TYPE t counter\nt_total {value}\n", at))
     assert history.rates("t_total") == [(-4.0, 10.0), (0.0, 1.0)]
+    history.samples.append(read("# TYPE t counter\nt_total 500\n", 60.0))
+    assert math.isnan(history.rates("t_total")[-1][1]), "nobody looked: no mean over the gap"
     run(history.sample())
     assert "No server answers" in history.problem

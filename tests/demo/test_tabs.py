@@ -51,7 +51,15 @@ def test_an_adapter_is_asked_beside_the_base(
     assert " ".join(rows.last.inner_text().split()) == "29 3.98 3.94 4.00 3.96 3.90 3.92 3.89"
     title = rows.last.locator("td").nth(2).get_attribute("title")
     assert title == "model.layers.29.self_attn.v_proj: 4 %"
-    assert layers.locator(".scale").inner_text().split() == ["0.00", "1.00", "2.00", "3.00", "4.00"]
+    assert layers.locator(".scale").inner_text().split() == [
+        "0.00",
+        "0.95",
+        "1.90",
+        "2.86",
+        "3.81",
+        "and",
+        "more",
+    ]
     assert scroll_width(page) <= window["width"]
     assert rows.last.bounding_box()["height"] < 25
     assert not _scrolls(layers)
@@ -157,11 +165,11 @@ def _scrolls(table: Any) -> bool:
 def _cut(page: Any) -> list[str]:
     """Return visible controls and labels that reach beyond the box that holds them, or the window.
 
-    What scrolls by itself may be wider: chats, tables and code.
+    What scrolls by itself may be wider: chats, tables, code and examples.
     """
     return page.evaluate(
         """() => [...document.querySelectorAll('button, input:not([type=file]), textarea, label')]
-        .filter((e) => e.checkVisibility() && !e.closest('[id^=chat-], .figure-table'))
+        .filter((e) => e.checkVisibility() && !e.closest('[id^=chat-], .figure-table, #examples'))
         .filter((e) => { const r = e.getBoundingClientRect(), box = e.closest('.form');
           const right = Math.min(innerWidth, box ? box.getBoundingClientRect().right : innerWidth);
           return r.width > 4 && r.right > right + 1; })
@@ -172,7 +180,7 @@ def _cut(page: Any) -> list[str]:
 def _overlapping(page: Any) -> list[list[str]]:
     """Return pairs of visible controls that lie on each other, where neither holds the other.
 
-    Chats scroll by themselves, and the prompt stays at the foot: both may lie upon others.
+    Chats scroll by themselves, and prompt and examples stay at the foot: all may lie upon others.
     """
     return page.evaluate(
         """() => {
@@ -180,7 +188,7 @@ def _overlapping(page: Any) -> list[list[str]]:
         const parts = [...document.querySelectorAll(kinds)]
           .filter((e) => e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true}))
           .map((e) => [e, e.getBoundingClientRect()])
-          .filter(([e, r]) => r.width > 4 && r.height > 4 && !e.closest('#ask, [id^=chat-]'));
+          .filter(([e, r]) => r.width > 4 && r.height > 4 && !e.closest('#dock, [id^=chat-]'));
         const cut = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 3
           && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;
         const pairs = [];

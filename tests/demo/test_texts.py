@@ -26,7 +26,10 @@ from demo.compare import LONGEST, Settings, parser
 from demo.endpoint import explain, without_login
 from demo.retention.layers import layer_table
 from demo.retention.questions import QUESTIONS, right, table
-from demo.retention.results import heat_table, read_results
+from demo.retention.results import Point, Results, heat_table, read_results
+from demo.retention.tab import front, named
+from demo.server import Snapshot
+from tests.support import ROOT
 from tests.support.fake_server import adapter_card
 
 MARK = "<img src=x onerror=alert(1)>"
@@ -164,13 +167,19 @@ def test_a_conversation_sends_what_was_said_and_leaves_out_what_failed():
     talk.ask("base", "three")
     sent = talk.messages("be brief")
     assert [m["content"] for m in sent] == ["be brief", "one", "1", "three"]
-    assert len(talk.shown()) == 6
+    assert len(talk.shown()) == 6 and talk.shown()[3]["content"] == "**No answer.** no"
+    failed.text = "```\nx"
+    assert talk.shown()[3]["content"] == "```\nx\n```\n\n**This answer broke off.** no"
 
 
 def test_a_card_shows_everything_and_escapes_what_others_wrote():
     shown = card(adapter_card("x", task=MARK, reason="<b>", recipe={"<i>": "<u>"}), ["base"])
     assert "<img" not in shown and "<b>" not in shown and "<i>" not in shown and "<u>" not in shown
-    for fact in ("32 on 210 linears", "990 kB (a LoRA of this rank: 39 MB)", "0.89", "base 0.505"):
+    for fact in (
+        "32 on 210 linears",
+        "990 kB; a LoRA of this rank 39 MB (39.4 times)",
+        "the base 0.505",
+    ):
         assert fact in shown
     assert "2 versions" in shown and "?models=base%2Cx" in shown and "0f1e2d3c4b5a" in shown
     many = [adapter_card(f"a{i}") for i in range(100)]
@@ -243,3 +252,23 @@ def test_results_are_read_by_their_shape(tmp_path):
             read_results([str(bad)])
     with pytest.raises(ValueError, match="cannot read"):
         read_results([str(tmp_path / "none")])
+
+
+def test_the_shipped_experiment_is_the_measured_one():
+    measured = json.loads((ROOT / "benchmarks/results/experiment/summary.json").read_text())
+    shipped = read_results([str(ROOT / "adapters/experiment.json")]).points
+    assert {p.name: (p.score, p.kl) for p in shipped} == {
+        name: (facts["score"]["mean"], facts["kl"]["mean"])
+        for name, facts in measured["single"].items()
+    }
+    assert {p.task for p in shipped} == {"iso-date"}
+
+
+def test_the_picture_has_one_task_and_a_name_for_each_point():
+    other = adapter_card("x", scores={"accuracy": 0.9, "base_accuracy": 0.1}, retention={"kl": 0.1})
+    now = Snapshot(adapters=(adapter_card("a"), adapter_card("b"), other))
+    points = (Point("far", 0.9, 4.4), Point("lora", 0.9, 0.1, "x"), Point("any", 0.5, 0.01))
+    drawn = front(now, "a", Results(points))
+    assert list(drawn["name"]) == ["any", "b", "a"] and list(drawn["what"])[-1] == "this adapter"
+    assert list(front(now, "x", Results(points))["name"]) == ["lora", "any", "x"]
+    assert named(drawn).index(">any<") < named(drawn).index(">a<") and named(drawn[:0]) == ""

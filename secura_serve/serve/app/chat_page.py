@@ -43,6 +43,7 @@ class ChatPage:
         port: of the page.
         api_key: passed on by environment like the login, so that it shows in no process list.
         examples: JSON file of example prompts per adapter.
+        results: JSON file of an experiment, whose variants the page draws beside the adapters.
         enabled: False does nothing.
     """
 
@@ -54,11 +55,13 @@ class ChatPage:
         port: int,
         api_key: str | None,
         examples: Path | None,
+        results: Path | None,
         enabled: bool,
     ) -> None:
         self.endpoint, self.host, self.port = endpoint, access.host, port
         self.login, self.open = access.login, access.open
-        self.api_key, self.examples, self.enabled = api_key, examples, enabled
+        self.api_key, self.enabled = api_key, enabled
+        self.files = {"--examples": examples, "--results": results}
         self._process: subprocess.Popen[bytes] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._announce, daemon=True)
@@ -104,8 +107,9 @@ class ChatPage:
             return
         command += ["--endpoint", f"{self.endpoint}/v1", "--host", self.host]
         command += ["--port", str(self.port)]
-        if self.examples is not None:
-            command += ["--examples", str(self.examples)]
+        for flag, file in self.files.items():
+            if file is not None:
+                command += [flag, str(file)]
         # The page needs neither the operator's key nor a login that it was not given.
         ours = ("SECURA_ADMIN_API_KEY", "SECURA_UI_AUTH")
         environment = {name: value for name, value in os.environ.items() if name not in ours}

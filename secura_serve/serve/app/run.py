@@ -106,12 +106,15 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
 def _chat_page(
     config: ServeConfig, endpoint: str, access: PageAccess | None, context: ServerContext
 ) -> ChatPage:
-    examples = Path(config.adapters) / "examples.json" if config.adapters else None
+    folder = Path(config.adapters) if config.adapters else None
+    files = [folder / f"{name}.json" if folder else None for name in ("examples", "experiment")]
+    examples, results = (file if file and file.is_file() else None for file in files)
     return ChatPage(
         endpoint,
         access=access or PageAccess(),
         port=config.ui_port,
         api_key=next(iter(context.keys.user), context.keys.internal),
-        examples=examples if examples and examples.is_file() else None,
+        examples=examples,
+        results=results,
         enabled=access is not None,
     )
