@@ -118,6 +118,9 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path):
 def test_it_is_left_out_where_it_would_not_be_the_same(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ):
+    # vLLM sets both in a process that has configured an engine.
+    for name in (fork_server.METHOD, "LD_PRELOAD"):
+        monkeypatch.delenv(name, raising=False)
     assert fork_server.can_fork(["--port", "9000"])
     assert not fork_server.can_fork(["--numa-bind"])
     monkeypatch.setenv(variable, value)
