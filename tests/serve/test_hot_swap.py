@@ -119,7 +119,7 @@ def test_an_adapter_comes_changes_is_rolled_back_and_goes(started):
 
 def test_a_request_ends_on_the_version_that_it_began_with(started):
     started.serve("first", "y")
-    whole = {"prompt": "Go", "max_tokens": 480, "ignore_eos": True, "seed": 7, "n": 48}
+    whole = {"prompt": "Go", "max_tokens": 480, "ignore_eos": True, "seed": 7, "n": 120}
 
     def text(model: str) -> set[str]:
         reply = started.http.post("/v1/completions", json=whole | {"model": model})
@@ -138,7 +138,7 @@ def test_a_request_ends_on_the_version_that_it_began_with(started):
 
 def test_content_that_comes_back_joins_the_requests_that_still_run_on_it(started):
     started.serve("first", "back")
-    whole = {"prompt": "Go", "max_tokens": 480, "ignore_eos": True, "n": 48, "model": "back"}
+    whole = {"prompt": "Go", "max_tokens": 480, "ignore_eos": True, "n": 120, "model": "back"}
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: started.http.post("/v1/completions", json=whole))
         started.until(lambda: started.http.get("/admin/fold").json()["running_requests"])

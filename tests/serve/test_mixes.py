@@ -312,7 +312,7 @@ def test_a_mix_runs_on_while_its_part_goes(started):
     until(lambda: started.ask("going").status_code == 200)
     want = started.answer("one*0.5+two")[0]
     assert started.answer("one*0.5+going")[0] == want
-    long = {"prompt": "Go", "max_tokens": 400, "ignore_eos": True, "n": 16, "seed": 3}
+    long = {"prompt": "Go", "max_tokens": 400, "ignore_eos": True, "n": 64, "seed": 3}
 
     async def run() -> list[dict]:
         async with httpx.AsyncClient(base_url=str(started.http.base_url), timeout=120) as http:

@@ -66,6 +66,10 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
     process = _start(tiny_base("llama"), log, "--port", str(free_port()))
     _wait_for(moment, log, process)
     family = psutil.Process(process.pid).children(recursive=True)
+    if status:
+        # The start waits for them here, and does not end while the files below are looked for.
+        for worker in (p for p in family if "Worker" in p.name()):
+            worker.suspend()
     shared = _shared([psutil.Process(process.pid), *family])
     process.send_signal(number)
     assert process.wait(timeout=60) == status, log.read_text()[-3000:]
@@ -88,6 +92,13 @@ def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path
     assert done.returncode == 1
     assert "cannot listen on 127.0.0.1" in done.stderr and flag in done.stderr
     assert "is ready" not in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.long
+def test_page_and_endpoint_on_one_port_are_refused(tiny_base):
+    command = [*SERVE, "--base", str(tiny_base("llama")), "--port", "18473", "--ui-port", "18473"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "is the port of the endpoint, too" in done.stderr, done.stderr
 
 
 @pytest.mark.long

@@ -55,6 +55,11 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
     endpoint = f"{scheme}://{reachable}:{args.port}"
     access = None
     if config.ui:
+        if config.ui_port == args.port and not args.uds:
+            raise ConfigError(
+                f"--ui-port {config.ui_port} is the port of the endpoint, too; choose another one, "
+                "or leave the page out with --no-ui"
+            )
         access = page_access(
             config.ui_host, login=config.ui_auth, no_login=config.ui_no_auth, keys=context.keys
         )
