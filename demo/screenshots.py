@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         for name, width, dark in (("wide", 1280, False), ("phone", 390, True)):
             window = browser.new_page(
-                viewport={"width": width, "height": 800},
+                viewport={"width": width, "height": 960 if width > 600 else 800},
                 color_scheme="dark" if dark else "light",
                 device_scale_factor=1.5,
             )
@@ -107,6 +107,10 @@ def draw(page: Any, url: str, *, few: bool) -> Iterator[str]:
     yield "adapters"
     page.get_by_role("tab", name="Retention").click()
     page.locator("#kept dl").wait_for()
+    # The one that the experiment was made with.
+    page.locator("#kept-adapter input").click()
+    page.get_by_role("option", name="iso-date", exact=True).click()
+    page.locator("#kept", has_text="0.895").wait_for()
     page.locator("#ask-questions").click()
     page.locator("#questions caption", has_text="12 of 12 answered").wait_for(timeout=180_000)
     page.locator("#show-layers").click()

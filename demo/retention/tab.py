@@ -128,14 +128,17 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
 
     measured = measure.click(changes, [chosen], [layers], concurrency_limit=None, **QUIET)
     # What an earlier choice still waits for must not come behind this one.
-    chosen.change(
-        show,
-        [chosen],
-        [numbers, picture, names, answers, layers],
+    away = chosen.change(
+        # A picture on the page is drawn once for its points and once for its limits, and the one
+        # that ends last stays: so it is taken away before, and drawn once when it comes back.
+        lambda: gr.ScatterPlot(visible=False),
+        None,
+        [picture],
         queue=False,
         cancels=[measured],
         **QUIET,
     )
+    away.then(show, [chosen], [numbers, picture, names, answers, layers], queue=False, **QUIET)
     ask.click(questions, [chosen], [answers], concurrency_limit=None, trigger_mode="once", **QUIET)
     stop.click(end, queue=False, **QUIET)
     return RetentionTab(chosen)
@@ -195,7 +198,7 @@ def named(points: pd.DataFrame) -> str:
         return ""
     heads = "".join(f"<th scope=col>{head}</th>" for head in ("name", "score", "KL", "what"))
     return (
-        f"<details><summary>The {len(points)} points by name</summary>"
+        f"<details><summary>Points by name ({len(points)})</summary>"
         '<div class="figure-table" tabindex="0" role="region" aria-label="Points of the picture">'
         f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
