@@ -263,6 +263,11 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
         page.locator("#mix-parts input").click()
         page.get_by_role("option", name=name, exact=True).click()
     page.keyboard.press("Escape")
+    # The choice of the second part draws the sliders anew; what is typed before that is lost.
+    page.locator("#weight-2 input[type=number]").wait_for()
+    page.wait_for_function(
+        "document.querySelector('#model-4 input').value === 'sentiment+iso-date'"
+    )
     weight = page.locator("#weight-1 input[type=number]")
     weight.fill("0.5")
     weight.press("Tab")
