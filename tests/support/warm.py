@@ -58,6 +58,10 @@ GROUPS = {
 # Read each time, not once: a command may be given others.
 _MAY_DIFFER = {"PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST"}
 _MAY_DIFFER |= {"TORCHINDUCTOR_CACHE_DIR", "OPENAI_API_KEY", "COVERAGE_PROCESS_START"}
+# Set by vLLM when it is imported, in this process as in the others.
+_MAY_DIFFER |= {"TRITON_CACHE_AUTOTUNING", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK"}
+_MAY_DIFFER |= {"KMP_INIT_AT_FORK", "TILELANG_CLEANUP_TEMP_FILES", "AITER_SITUV2_A4W4"}
+_MAY_DIFFER |= {"PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_ENABLE_RESPONSES_API_STORE"}
 _SHIM = """#!{python} -IS
 import os, socket, sys
 environ, differs = {environ!r}, {differs!r}
