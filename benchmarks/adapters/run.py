@@ -400,7 +400,8 @@ base. Neutral English: {evaluation["neutral_text"]}, first 64 tokens each.
 
 Adapter: ΔW = C·U·R on all seven linear layers of each block, rank {settings["rank"]}, core
 {core}, S-MagNorm {norm}. Basis `{settings["selection"]}` with seed
-{settings["selection_seed"]} (shared by all adapters here), {settings["coordinates"]} coordinates{kept},
+{settings["selection_seed"]} (shared by all adapters here), {settings["coordinates"]} \
+coordinates{kept},
 {facts["trainable_parameters"]:,} numbers trained, file of {size:.2f} MB.
 Training: {settings["max_steps"]} steps of {settings["per_device_train_batch_size"]} examples at
 {rate:g}, {facts["seconds"]:.0f} s in {facts["threads"]} CPU thread(s) of a busy machine.
