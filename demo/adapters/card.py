@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from .words import kept, number, recipe
 
-__all__ = ["card", "gallery", "kind", "main_score", "number", "size"]
+__all__ = ["card", "gallery", "kind", "main_score", "size"]
 
 SHOWN = 60
 KINDS = {"cur": "CUR", "lora": "LoRA", "full": "fine-tune"}

@@ -142,6 +142,7 @@ def build_chat(chat: Chat) -> ChatTab:
         bot.retry(chat.retry_one(i), state, shown, **running)
         bot.edit(chat.edit(i), state, shown, **running)
         bot.clear(chat.clear_one(i), [conversations], shown, queue=False, **QUIET)
+    # One for each of the two events, which come in any order.
     before, last = gr.State(2), gr.State(2)
     columns.change(
         _shown,

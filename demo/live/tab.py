@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from ..figure_table import figure_table
 from ..server import Server
 from .samples import History
 
@@ -147,8 +148,5 @@ def _table(history: History, bases: Sequence[str]) -> str:
     )
     if not rows:
         return ""
-    return (
-        '<div class="figure-table" tabindex="0" role="region" aria-label="Traffic by model">'
-        "<table><thead><tr><th scope=col>model</th><th scope=col>requests</th>"
-        f"<th scope=col>tokens</th></tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    heads = "".join(f"<th scope=col>{head}</th>" for head in ("model", "requests", "tokens"))
+    return figure_table("Traffic by model", heads, rows)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ..adapters.words import number
+from ..figure_table import figure_table
 from .results import heat, heat_cell
 
 __all__ = ["layer_table"]
@@ -47,11 +48,9 @@ def layer_table(name: str, modules: Mapping[str, float]) -> str:
         for (stack, layer), row in cells.items()
     )
     said = f"{name}: change of each weight, ‖W′ − W‖ / ‖W‖, in %"
-    return (
-        '<div class="figure-table layers" tabindex="0" role="region" aria-label="Change of every '
-        f'layer by {escape(name)}"><table><caption>{escape(said)}{_scale(most)}</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    caption = f"{escape(said)}{_scale(most)}"
+    label = f"Change of every layer by {name}"
+    return figure_table(label, heads, rows, caption=caption, kind="layers")
 
 
 def _ordered(kinds: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..answer import Answer
+from ..figure_table import figure_table
 
 __all__ = ["QUESTIONS", "right", "table"]
 
@@ -43,11 +44,9 @@ def table(base: Sequence[Answer], adapter: Sequence[Answer]) -> str:
     )
     failed = next((answer.error for answer in [*base, *adapter] if answer.error), None)
     alert = f'<p role="alert" class="error">{escape(failed)}</p>' if failed else ""
-    return (
-        f'{alert}<div class="figure-table wide" tabindex="0" role="region" aria-label="Answers to '
-        f'general questions"><table><caption>{_summary(base, adapter)}</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    caption = _summary(base, adapter)
+    label = "Answers to general questions"
+    return alert + figure_table(label, heads, rows, caption=caption, kind="wide")
 
 
 def _cell(answer: Answer, wanted: str) -> str:

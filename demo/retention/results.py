@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..figure_table import figure_table
+
 __all__ = ["Matrix", "Point", "Results", "heat", "heat_cell", "heat_table", "read_results"]
 
 SHAPES = (
@@ -69,12 +71,8 @@ def heat_table(matrix: Matrix) -> str:
         f"<tr><th scope=row>{escape(task)}</th>{''.join(map(_cell, row))}</tr>"
         for task, row in zip(matrix.tasks, matrix.rows, strict=True)
     )
-    label = escape(f"Accuracy matrix of {matrix.title}")
-    return (
-        f'<div class="figure-table" tabindex="0" role="region" aria-label="{label}"><table>'
-        f"<caption>{escape(matrix.title)}: accuracy on each task, after training on each in turn"
-        f"</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+    caption = f"{escape(matrix.title)}: accuracy on each task, after training on each in turn"
+    return figure_table(f"Accuracy matrix of {matrix.title}", heads, rows, caption=caption)
 
 
 def heat(share: float) -> str:

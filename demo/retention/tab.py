@@ -17,6 +17,7 @@ from ..adapters.card import main_score
 from ..adapters.words import number
 from ..answer import Answer
 from ..compare import Comparison, Settings
+from ..figure_table import figure_table
 from ..server import Refused, Server, Snapshot
 from .layers import layer_table
 from .questions import QUESTIONS, table
@@ -76,7 +77,7 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     async def show(name: str | None) -> list[Any]:
         now = await server.snapshot()
         points = front(now, name, results)
-        drawn = gr.ScatterPlot(value=points, visible=False)
+        drawn = gr.skip()
         if not points.empty:
             # Limits of their own, since Gradio's begin at 0. No tick stands at the very edge, where
             # its label would be moved onto the next.
@@ -129,8 +130,8 @@ def build_retention(server: Server, results: Results) -> RetentionTab:
     measured = measure.click(changes, [chosen], [layers], concurrency_limit=None, **QUIET)
     # What an earlier choice still waits for must not come behind this one.
     away = chosen.change(
-        # A picture on the page is drawn once for its points and once for its limits, and the one
-        # that ends last stays: so it is taken away before, and drawn once when it comes back.
+        # What is on the page is drawn once for its points and once for its limits, and the drawing
+        # that ends last stays.
         lambda: gr.ScatterPlot(visible=False),
         None,
         [picture],
@@ -197,8 +198,5 @@ def named(points: pd.DataFrame) -> str:
     if not rows:
         return ""
     heads = "".join(f"<th scope=col>{head}</th>" for head in ("name", "score", "KL", "what"))
-    return (
-        f"<details><summary>Points by name ({len(points)})</summary>"
-        '<div class="figure-table" tabindex="0" role="region" aria-label="Points of the picture">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
-    )
+    listed = figure_table("Points of the picture", heads, rows)
+    return f"<details><summary>Points by name ({len(points)})</summary>{listed}</details>"

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from demo.adapters.card import number
+from demo.adapters.words import number
 from tests.support.browser import chromium, open_page, running_page
 
 # How much text each answer showed at each redraw: more than two lengths mean that it streamed.
