@@ -24,6 +24,7 @@ import os
 import random
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,13 +56,15 @@ GROUPS = {
         "": ("torch", "numpy", "safetensors.torch", "secura_serve"),
     },
 }
-# Read each time, not once: a command may be given others.
-_MAY_DIFFER = {"PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST"}
-_MAY_DIFFER |= {"TORCHINDUCTOR_CACHE_DIR", "OPENAI_API_KEY", "COVERAGE_PROCESS_START"}
-# Set by vLLM when it is imported, in this process as in the others.
-_MAY_DIFFER |= {"TRITON_CACHE_AUTOTUNING", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK"}
-_MAY_DIFFER |= {"KMP_INIT_AT_FORK", "TILELANG_CLEANUP_TEMP_FILES", "AITER_SITUV2_A4W4"}
-_MAY_DIFFER |= {"PYTORCH_NVML_BASED_CUDA_CHECK", "VLLM_ENABLE_RESPONSES_API_STORE"}
+_MAY_DIFFER = {
+    # Read each time, not once: a command may be given others.
+    *("PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST"),
+    *("TORCHINDUCTOR_CACHE_DIR", "OPENAI_API_KEY", "COVERAGE_PROCESS_START"),
+    "VLLM_ENABLE_RESPONSES_API_STORE",
+    # Set by vLLM when it is imported, in this process as in the others.
+    *("TRITON_CACHE_AUTOTUNING", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+    *("TILELANG_CLEANUP_TEMP_FILES", "AITER_SITUV2_A4W4", "PYTORCH_NVML_BASED_CUDA_CHECK"),
+}
 _SHIM = """#!{python} -IS
 import os, socket, sys
 environ, differs = {environ!r}, {differs!r}
@@ -102,9 +105,16 @@ def python(group: str = "tools") -> str:
     return _start(group) if sys.platform == "linux" else sys.executable
 
 
+def _folder() -> Path:
+    """A new folder that goes with the test session."""
+    folder = tempfile.mkdtemp(prefix="warm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 @cache
 def _start(group: str) -> str:
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    folder = _folder()
     # Not what torch or vLLM have set in this process.
     unset = ("TORCHINDUCTOR_CACHE_DIR", "PYTEST_CURRENT_TEST")
     environ = {name: value for name, value in os.environ.items() if name not in unset}
@@ -136,7 +146,7 @@ def commands() -> str:
     Without ``secura-serve``, which is to be started with another group.
     """
     shim = Path(python())
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    folder = _folder()
     (folder / "python").symlink_to(shim)
     for script in Path(sys.executable).parent.glob("secura-*"):
         if script.name != "secura-serve":

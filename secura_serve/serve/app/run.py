@@ -111,15 +111,16 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
 def _chat_page(
     config: ServeConfig, endpoint: str, access: PageAccess | None, context: ServerContext
 ) -> ChatPage:
-    folder = Path(config.adapters) if config.adapters else None
-    files = [folder / f"{name}.json" if folder else None for name in ("examples", "experiment")]
-    examples, results = (file if file and file.is_file() else None for file in files)
+    def beside_adapters(name: str) -> Path | None:
+        file = Path(config.adapters or "") / name
+        return file if config.adapters and file.is_file() else None
+
     return ChatPage(
         endpoint,
         access=access or PageAccess(),
         port=config.ui_port,
         api_key=next(iter(context.keys.user), context.keys.internal),
-        examples=examples,
-        results=results,
+        examples=beside_adapters("examples.json"),
+        results=beside_adapters("experiment.json"),
         enabled=access is not None,
     )

@@ -260,12 +260,7 @@ def _start_importing(vllm_flags: list[str]) -> bool:
     """
     # Here, since torch takes a folder below /tmp when it is imported; a container loses that one.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "inductor"))
-    forked = False
-    if fork_server.can_fork(vllm_flags):
-        # vllm 0.32 cannot load what it saves with it on a CPU ("'function' object has no attribute
-        # 'finalize_loading'"), so every start would compile anew; Inductor's own cache does work.
-        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        forked = fork_server.start()
+    forked = fork_server.can_fork(vllm_flags) and fork_server.start()
     # vLLM's own command line sets it too: its workers must not be forked from a used process.
     os.environ.setdefault(fork_server.METHOD, "spawn")
     return forked

@@ -187,8 +187,8 @@ def expand_activated(
 ):  # fmt: skip
     """made[t, j] = act(gate)·up, y + C·h of column j being gate, and of j + width/2 being up.
 
-    In float32 up to the result, whether or not a token has an adapter. Without ``h`` each program
-    works out its tokens' own, and there is no first kernel.
+    In float32 up to the result, whether or not a token has an adapter. Without ``h``, for ranks up
+    to K, each program works out its tokens' own, and there is no first kernel.
     """
     t = tl.program_id(0) * T + tl.arange(0, T)
     slot = tl.load(slots + t, mask=t < tokens, other=-1)
@@ -200,30 +200,29 @@ def expand_activated(
     place = y + t[:, None].to(tl.int64) * across + j[None, :]
     right_of = C + k[:, None] * width + j[None, :]
     wanted = (j < edge)[None, :]
-    if h is None:
+    if r <= K:
         right = tl.load(right_of, mask=(k < r)[:, None] & wanted, other=0)
         other = tl.load(right_of + half, mask=(k < r)[:, None] & wanted, other=0)
         if PDL:
             tl.extra.cuda.gdc_wait()
         gate = tl.load(place, mask=inside, other=0).to(tl.float32)
         up = tl.load(place + half, mask=inside, other=0).to(tl.float32)
-        left = _mixed(source, slot, t, rows, bank, ranks, offset, stride, apart, 0, r, BIASED, K)
-        gate = tl.dot(left.to(right.dtype), right, acc=gate, input_precision="ieee")
-        left = _mixed(source, slot, t, rows, bank, ranks, offset, stride, apart, 1, r, BIASED, K)
-        up = tl.dot(left.to(right.dtype), other, acc=up, input_precision="ieee")
-    elif r <= K:
-        given = h + t[:, None].to(tl.int64) * (2 * r) + k[None, :]
-        right = tl.load(right_of, mask=(k < r)[:, None] & wanted, other=0)
-        other = tl.load(right_of + half, mask=(k < r)[:, None] & wanted, other=0)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        gate = tl.load(place, mask=inside, other=0).to(tl.float32)
-        up = tl.load(place + half, mask=inside, other=0).to(tl.float32)
-        held = mine[:, None] & (k < r)[None, :]
-        left = tl.load(given, mask=held, other=0)
-        gate = tl.dot(left, right, acc=gate, input_precision="ieee")
-        left = tl.load(given + r, mask=held, other=0)
-        up = tl.dot(left, other, acc=up, input_precision="ieee")
+        if h is None:
+            left = _mixed(
+                source, slot, t, rows, bank, ranks, offset, stride, apart, 0, r, BIASED, K
+            )  # fmt: skip
+            gate = tl.dot(left.to(right.dtype), right, acc=gate, input_precision="ieee")
+            left = _mixed(
+                source, slot, t, rows, bank, ranks, offset, stride, apart, 1, r, BIASED, K
+            )  # fmt: skip
+            up = tl.dot(left.to(right.dtype), other, acc=up, input_precision="ieee")
+        else:
+            given = h + t[:, None].to(tl.int64) * (2 * r) + k[None, :]
+            held = mine[:, None] & (k < r)[None, :]
+            left = tl.load(given, mask=held, other=0)
+            gate = tl.dot(left, right, acc=gate, input_precision="ieee")
+            left = tl.load(given + r, mask=held, other=0)
+            up = tl.dot(left, other, acc=up, input_precision="ieee")
     else:
         given = h + t[:, None].to(tl.int64) * (2 * r) + k[None, :]
         if PDL:

@@ -70,7 +70,8 @@ class FolderWatch:
                     self._note({self._name(path) for _, path in changes} - {""})
                     if not changes:
                         # The system drops events when too many come at once.
-                        self._note({n for n in self._library.records if self._is_left_over(n)})
+                        known = list(self._library.records)
+                        self._note(set(await asyncio.to_thread(self._left_over, known)))
                     # Of a folder that was replaced by another nothing would be reported any more.
                     if not os.path.samestat(watched, self.root.stat()):
                         break
@@ -180,6 +181,9 @@ class FolderWatch:
         # Some put a new folder in the place of an old one in two steps.
         await asyncio.sleep(SETTLE_S)
         return "removed" if await self._updates.remove_if_gone(name) else None
+
+    def _left_over(self, names: list[str]) -> list[str]:
+        return [name for name in names if self._is_left_over(name)]
 
     def _is_left_over(self, name: str) -> bool:
         """Return whether an adapter came from a folder that is not there any more."""
