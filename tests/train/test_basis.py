@@ -264,7 +264,8 @@ def test_an_adapter_needs_the_file_only_to_be_trained(
     torch.testing.assert_close(in_place(tokens).logits.detach(), said, rtol=1e-4, atol=1e-4)
     assert merge(["--base", str(folder), "--adapter", str(out), "--out", str(tmp_path / "m")]) == 0
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    torch.testing.assert_close(merged(tokens).logits.detach(), said, rtol=1e-4, atol=1e-4)
+    # The weights moved by .3 of their norm; sums in float32 come in another order.
+    torch.testing.assert_close(merged(tokens).logits.detach(), said, rtol=1e-3, atol=1e-3)
     settings = EvalConfig(
         ("iso-date",), "x", base=str(folder), adapter=(str(out),), dtype="float32"
     )

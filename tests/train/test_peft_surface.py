@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    PeftConfig,
     PeftModel,
     get_layer_status,
     get_model_status,
@@ -321,10 +322,11 @@ def test_bitsandbytes_is_refused(kind: str, moved: bool) -> None:
         get_peft_model(model, SecuraConfig(r=R, target_modules=["linear"]))
 
 
-def test_peft_reads_a_folder_of_ours_without_a_warning(tiny_base, tmp_path):
+@pytest.mark.parametrize("reader", [SecuraConfig, PeftConfig])
+def test_peft_reads_a_folder_of_ours_without_a_warning(reader, tiny_base, tmp_path):
     folder = random_adapter(tiny_base("llama"), tmp_path / "a", r=4, seed=1)
     assert "weights_digest" in (folder / "adapter_config.json").read_text()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = SecuraConfig.from_pretrained(str(folder))
-    assert config.r == 4
+        config = reader.from_pretrained(str(folder))
+    assert isinstance(config, SecuraConfig) and config.r == 4

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,10 @@ class SecuraConfig(PeftConfig):
     stored_bases: Mapping[str, Basis] | None = field(
         default=None, metadata=_help("module -> indices in the folder; filled in, not set")
     )
+    # Of the file beside it, not of the configuration; PEFT would warn of a setting that is unknown.
+    weights_digest: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weights_digest: str | None) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type("SECURA")
         if isinstance(self.target_modules, (list, tuple)):
@@ -188,8 +190,6 @@ class SecuraConfig(PeftConfig):
         except (OSError, ValueError, RecursionError) as error:
             raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
         written = AdapterConfig.from_json(raw)
-        # Of the file beside it, not of the configuration: PEFT would warn of a setting it lacks.
-        raw.pop("weights_digest", None)
         folder = Path(path_json_file).parent
         # transformers' load_adapter copies nothing but U, and no rule gives these indices.
         if "basis" in written.selection and (folder / WEIGHTS_NAME).is_file():
