@@ -88,18 +88,24 @@ def measure(tuned: PreparedModel, base: Base, job: Job) -> dict[str, Any]:
 def served(model: Any) -> Iterator[None]:
     """Compute in bfloat16 throughout, as a server does: what is trained is rounded to it, too.
 
-    A core is rounded once it is multiplied out; of a LoRA A and B are.
+    A core is rounded once it is multiplied out; of a LoRA A and B are. A base that the method has
+    rewritten, so that bfloat16 does not hold it, stays in float32.
     """
     lora = {p: p.data for name, p in model.named_parameters() if ".lora_" in name}
+    base = {p: p.data for p in model.parameters() if not p.requires_grad}
+    if not all(torch.equal(value, value.bfloat16().to(value.dtype)) for value in base.values()):
+        base = {}
     layers = [m for m in model.modules() if isinstance(m, SecuraLayer)]
     try:
         for parameter, value in lora.items():
             parameter.data = value.bfloat16().to(value.dtype)
+        for parameter, value in base.items():
+            parameter.data = value.bfloat16()
         for layer in layers:
             layer.core = _rounded(layer.core)  # type: ignore[method-assign]
         yield
     finally:
-        for parameter, value in lora.items():
+        for parameter, value in (lora | base).items():
             parameter.data = value
         for layer in layers:
             del layer.core

@@ -174,7 +174,7 @@ def log_plan(
     skipped = f", {records - len(rows)} over-long ones left out" if len(rows) < records else ""
     log(
         f"{prepared.config.method}: {prepared.trainable_parameters:,} trainable parameters, "
-        f"{len(rows)} examples{skipped}, {len(held_out)} held out"
+        f"base in {prepared.config.dtype}, {len(rows)} examples{skipped}, {len(held_out)} held out"
         + (f", {processes()} processes" if processes() > 1 else "")
         + (f"; goes on from {start}" if start else "")
     )

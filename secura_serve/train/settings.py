@@ -17,6 +17,7 @@ from secura_serve.train.checks import (
     out_of_bounds,
     settings_not_supported_by,
 )
+from secura_serve.train.dtype import fastest_dtype
 from secura_serve.train.methods.registry import METHODS
 
 __all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "SELF", "TrainConfig", "not_taken_over"]
@@ -166,9 +167,10 @@ class TrainConfig:
     )
     dtype: str = option(
         "dtype of the frozen base; adapters are always float32. full: weights are float32, and "
-        "bfloat16 computes under autocast and writes bfloat16",
-        "bfloat16",
-        ("bfloat16", "float16", "float32"),
+        "bfloat16 computes under autocast and writes bfloat16. auto: bfloat16, or float32 where a "
+        "CPU is faster with it (not for full)",
+        "auto",
+        ("auto", "bfloat16", "float16", "float32"),
     )
     retain: float = option(
         "weight of the retention objective, the KL from base to adapted model per token of text "
@@ -217,6 +219,9 @@ class TrainConfig:
         problems += self._contradictions()
         if problems:
             raise ConfigError("the training settings are not valid:", problems)
+        if self.dtype == "auto":
+            dtype = "bfloat16" if method.trains_all_weights else fastest_dtype(self.device)
+            object.__setattr__(self, "dtype", dtype)
 
     def _not_supported(self) -> list[str]:
         return not_supported(self)

@@ -98,7 +98,8 @@ def check(started: Running, models: dict[str, object]) -> None:
         for i, alternatives in enumerate(choice.logprobs.top_logprobs):
             for token, value in alternatives.items():
                 j = int(token.removeprefix("token_id:"))
-                assert abs(value - want[i, j].item()) < 1e-4, (name, text, i)
+                # Rounding in float32; a wrong part moves these by tenths.
+                assert abs(value - want[i, j].item()) < 3e-4, (name, text, i)
         assert want.argmax(-1).tolist() == tokens, (name, text)
 
 
