@@ -19,6 +19,8 @@ NEEDED = {"base": "b", "data": "d", "out": "o", "device": "cpu"}
     [
         (XEON, "float32"),
         (f"{XEON} amx_bf16 amx_tile", "bfloat16"),
+        (f"vendor_id\t: AuthenticAMD\n{XEON}", "bfloat16"),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2", "float32"),
         ("Features\t: fp asimd bf16", "bfloat16"),
         ("Features\t: fp asimd", "float32"),
         (None, "float32"),
