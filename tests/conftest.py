@@ -43,15 +43,23 @@ SHARE_A_SERVER = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out."""
+    """Mark every test that uses a running server, so that `-m "not engine"` leaves it out.
+
+    Files with such tests come first: the short ones at the end keep both processes busy.
+    """
     for item in items:
         if ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
+    long = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Give every file to one process, and the files that share a server to the same one."""
     from xdist.scheduler import LoadFileScheduling
+
+    # Files with few tests would come last, and they are those with a server each.
+    config.option.loadscopereorder = False
 
     class ByServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
