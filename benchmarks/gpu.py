@@ -50,11 +50,11 @@ _GRACE_S = 30
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run the tests' cases; what fails raises."""
-    from tests.support.triton_cases import ACTIVATED, FOLD, STEP
+    from tests.support.triton_cases import ACTIVATED, FOLD, SHARD, STEP
 
     device = "cpu" if rehearse else "cuda"
     dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
-    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD))
+    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD), ("shard", SHARD))
     for (name, code), dtype in itertools.product(cases, dtypes):
         text = code.format(device=device, dtypes=f"(torch.{dtype},)")
         done = subprocess.run(
