@@ -6,7 +6,8 @@
 * ``step``: the adapter step on the linears of a layer of Llama-3-8B beside the linear itself and
   LoRA's step (vLLM's kernels where it can be imported, else the bytes and launches they need); that
   of gate and up also in the activation after them, beside the activation alone.
-* ``fold``: bytes a second of a fold into one layer, beside a copy on the device.
+* ``fold``: bytes a second of a fold into one layer, whole and in place, and of the way back, beside
+  a copy on the device.
 * ``train``: a training step against PEFT's LoRA.
 * ``serve``: base, stock LoRA and ours end to end; where vLLM can be imported.
 
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,12 +114,24 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 
 
 def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
-    """Time a fold of one layer's linears; bytes: W read once, W' written once."""
+    """Time a fold of one layer's linears; bytes: W read once, W' written once.
+
+    ``in_place`` goes from one adapter to the next, by the journal where there is one; ``back`` is
+    the way from there to the base.
+    """
     import torch
 
     from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
-    from secura_serve.merge.triton_fold import fold_on_gpu, move
+    from secura_serve.merge.journal import Journal, journal_bits
+    from secura_serve.merge.shard import gather_shard
+    from secura_serve.merge.triton_fold import (
+        fold_in_place,
+        fold_on_gpu,
+        move,
+        move_cores,
+        take_back,
+    )
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")
@@ -133,10 +147,22 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
             target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
             row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
             held = (W, target, norm, dtype, bad, move(target, (out, width), device))
-            for what, call in (
-                ("fold", lambda held=held: fold_on_gpu(*held)),  # type: ignore[misc]
-                ("copy", lambda W=W, copy=copy: copy.copy_(W)),  # type: ignore[misc]
-            ):
+            parts, _ = gather_shard(W, target, slice(None), slice(None), checked=True)
+            flags, bits = (
+                torch.zeros(2, dtype=torch.int32, device=device),
+                journal_bits(norm, dtype),
+            )
+            journal = Journal(torch.zeros_like(Journal.empty(W, bits).data), bits) if bits else None
+            cores, mine = move_cores(target, device), W.clone()
+            place = (mine, target, norm, parts, flags, journal, journal, cores)
+            calls: dict[str, Callable[[], object]] = {
+                "fold": partial(fold_on_gpu, *held),
+                "in_place": partial(fold_in_place, *place),
+                "copy": partial(copy.copy_, W),
+            }
+            if journal is not None:
+                calls["back"] = partial(take_back, mine, journal, flags)
+            for what, call in calls.items():
                 # On a GPU one CUDA graph: in a server the bus is slower than launching.
                 seconds = once(call, device) / 1e6
                 row[f"{what}_us"] = round(seconds * 1e6, 1)

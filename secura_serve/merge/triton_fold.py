@@ -25,7 +25,16 @@ from secura_serve.method.native import FORMS
 if TYPE_CHECKING:
     from secura_serve.merge.shard import Gathered
 
-__all__ = ["Moved", "fold_in_place", "fold_on_gpu", "move", "supports", "take_back", "tallest"]
+__all__ = [
+    "Moved",
+    "fold_in_place",
+    "fold_on_gpu",
+    "move",
+    "move_cores",
+    "supports",
+    "take_back",
+    "tallest",
+]
 
 # Numbers of W that the parts of a float32 can be made of without leaving its range.
 _SPLIT = (torch.bfloat16,)
@@ -66,10 +75,12 @@ def move(target: Target, shape: tuple[int, int], device: torch.device) -> Moved:
         if int(part.basis.rows.max()) >= shape[0] or int(part.basis.cols.max()) >= shape[1]:
             raise MergeError(f"{target.module}: indices beyond the base's shape {shape}")
     indices = [part.basis.rows for part in target.parts] + [p.basis.cols for p in target.parts]
-    return Moved(
-        _to(torch.cat(indices).to(torch.int32), device),
-        _to(torch.cat([part.U.float().flatten() for part in target.parts]), device),
-    )
+    return Moved(_to(torch.cat(indices).to(torch.int32), device), move_cores(target, device))
+
+
+def move_cores(target: Target, device: torch.device) -> Tensor:
+    """Copy a target's cores to a device without waiting: ``(Σr²,)`` float32."""
+    return _to(torch.cat([part.U.float().flatten() for part in target.parts]), device)
 
 
 @torch.no_grad()
@@ -113,9 +124,14 @@ def fold_in_place(
     flags: Tensor,
     old: Journal | None = None,
     new: Journal | None = None,
+    cores: Tensor | None = None,
 ) -> None:
-    """Fold a shard where it lies: :func:`~secura_serve.merge.shard.fold_shard` on a GPU."""
-    cores = _to(torch.cat([part.U.float().flatten() for part in target.parts]), held.device)
+    """Fold a shard where it lies: :func:`~secura_serve.merge.shard.fold_shard` on a GPU.
+
+    Args:
+        cores: what :func:`move_cores` returned, where that was called before.
+    """
+    cores = move_cores(target, held.device) if cores is None else cores
     L = _left(gathered.C, [None] * len(target.parts), target, cores)
     R = gathered.R[0] if len(gathered.R) == 1 else torch.cat(gathered.R)
     _fold(held, flags, held, target, norm, L, R, None, old, new)

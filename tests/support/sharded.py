@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -11,8 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secura_serve import adapter as A
+from secura_serve.checkpoint import Checkpoint
+from secura_serve.merge import FoldPlan, open_source, plan_fold
+from secura_serve.method import MagNorm
+from secura_serve.serve.engine.pristine import PristineCopies
+from secura_serve.serve.engine.shards import Shards
+from secura_serve.serve.engine.worker_extension import with_siblings
 from tests.support.oracle import _bounded
 
+DTYPE = torch.float32
+NOTHING = FoldPlan({}, MagNorm())
 HEAD, HEADS, KV_HEADS, HIDDEN, MIDDLE = 16, 8, 2, 64, 96
 SHAPES = {
     "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
@@ -30,7 +39,9 @@ _SHARD = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate_proj": 0, "up_proj"
 def write_base(folder, dtype, seed=0):
     """A checkpoint of two layers, of the linears alone."""
     gen = torch.Generator().manual_seed(seed)
-    modules = [(f"model.layers.{i}.{name}", shape) for i in (0, 1) for name, shape in SHAPES.items()]
+    modules = [
+        (f"model.layers.{i}.{name}", shape) for i in (0, 1) for name, shape in SHAPES.items()
+    ]
     tensors = {f"{m}.weight": torch.randn(shape, generator=gen).to(dtype) for m, shape in modules}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
@@ -57,9 +68,7 @@ class Model(nn.Module):
             for i in (0, 1):
                 kind = {"bias": False, "params_dtype": dtype}
                 attention, mlp = nn.Module(), nn.Module()
-                attention.qkv_proj = linear.QKVParallelLinear(
-                    HIDDEN, HEAD, HEADS, KV_HEADS, **kind
-                )
+                attention.qkv_proj = linear.QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, **kind)
                 attention.o_proj = linear.RowParallelLinear(HEADS * HEAD, HIDDEN, **kind)
                 mlp.gate_up_proj = linear.MergedColumnParallelLinear(HIDDEN, [MIDDLE] * 2, **kind)
                 mlp.down_proj = linear.RowParallelLinear(MIDDLE, HIDDEN, **kind)
@@ -97,19 +106,62 @@ def whole(base, adapter=None):
 
 def held_by(model, rank, size, weights):
     """Pairs of what lies in the model and what should, a pair for each linear of the checkpoint."""
+    # Ranks that share a KV head hold the same rows.
     copies = max(1, size // KV_HEADS)
     for module, W in weights.items():
         linear, leaf = model.linear(module)
         if leaf in ("o_proj", "down_proj"):
             yield module, linear.weight, W.chunk(size, 1)[rank]
             continue
-        parts = PACKED["qkv_proj" if leaf in "q_proj k_proj v_proj" else "gate_up_proj"]
-        counts = [
-            W.shape[0] // size if part in ("q_proj", "gate_proj", "up_proj") else
-            max(KV_HEADS // size, 1) * HEAD for part in parts
-        ]  # fmt: skip
-        counts = [MIDDLE // size] * 2 if len(parts) == 2 else [HEADS * HEAD // size, *counts[1:]]
-        first, count = sum(counts[: parts.index(leaf)]), counts[parts.index(leaf)]
-        # Ranks that share a KV head hold the same rows.
+        q, kv, half = HEADS * HEAD // size, KV_HEADS * HEAD * copies // size, MIDDLE // size
+        first, count = {
+            "q_proj": (0, q),
+            "k_proj": (q, kv),
+            "v_proj": (q + kv, kv),
+            "gate_proj": (0, half),
+            "up_proj": (half, half),
+        }[leaf]
         at = rank // copies if leaf in ("k_proj", "v_proj") else rank
         yield module, linear.weight[first : first + count], W[at * count : (at + 1) * count]
+
+
+class Rank:
+    """One rank's model and what it keeps of the base: the worker's part of a fold."""
+
+    def __init__(self, base, rank=0, size=1, dtype=DTYPE, spoil=None, room=10**9, **settings):
+        self.base, self.rank, self.size, self.dtype = base, rank, size, dtype
+        self.model = Model(base, rank, size, dtype)
+        if spoil is not None:
+            spoil(self.model)
+        self.copies = PristineCopies(room=room, pin=torch.clone)
+        checkpoint = Checkpoint(base)
+
+        def siblings(modules):
+            return with_siblings(modules, PACKED, checkpoint.linears())
+
+        self.shards = Shards(self.model, checkpoint, siblings, self.copies, **settings)
+        self.dirty = set()
+
+    def plan(self, adapter):
+        return plan_fold(open_source(str(self.base), [str(adapter)]), self.dtype)
+
+    def fold(self, adapter=None, plan=None, checked=False):
+        """As the worker does it, but for the reload of what is left."""
+        plan = plan or (self.plan(adapter) if adapter else NOTHING)
+        plan = replace(plan, checked=checked)
+        self.dirty |= {target.module for target in plan.targets.values()}
+        base = Checkpoint(self.base)
+        taken = self.shards.take(base, plan, self.dirty)
+        self.shards.put(base, plan, taken)
+        self.dirty = {target.module for target in plan.targets.values()}
+        return taken
+
+    def check(self, adapter=None):
+        """What lies there is the rank's part of W', to float32; of the base, to the last bit."""
+        want = whole(self.base, adapter)
+        for module, held, part in held_by(self.model, self.rank, self.size, want):
+            if adapter is None:
+                assert torch.equal(held, part.to(self.dtype)), module
+            else:
+                near = 3e-6 if self.dtype == torch.float32 else 2e-3
+                torch.testing.assert_close(held.double(), part, atol=near, rtol=near, msg=module)

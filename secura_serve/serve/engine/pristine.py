@@ -57,7 +57,7 @@ class PristineCopies:
         return self._room - self.nbytes
 
     def lend(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
-        """Return pinned copies for somebody else to keep, or None where there is no room for all."""
+        """Return pinned copies for somebody else to keep; None without room for all of them."""
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if nbytes > self.left():
             return None

@@ -13,7 +13,7 @@ else goes through vLLM's reload, and so does everything where a mode needs to se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Shard:
     """One linear: where it lies, and how its W comes back."""
 
-    place: compat.Place
+    place: compat.Place | None
+    """None: not in one piece, or not as it was thought; vLLM's reload has to do it."""
     known: bool = False
     """The place was compared with the files."""
     moved: bool = False
@@ -75,34 +76,24 @@ class Shards:
         journal_room: int | None = None,
     ) -> None:
         self._siblings, self._copies, self._journal_room = siblings, copies, journal_room
-        self._names = {base.tensor_name(m): m for m in base.linears()}
-        self._stamp = file_stamp(base)
-        tensors = base.tensors(base.linears())
-        weights = [(n, t, base.is_conv1d(self._names[n])) for n, t in tensors if n in self._names]
-        found = {self._names[n]: p for n, p in compat.find_places(model, weights).items()}
-        # A linear that goes through vLLM's reload takes its siblings along.
-        lost = set(siblings(m for m in base.linears() if m not in found))
-        self._shards = {m: _Shard(place) for m, place in found.items() if m not in lost}
+        self._model, self._stamp = model, file_stamp(base)
+        self._shards: dict[str, _Shard] = {}
         self._gathered: dict[object, Gathered] = {}
 
     def take(self, base: Checkpoint, plan: FoldPlan, modules: Iterable[str]) -> list[str]:
-        """Return those of ``modules`` that :meth:`put` can do; reads what it has not seen yet."""
+        """Return those of ``modules`` that :meth:`put` can do; reads what it has not seen yet.
+
+        A linear that vLLM's reload has to do takes along whatever is packed with it.
+        """
         if (stamp := file_stamp(base)) != self._stamp:
             self._forget(stamp)
+        near, wanted = self._siblings(modules), set(modules)
+        self._find(base, [m for m in near if m not in self._shards])
         if not all(folds_by_shard(target, plan.norm) for target in plan.targets.values()):
             return []
-        near = [m for m in self._siblings(modules) if m in self._shards]
-        unknown = [m for m in near if not self._shards[m].known]
-        wrong = [m for m in unknown if self._shards[m].moved]
-        for module, tensor in self._weights(base, [m for m in unknown if m not in wrong]):
-            shard, W = self._shards[module], self._part(base, module, tensor)
-            shard.known = _same_bits(shard.place.held, W)
-            if shard.known:
-                (shard.pinned,) = self._copies.lend(W) or (None,)
-            else:
-                wrong.append(module)
-        out = set(self._siblings(wrong))
-        return [m for m in near if m in set(modules) - out]
+        self._compare(base, near)
+        others = self._siblings(m for m in near if not self._shards[m].known)
+        return [m for m in near if m in wanted.difference(others)]
 
     def put(self, base: Checkpoint, plan: FoldPlan, modules: Sequence[str]) -> int:
         """Put W' of the plan, or W where it has no target, in place; return the bytes that change.
@@ -117,14 +108,14 @@ class Shards:
             return 0
         targets = {t.module: t for t in plan.targets.values() if t.module in set(modules)}
         gathered = self._gather(base, plan, targets)
-        device = self._shards[modules[0]].place.held.device
+        device = self._place(modules[0]).held.device
         flags = torch.zeros(len(modules), 2, dtype=torch.int32, device=device)
         left: dict[str, Journal | None] = {}
         lanes = Lanes(device)
         for module, flag in zip(modules, flags, strict=True):
             shard, target = self._shards[module], targets.get(module)
-            held, old = shard.place.held, shard.journal
-            if shard.moved and (old is None):
+            held, old = self._place(module).held, shard.journal
+            if shard.moved and old is None:
                 lanes.copy(held, self._pristine(base, module))
             # Whatever happens from here on, what lies there does not go with a journal.
             shard.moved, shard.journal = True, None
@@ -137,7 +128,7 @@ class Shards:
         # The one time that this waits for the device.
         found = dict(zip(modules, flags.tolist(), strict=True))
         if bad := [m for m, (infinite, _) in found.items() if infinite and m in targets]:
-            dtype = self._shards[bad[0]].place.held.dtype
+            dtype = self._place(bad[0]).held.dtype
             raise MergeError(
                 "the fold was abandoned; use the base that the adapter was trained on, undamaged, "
                 "and a weight and a dtype that can hold the result:",
@@ -146,7 +137,7 @@ class Shards:
         for module, (_, too_narrow) in found.items():
             self._shards[module].moved = module in targets
             self._shards[module].journal = None if too_narrow else left.get(module)
-        return sum(self._shards[m].place.held.nbytes for m in modules)
+        return sum(self._place(m).held.nbytes for m in modules)
 
     def reloaded(self, modules: Iterable[str], moved: Iterable[str]) -> None:
         """Say what vLLM's reload has written, and which of it is not the base."""
@@ -163,20 +154,34 @@ class Shards:
         for shard in self._shards.values():
             shard.known, shard.journal, shard.pinned = False, None, None
 
-    def _weights(self, base: Checkpoint, modules: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
-        """Yield each module and its weight as the file has it."""
-        named = ((self._names.get(n), tensor) for n, tensor in base.tensors(modules))
-        return ((module, tensor) for module, tensor in named if module is not None)
+    def _find(self, base: Checkpoint, modules: Sequence[str]) -> None:
+        """Ask vLLM where linears lie."""
+        weights = ((base.tensor_name(m), W, base.is_conv1d(m)) for m, W in _weights(base, modules))
+        places = compat.find_places(self._model, weights)
+        self._shards |= {m: _Shard(places.get(base.tensor_name(m))) for m in modules}
 
-    def _part(self, base: Checkpoint, module: str, tensor: Tensor) -> Tensor:
-        W, place = tensor.T if base.is_conv1d(module) else tensor, self._shards[module].place
-        return W[place.rows, place.cols].contiguous()
+    def _compare(self, base: Checkpoint, modules: Iterable[str]) -> None:
+        """Compare with the files what holds the base and was not compared yet; keep a copy."""
+        new = [m for m in modules if not (self._shards[m].known or self._shards[m].moved)]
+        for module, tensor in _weights(base, [m for m in new if self._shards[m].place]):
+            shard = self._shards[module]
+            assert shard.place is not None
+            W = _part(base, module, tensor, shard.place)
+            if _same_bits(shard.place.held, W):
+                shard.known, (shard.pinned,) = True, self._copies.lend(W) or (None,)
+            else:
+                shard.place = None
+
+    def _place(self, module: str) -> compat.Place:
+        place = self._shards[module].place
+        assert place is not None, module
+        return place
 
     def _pristine(self, base: Checkpoint, module: str) -> Tensor:
         if (pinned := self._shards[module].pinned) is not None:
             return pinned
-        ((_, tensor),) = self._weights(base, [module])
-        return self._part(base, module, tensor)
+        ((_, tensor),) = _weights(base, [module])
+        return _part(base, module, tensor, self._place(module))
 
     def _gather(
         self, base: Checkpoint, plan: FoldPlan, targets: dict[str, Target]
@@ -186,8 +191,8 @@ class Shards:
             m for m, t in targets.items() if any(_key(m, p) not in self._gathered for p in t.parts)
         ]
         fresh, problems = dict[object, Gathered](), list[str]()
-        for module, tensor in self._weights(base, missing):
-            target, place = targets[module], self._shards[module].place
+        for module, tensor in _weights(base, missing):
+            target, place = targets[module], self._place(module)
             got, faults = gather_shard(tensor, target, place.rows, place.cols, checked=plan.checked)
             problems += faults
             if not faults:
@@ -220,6 +225,17 @@ class Shards:
         used = sum(journal.data.nbytes for journal in live if journal is not None)
         fits = used + Journal.nbytes(held, bits) <= self._journal_room
         return Journal.empty(held, bits) if fits else None
+
+
+def _weights(base: Checkpoint, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each module and its weight as the file has it, in the order of the files."""
+    names = {base.tensor_name(module): module for module in modules}
+    return ((names[name], W) for name, W in base.tensors(modules) if name in names)
+
+
+def _part(base: Checkpoint, module: str, tensor: Tensor, place: compat.Place) -> Tensor:
+    W = tensor.T if base.is_conv1d(module) else tensor
+    return W[place.rows, place.cols].contiguous()
 
 
 def _key(module: str, part: Part) -> object:
