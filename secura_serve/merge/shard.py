@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from secura_serve.merge.fold import Target, factors
-from secura_serve.merge.journal import Journal
+from secura_serve.merge.journal import Journal, journal_bits
 from secura_serve.merge.stream import gather_target, takes_triton
 from secura_serve.method import MagNorm, write
 
-__all__ = ["Gathered", "fold_shard", "folds_by_shard", "gather_shard", "undo_shard"]
+__all__ = [
+    "Gathered",
+    "bits_to_keep",
+    "fold_shard",
+    "folds_by_shard",
+    "gather_shard",
+    "undo_shard",
+]
 
 
 class Gathered(NamedTuple):
@@ -71,7 +78,8 @@ def fold_shard(
         gathered: on the device of ``held``.
         flags: ``(2,)`` int32. The first is set where W' holds NaN or Inf, the second where ``new``
             cannot hold what happened; else they are left as they are.
-        old, new: journals, on GPUs only; they may be one and the same memory.
+        old, new: journals, which may be one and the same memory; ``new`` where
+            :func:`bits_to_keep` says so.
 
     Peak memory: C, R and L, ``Σr·rows`` float32; where torch folds also W'.
     """
@@ -80,12 +88,19 @@ def fold_shard(
 
         fold_in_place(held, target, norm, gathered, flags, old, new)
         return
-    assert old is None and new is None
+    assert new is None
+    if old is not None:
+        undo_shard(held, old, flags)
     wide = torch.promote_types(held.dtype, torch.float32)
     update = factors(target.parts, zip(*gathered, strict=True), wide)
     write(made := torch.empty_like(held), held, update, norm, peak=target.parts[0].rho_max)
     held.copy_(made)
     flags[0] |= (~torch.isfinite(made)).any()
+
+
+def bits_to_keep(held: Tensor, target: Target, norm: MagNorm) -> int:
+    """Return the bits of the journal that a fold of this shard can leave: 4, 8, or 0 for none."""
+    return journal_bits(norm, held.dtype) if takes_triton(held, target, norm) else 0
 
 
 def undo_shard(held: Tensor, journal: Journal, flags: Tensor) -> None:

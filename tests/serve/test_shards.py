@@ -247,12 +247,21 @@ for name in ("wide", None):
 assert len(asked) == 2 * 14
 # A journal that is too narrow after all is not kept.
 asked.clear()
-shards.journal_bits = lambda norm, dtype: 4
+shards.bits_to_keep = lambda held, target, norm: 4
 for name in ("eight", None):
     ours.fold(adapters.get(name))
     ours.check(adapters.get(name))
 assert journals() == {0} and len(asked) == 14
-# Nor one that there is no room for.
+# A mode without kernels finds the base by the journal, too.
+shards.bits_to_keep = shard.bits_to_keep
+ours.fold(adapters["four"])
+asked.clear()
+shard.takes_triton = lambda held, target, norm: norm.mode != "none"
+ours.fold(adapters["none"])
+ours.check(adapters["none"])
+assert not asked and journals() == {0}
+shard.takes_triton = lambda *given: True
+# Nor is there one without room.
 ours = sharded.Rank(base, 0, 2, torch.float16, journal_room=2000)
 ours.fold(adapters["four"])
 held = [s.journal.data.nbytes for s in ours.shards._shards.values() if s.journal]

@@ -50,7 +50,7 @@ def find_places(model: Any, weights: Iterable[tuple[str, Tensor, bool]]) -> dict
             except Exception:
                 # Of whatever kind: it wants more than this one.
                 continue
-        if len(caught.copies) != 1:
+        if len(caught.copies) != 1 or tensor.itemsize < 2:
             continue
         ((held, part),) = caught.copies
         slices = _slices(part, stand_in.T if transposed else stand_in)

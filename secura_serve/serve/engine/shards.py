@@ -28,10 +28,10 @@ from secura_serve.merge import (
     Journal,
     Part,
     Target,
+    bits_to_keep,
     fold_shard,
     folds_by_shard,
     gather_shard,
-    journal_bits,
     undo_shard,
 )
 from secura_serve.serve import compat
@@ -110,7 +110,7 @@ class Shards:
         gathered = self._gather(base, plan, targets)
         device = self._place(modules[0]).held.device
         flags = torch.zeros(len(modules), 2, dtype=torch.int32, device=device)
-        left: dict[str, Journal | None] = {}
+        kept: dict[str, Journal | None] = {}
         lanes = Lanes(device)
         for module, flag in zip(modules, flags, strict=True):
             shard, target = self._shards[module], targets.get(module)
@@ -120,7 +120,8 @@ class Shards:
             # Whatever happens from here on, what lies there does not go with a journal.
             shard.moved, shard.journal = True, None
             if target is not None:
-                left[module] = new = self._new_journal(held, plan, old, left)
+                bits = bits_to_keep(held, target, plan.norm)
+                kept[module] = new = self._new_journal(held, bits, old, kept.values())
                 parts = gathered[module].map(lambda t: t.to(device, non_blocking=True))
                 fold_shard(held, target, plan.norm, parts, flag, old, new)
             elif old is not None:
@@ -136,7 +137,7 @@ class Shards:
             )
         for module, (_, too_narrow) in found.items():
             self._shards[module].moved = module in targets
-            self._shards[module].journal = None if too_narrow else left.get(module)
+            self._shards[module].journal = None if too_narrow else kept.get(module)
         return sum(self._place(m).held.nbytes for m in modules)
 
     def reloaded(self, modules: Iterable[str], moved: Iterable[str]) -> None:
@@ -212,16 +213,14 @@ class Shards:
         }
 
     def _new_journal(
-        self, held: Tensor, plan: FoldPlan, old: Journal | None, left: dict[str, Journal | None]
+        self, held: Tensor, bits: int, old: Journal | None, others: Iterable[Journal | None]
     ) -> Journal | None:
         """Return what a fold is to write into: the old one, a new one, or None without room."""
-        if self._journal_room is None:
-            cuda = held.device.type == "cuda"
-            self._journal_room = torch.cuda.mem_get_info(held.device)[0] // 2 if cuda else 0
-        bits = journal_bits(plan.norm, held.dtype)
         if not bits or (old is not None and old.bits == bits):
             return old if bits else None
-        live = [shard.journal for shard in self._shards.values()] + [*left.values()]
+        if self._journal_room is None:
+            self._journal_room = torch.cuda.mem_get_info(held.device)[0] // 2
+        live = [shard.journal for shard in self._shards.values()] + [*others]
         used = sum(journal.data.nbytes for journal in live if journal is not None)
         fits = used + Journal.nbytes(held, bits) <= self._journal_room
         return Journal.empty(held, bits) if fits else None
