@@ -39,15 +39,20 @@ def launches(out, width, ranks, norm, dtype=torch.bfloat16):
                                 fake(1, dtype=torch.int32))
     return found
 
+def wide(launch):
+    if launch.kernel.__name__ != "fold":
+        return ()
+    return ("W",) if launch.given["R"] is None else ("W", "R")
+
 found = []
 tried = (("bounded", (16,)), ("bounded", (150,)), ("published", (32, 32)), ("none", (64,)))
 for mode, ranks in tried:
     for target in TARGETS:
         triton_fold.tallest = lambda device: 32 if target == "sm_100" else 64
         for launch in launches(4096, 14336, ranks, MagNorm(mode)):
-            found += faults(launch, target, ("W",) if launch.kernel.__name__ == "fold" else ())
+            found += faults(launch, target, wide(launch))
 for launch in launches(4096, 4096, (64,), MagNorm("bounded"), torch.float32):
-    found += faults(launch, "sm_90", ("W",) if launch.kernel.__name__ == "fold" else ())
+    found += faults(launch, "sm_90", wide(launch))
 # In place: a rank's rows, columns or part of a parameter, with and without a journal.
 def in_place(out, width, ranks, norm, dtype=torch.bfloat16, old=0, new=0):
     parts = tuple(
@@ -74,9 +79,9 @@ for target in TARGETS:
     triton_fold.tallest = lambda device: 32 if target == "sm_100" else 64
     for mode, ranks, old, new in tried:
         for launch in in_place(512, 14336, ranks, MagNorm(mode), old=old, new=new):
-            found += faults(launch, target, ("W",) if launch.kernel.__name__ == "fold" else ())
+            found += faults(launch, target, wide(launch))
     for launch in [*undone(512, 14336, 4), *undone(4096, 1792, 8)]:
-        found += faults(launch, target, ("W",))
+        found += faults(launch, target, wide(launch))
 assert not found, "\\n".join(found)
 # A fold of the whole model: 7 linears in each of 32 layers.
 linears = [(out, width) for width, outs in LLAMA3_8B.values() for out in outs]

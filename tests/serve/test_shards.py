@@ -129,6 +129,33 @@ def test_what_is_not_plain_is_left_to_the_reload_with_its_siblings(spoil, base, 
     assert set(ours.fold()) == set(ALL) - qkv
 
 
+def test_what_is_offloaded_is_left_to_the_reload(base, adapters, monkeypatch):
+    # What a parameter holds may be another layer's weight a moment later.
+    monkeypatch.setattr("vllm.model_executor.offloader.base.get_offloader", object)
+    ours = Rank(base, 0, 2)
+    assert ours.fold(adapters["bounded"]) == []
+    ours.check()
+
+
+def test_two_launches_a_linear_at_most_and_one_for_the_way_back(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="no triton package")
+    from benchmarks._launches import caught
+    from secura_serve.merge import shard, triton_code
+
+    monkeypatch.setattr(shard, "takes_triton", lambda *given: True)
+    half = sharded.write_base(tmp_path / "base", torch.float16)
+    ours = Rank(half, 1, 2, torch.float16, journal_room=10**9)
+    narrow, plain = (
+        random_adapter(half, tmp_path / norm.mode, r=8, seed=1, magnorm=norm)
+        for norm in (MagNorm("bounded", tau=0.002), MagNorm())
+    )
+    # From the base, from one to the next, back by the journal; and without one, by a copy.
+    for adapter, each in ((narrow, 2), (narrow, 2), (None, 1), (plain, 2), (plain, 2), (None, 0)):
+        with caught(triton_code) as launches:
+            ours.fold(adapter)
+        assert len(launches) == each * len(ALL), (adapter, each)
+
+
 def blind(plan):
     """The same with ρ_max unknown, which only all of W can tell."""
     targets = {

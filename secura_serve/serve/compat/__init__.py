@@ -32,8 +32,9 @@ What is used, and why there is no public way:
   request was answered; the weights must not change under them.
 * ``get_mp_context`` in the three modules that start processes: on CPUs they are forked from one
   that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
-* ``LinearBase.quant_method`` and ``UnquantizedLinearMethod``, ``Model.load_weights``: where a rank
-  holds which part of a weight, so that a GPU's can be folded in place.
+* ``LinearBase.quant_method``, ``UnquantizedLinearMethod``, ``get_offloader`` and the
+  ``load_weights`` of models: where a rank holds which part of a weight, so that a GPU's can be
+  folded in place.
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """

@@ -83,6 +83,8 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.model_executor.layers.linear:LinearBase": ("quant_config", "prefix"),
     "vllm.model_executor.layers.linear:QKVParallelLinear": ("total_num_kv_heads",),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod": None,
+    "vllm.model_executor.offloader.base:get_offloader": (),
+    "vllm.model_executor.offloader.base:NoopOffloader": None,
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (
         "model_config",
         "model",

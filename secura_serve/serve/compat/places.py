@@ -20,6 +20,8 @@ from secura_serve.serve.compat.names import find
 
 __all__ = ["Place", "find_places"]
 
+_OFFLOADER = "vllm.model_executor.offloader.base"
+
 
 class Place(NamedTuple):
     """One rank's part of a weight W ``(out, in)``."""
@@ -33,15 +35,17 @@ class Place(NamedTuple):
 def find_places(model: Any, weights: Iterable[tuple[str, Tensor, bool]]) -> dict[str, Place]:
     """Return the place of each weight that lies in one piece in a plain linear, by its name.
 
-    Left out is what is quantised, an expert's or another rank's, held in another dtype or by two
-    modules (which may keep something that was made of it), cut, joined or reordered, and whatever
-    the model does not load one by one.
+    Left out is what is quantised, offloaded, an expert's or another rank's, held in another dtype
+    or by two modules (which may keep something that was made of it), cut, joined or reordered, and
+    whatever the model does not load one by one.
 
     Args:
         weights: name and tensor as the checkpoint has them (no number of it is read), and whether
             it is W as ``(in, out)``.
     """
     plain, places = _plain_storages(model), dict[str, Place]()
+    if not plain:
+        return places
     for name, tensor, transposed in weights:
         stand_in = torch.empty_like(tensor, device="meta")
         with _Copies() as caught:
@@ -76,6 +80,9 @@ class _Copies(TorchDispatchMode):
 
 def _plain_storages(model: nn.Module) -> set[int]:
     """Return the addresses of the weights of linears that are not quantised, held once each."""
+    if type(find(f"{_OFFLOADER}:get_offloader")()) is not find(f"{_OFFLOADER}:NoopOffloader"):
+        # Then a parameter may be a buffer that several layers use in turn.
+        return set()
     linear = find("vllm.model_executor.layers.linear:LinearBase")
     unquantised = find("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
     weights = [
