@@ -114,24 +114,15 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 
 
 def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
-    """Time a fold of one layer's linears; bytes: W read once, W' written once.
-
-    ``in_place`` goes from one adapter to the next, by the journal where there is one; ``back`` is
-    the way from there to the base.
-    """
+    """Time a fold of one layer's linears; bytes: W read once, W' written once. In place: to the next
+    adapter, and back to the base, by the journal."""
     import torch
 
     from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
     from secura_serve.merge.journal import Journal, journal_bits
     from secura_serve.merge.shard import gather_shard
-    from secura_serve.merge.triton_fold import (
-        fold_in_place,
-        fold_on_gpu,
-        move,
-        move_cores,
-        take_back,
-    )
+    from secura_serve.merge.triton_fold import fold_in_place, fold_on_gpu, move, take_back
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")
@@ -142,25 +133,21 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
             continue
         for width, out in sorted({(w, o) for w, outs in linears.values() for o in outs}):
             W = torch.randn(out, width, device=device).to(dtype)
-            copy, bad = torch.empty_like(W), torch.zeros(1, dtype=torch.int32, device=device)
+            copy, flags = torch.empty_like(W), torch.zeros(2, dtype=torch.int32, device=device)
             basis = Basis(torch.randperm(out)[:r], torch.randperm(width)[:r])
             target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
             row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
-            held = (W, target, norm, dtype, bad, move(target, (out, width), device))
+            moved, mine = move(target, (out, width), device), W.clone()
             parts, _ = gather_shard(W, target, slice(None), slice(None), checked=True)
-            flags, bits = (
-                torch.zeros(2, dtype=torch.int32, device=device),
-                journal_bits(norm, dtype),
-            )
-            journal = Journal(torch.zeros_like(Journal.empty(W, bits).data), bits) if bits else None
-            cores, mine = move_cores(target, device), W.clone()
-            place = (mine, target, norm, parts, flags, journal, journal, cores)
+            journal = Journal.empty(W, bits) if (bits := journal_bits(norm, dtype)) else None
+            both = (journal, journal, moved.cores)
             calls: dict[str, Callable[[], object]] = {
-                "fold": partial(fold_on_gpu, *held),
-                "in_place": partial(fold_in_place, *place),
+                "fold": partial(fold_on_gpu, W, target, norm, dtype, flags, moved),
+                "in_place": partial(fold_in_place, mine, target, norm, parts, flags, *both),
                 "copy": partial(copy.copy_, W),
             }
             if journal is not None:
+                journal.data.zero_()
                 calls["back"] = partial(take_back, mine, journal, flags)
             for what, call in calls.items():
                 # On a GPU one CUDA graph: in a server the bus is slower than launching.

@@ -64,7 +64,7 @@ class PristineCopies:
         self._lent += nbytes
         return tuple(self._pin(tensor) for tensor in tensors)
 
-    def take_back(self, nbytes: int) -> None:
+    def give_back(self, nbytes: int) -> None:
         """Count so many bytes of what was lent as free again."""
         self._lent -= nbytes
 

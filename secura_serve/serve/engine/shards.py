@@ -150,7 +150,7 @@ class Shards:
         """Know nothing of the base any more, because its files have changed."""
         kept = [shard.pinned for shard in self._shards.values() if shard.pinned is not None]
         kept += [t for gathered in self._gathered.values() for side in gathered for t in side]
-        self._copies.take_back(sum(t.nbytes for t in kept))
+        self._copies.give_back(sum(t.nbytes for t in kept))
         self._gathered, self._stamp = {}, stamp
         for shard in self._shards.values():
             shard.known, shard.journal, shard.pinned = False, None, None
