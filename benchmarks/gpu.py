@@ -114,8 +114,8 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 
 
 def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
-    """Time a fold of one layer's linears; bytes: W read once, W' written once. In place: to the next
-    adapter, and back to the base, by the journal."""
+    """Time a fold of one layer's linears; bytes: W read once, W' written once. In place: to the
+    next adapter, and back to the base, by the journal."""
     import torch
 
     from benchmarks.step import once

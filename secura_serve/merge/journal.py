@@ -45,11 +45,12 @@ class Journal(NamedTuple):
 def journal_bits(norm: MagNorm, dtype: torch.dtype) -> int:
     """Return how many bits hold what a norm does to any weight of a dtype: 4, 8, or 0 for none.
 
-    A weight m·2ᵉ with p bits has its neighbours 2ᵉ⁺¹⁻ᵖ apart, and half of that below 2ᵉ, where
-    only m < 1/(1−τ) can come. So W' is no more than τ/(1−τ)·2ᵖ + ½ numbers away, rounding
-    included: 5 in bfloat16 for τ = 0.02. A fold checks it for every weight all the same.
+    A weight m·2ᵉ, 1 ≤ m < 2, with p bits has its neighbours 2ᵉ⁺¹⁻ᵖ apart, so that τ|W| is less than
+    τ·2ᵖ of them; below 2ᵉ they are half as far apart, and there it is τ·2ᵖ for m = 1 and less for
+    larger m (τ < ½). With the rounding W' is no more than τ·2ᵖ + ½ numbers away: 5 in bfloat16 for
+    τ = 0.02. A fold checks it for every weight all the same.
     """
     if norm.mode != "bounded" or dtype not in _PRECISION or norm.tau >= 0.5:
         return 0
-    most = norm.tau / (1 - norm.tau) * 2 ** _PRECISION[dtype] + 0.5
+    most = norm.tau * 2 ** _PRECISION[dtype] + 0.5
     return next((bits for bits in (4, 8) if most < 2 ** (bits - 1)), 0)
