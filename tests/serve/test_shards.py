@@ -20,7 +20,7 @@ from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 from tests.support import interpreted, sharded
 from tests.support.engines import random_adapter
-from tests.support.sharded import DTYPE, NOTHING, Rank
+from tests.support.sharded import DTYPE, NOTHING, Rank, blind
 
 BOUNDED = MagNorm("bounded", tau=0.05)
 ALL = [f"model.layers.{i}.{name}" for i in (0, 1) for name in sharded.SHAPES]
@@ -154,15 +154,6 @@ def test_two_launches_a_linear_at_most_and_one_for_the_way_back(tmp_path, monkey
         with caught(triton_code) as launches:
             ours.fold(adapter)
         assert len(launches) == each * len(ALL), (adapter, each)
-
-
-def blind(plan):
-    """The same with ρ_max unknown, which only all of W can tell."""
-    targets = {
-        name: replace(t, parts=tuple(replace(part, rho_max=None) for part in t.parts))
-        for name, t in plan.targets.items()
-    }
-    return replace(plan, targets=targets)
 
 
 def test_a_mode_that_must_see_all_of_w_is_left_to_the_reload(base, adapters):

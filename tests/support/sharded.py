@@ -165,3 +165,12 @@ class Rank:
             else:
                 near = 3e-6 if self.dtype == torch.float32 else 2e-3
                 torch.testing.assert_close(held.double(), part, atol=near, rtol=near, msg=module)
+
+
+def blind(plan):
+    """The same with ρ_max unknown, which only all of W can tell."""
+    targets = {
+        name: replace(t, parts=tuple(replace(part, rho_max=None) for part in t.parts))
+        for name, t in plan.targets.items()
+    }
+    return replace(plan, targets=targets)
