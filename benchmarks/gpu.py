@@ -6,7 +6,8 @@
 * ``step``: the adapter step on the linears of a layer of Llama-3-8B beside the linear itself and
   LoRA's step (vLLM's kernels where it can be imported, else the bytes and launches they need); that
   of gate and up also in the activation after them, beside the activation alone.
-* ``fold``: bytes a second of a fold into one layer, beside a copy on the device.
+* ``fold``: bytes a second of a fold into one layer, whole and in place, and of the way back, beside
+  a copy on the device.
 * ``train``: a training step against PEFT's LoRA.
 * ``serve``: base, stock LoRA and ours end to end; where vLLM can be imported.
 
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,11 +52,11 @@ _GRACE_S = 30
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run the tests' cases; what fails raises."""
-    from tests.support.triton_cases import ACTIVATED, FOLD, STEP
+    from tests.support.triton_cases import ACTIVATED, FOLD, SHARD, STEP
 
     device = "cpu" if rehearse else "cuda"
     dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
-    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD))
+    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD), ("shard", SHARD))
     for (name, code), dtype in itertools.product(cases, dtypes):
         text = code.format(device=device, dtypes=f"(torch.{dtype},)")
         done = subprocess.run(
@@ -112,12 +114,15 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 
 
 def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
-    """Time a fold of one layer's linears; bytes: W read once, W' written once."""
+    """Time a fold of one layer's linears; bytes: W read once, W' written once. In place: to the
+    next adapter, and back to the base, by the journal."""
     import torch
 
     from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
-    from secura_serve.merge.triton_fold import fold_on_gpu, move
+    from secura_serve.merge.journal import Journal, journal_bits
+    from secura_serve.merge.shard import gather_shard
+    from secura_serve.merge.triton_fold import fold_in_place, fold_on_gpu, move, take_back
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")
@@ -128,15 +133,23 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
             continue
         for width, out in sorted({(w, o) for w, outs in linears.values() for o in outs}):
             W = torch.randn(out, width, device=device).to(dtype)
-            copy, bad = torch.empty_like(W), torch.zeros(1, dtype=torch.int32, device=device)
+            copy, flags = torch.empty_like(W), torch.zeros(2, dtype=torch.int32, device=device)
             basis = Basis(torch.randperm(out)[:r], torch.randperm(width)[:r])
             target = Target("m", (Part("a", 1.0, torch.randn(r, r) * 1e-3, basis, ""),))
             row: dict[str, Any] = {"norm": norm.mode, "r": r, "out": out, "in": width}
-            held = (W, target, norm, dtype, bad, move(target, (out, width), device))
-            for what, call in (
-                ("fold", lambda held=held: fold_on_gpu(*held)),  # type: ignore[misc]
-                ("copy", lambda W=W, copy=copy: copy.copy_(W)),  # type: ignore[misc]
-            ):
+            moved, mine = move(target, (out, width), device), W.clone()
+            parts, _ = gather_shard(W, target, slice(None), slice(None), checked=True)
+            journal = Journal.empty(W, bits) if (bits := journal_bits(norm, dtype)) else None
+            both = (journal, journal, moved.cores)
+            calls: dict[str, Callable[[], object]] = {
+                "fold": partial(fold_on_gpu, W, target, norm, dtype, flags, moved),
+                "in_place": partial(fold_in_place, mine, target, norm, parts, flags, *both),
+                "copy": partial(copy.copy_, W),
+            }
+            if journal is not None:
+                journal.data.zero_()
+                calls["back"] = partial(take_back, mine, journal, flags)
+            for what, call in calls.items():
                 # On a GPU one CUDA graph: in a server the bus is slower than launching.
                 seconds = once(call, device) / 1e6
                 row[f"{what}_us"] = round(seconds * 1e6, 1)

@@ -138,3 +138,95 @@ for U, fine in ((torch.randn(8, 8, generator=gen) * 0.02, True), (torch.full((8,
     for name in ("m.weight", "n") if fine else ():
         torch.testing.assert_close(folds[0][name], folds[1][name])
 """
+
+SHARD = """
+import itertools, torch
+from secura_serve.merge import shard, stream
+from secura_serve.merge.fold import Part, Target
+from secura_serve.merge.journal import Journal, journal_bits
+from secura_serve.merge.triton_fold import take_back
+from secura_serve.method import Basis, MagNorm, apply
+
+device, gen = torch.device({device!r}), torch.Generator().manual_seed(0)
+shard.takes_triton = lambda *given: True
+TOLERANCE = {{torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}}
+
+def drawn(W, ranks, norm, size=0.02):
+    '''A target on W, and W' in float64.'''
+    parts = []
+    for i, r in enumerate(ranks):
+        basis = Basis(torch.randperm(W.shape[0], generator=gen)[:r],
+                      torch.randperm(W.shape[1], generator=gen)[:r])
+        U = torch.randn(r, r, generator=gen) * size
+        parts.append(Part("a", 1 - 0.25 * i, U, basis, "", None))
+    D = sum(p.weight * W.double()[:, p.basis.cols] @ p.U.double() @ W.double()[p.basis.rows]
+            for p in parts)
+    peak = float((D.abs() / (W.double().abs() + 1e-8)).max()) if norm.needs_rho_max else None
+    parts = [Part(p.adapter, p.weight, p.U, p.basis, "", peak) for p in parts]
+    return Target("m", tuple(parts)), apply(W.double(), D, norm, peak=peak)
+
+def bits(t):
+    return t.view(torch.int16 if t.itemsize == 2 else torch.int32)
+
+def base(shape, dtype):
+    W = torch.randn(shape, generator=gen).to(dtype)
+    W[3, 5:9], W[4, 5:9] = 0, -0.0
+    # Just above and below powers of two, and numbers that hardly are.
+    W[5, :4] = torch.tensor([1.0, 2.0, -4.0, 1.001])
+    W[6, :4] = torch.tensor([6e-8, 1e-7, 3e-5, -6e-5])
+    return W
+
+def fold(held, W, rows, cols, target, norm, old=None, new=None):
+    flags = torch.zeros(2, dtype=torch.int32, device=device)
+    gathered, problems = shard.gather_shard(W, target, rows, cols, checked=True)
+    assert not problems
+    gathered = gathered.map(lambda t: t.to(device))
+    shard.fold_shard(held, target, norm, gathered, flags, old, new)
+    return flags.tolist()
+
+# Column-parallel, row-parallel and both, whole and in a part of a larger parameter.
+SLICES = [(slice(0, 64), slice(0, 134)), (slice(64, 130), slice(None)),
+          (slice(None), slice(67, 134)), (slice(33, 66), slice(10, 31))]
+NORMS = [MagNorm("none"), MagNorm("bounded", tau=0.05), MagNorm("published")]
+for (rows, cols), dtype, norm in itertools.product(SLICES, {dtypes}, NORMS):
+    W = base((130, 134), dtype)
+    target, want = drawn(W, (16, 3) if norm.combinable else (16,), norm)
+    parameter = torch.zeros(200, W[rows, cols].shape[1], dtype=dtype, device=device)
+    held = parameter[40 : 40 + W[rows].shape[0]]
+    held.copy_(W[rows, cols])
+    assert fold(held, W, rows, cols, target, norm) == [0, 0]
+    worst = float((held.cpu().double() - want[rows, cols]).abs().max() / want.abs().max())
+    assert worst < TOLERANCE[dtype], (rows, cols, dtype, norm, worst)
+    assert not parameter[:40].any() and not parameter[40 + len(held) :].any()
+
+# The way back from the journal alone, and from one adapter to the next, to the last bit.
+for dtype, (rows, cols) in itertools.product([d for d in {dtypes} if d.itemsize == 2], SLICES):
+    W = base((130, 134), dtype)
+    p = 8 if dtype == torch.bfloat16 else 11
+    narrow, wide = MagNorm("bounded", tau=5.1 / 2**p), MagNorm("bounded", tau=70 / 2**p)
+    assert [journal_bits(norm, dtype) for norm in (narrow, wide)] == [4, 8]
+    # Much more than the norm lets through, so that weights move as far as they can.
+    one, other, third = (drawn(W, (9,), norm, size=9.0) for norm in (narrow, narrow, wide))
+    held = W[rows, cols].clone().to(device)
+    pristine, flags = held.clone(), torch.zeros(2, dtype=torch.int32, device=device)
+    first, last = Journal.empty(held, 4), Journal.empty(held, 8)
+    assert all(j.data.nbytes == Journal.nbytes(held, j.bits) for j in (first, last))
+    assert fold(held, W, rows, cols, one[0], narrow, None, first) == [0, 0]
+    assert int((bits(held).int() - bits(pristine).int()).abs().max()) == 5
+    alone = pristine.clone()
+    # In the same memory, and from 4 bits to 8.
+    assert fold(held, W, rows, cols, other[0], narrow, first, first) == [0, 0]
+    fold(alone, W, rows, cols, other[0], narrow)
+    assert torch.equal(bits(alone), bits(held))
+    assert fold(held, W, rows, cols, third[0], wide, first, last) == [0, 0]
+    worst = float((held.cpu().double() - third[1][rows, cols]).abs().max() / third[1].abs().max())
+    assert worst < TOLERANCE[dtype], worst
+    take_back(held, last, flags)
+    assert torch.equal(bits(held), bits(pristine)) and flags.tolist() == [0, 0]
+    # A journal that is too narrow says so.
+    assert fold(held, W, rows, cols, third[0], wide, None, first) == [0, 1]
+W = torch.ones(16, 32, dtype=torch.float16)
+one = Part("a", 1.0, torch.full((1, 1), 1e6), Basis(torch.tensor([0]), torch.tensor([1])), "")
+held = W.clone().to(device)
+assert fold(held, W, slice(None), slice(None), Target("m", (one,)), NORMS[0]) == [1, 0]
+"""

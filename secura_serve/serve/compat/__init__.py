@@ -32,6 +32,9 @@ What is used, and why there is no public way:
   request was answered; the weights must not change under them.
 * ``get_mp_context`` in the three modules that start processes: on CPUs they are forked from one
   that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
+* ``LinearBase.quant_method``, ``UnquantizedLinearMethod``, ``get_offloader`` and the
+  ``load_weights`` of models: where a rank holds which part of a weight, so that a GPU's can be
+  folded in place.
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """
@@ -40,6 +43,7 @@ from __future__ import annotations
 
 from secura_serve.serve.compat.gated import gated_activation, take_activation
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
+from secura_serve.serve.compat.places import Place, find_places
 from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
@@ -82,6 +86,7 @@ __all__ = [
     "NAMES",
     "SUPPORTED",
     "ListedModel",
+    "Place",
     "ServedModels",
     "adapters_in_slots",
     "apply_stock_lora",
@@ -93,6 +98,7 @@ __all__ = [
     "check_worker",
     "device_type",
     "install",
+    "find_places",
     "first_token_seconds",
     "gated_activation",
     "kv_head_copies",

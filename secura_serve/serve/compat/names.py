@@ -80,7 +80,11 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._manager_cls": None,
     "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._load_adapter": ("lora_request",),
     "vllm.v1.worker.lora_model_runner_mixin:LRUCacheWorkerLoRAManager": ("vllm_config", "device"),
+    "vllm.model_executor.layers.linear:LinearBase": ("quant_config", "prefix"),
     "vllm.model_executor.layers.linear:QKVParallelLinear": ("total_num_kv_heads",),
+    "vllm.model_executor.layers.linear:UnquantizedLinearMethod": None,
+    "vllm.model_executor.offloader.base:get_offloader": (),
+    "vllm.model_executor.offloader.base:NoopOffloader": None,
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (
         "model_config",
         "model",

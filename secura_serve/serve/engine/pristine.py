@@ -2,7 +2,9 @@
 
 Memory that the operating system may move is copied to a GPU piece by piece while the processor
 waits. So what a fold has read stays in pinned memory as far as there is room; the next fold, and
-the one that puts the base back, only queue copies, and the fold's kernels behind them.
+the one that puts the base back, only queue copies, and the fold's kernels behind them. Here are
+the linears that go through vLLM's reload, whole; of those that are folded in place a rank keeps its
+own part (:mod:`~secura_serve.serve.engine.shards`), in the same room.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from vllm.logger import init_logger
 
 from secura_serve.checkpoint import Checkpoint
 
-__all__ = ["PristineCopies"]
+__all__ = ["PristineCopies", "file_stamp"]
 
 logger = init_logger("vllm.secura_serve")
 
@@ -40,11 +42,31 @@ class PristineCopies:
         self._ranks, self._room, self._pin = ranks, room, pin
         self._stamp: object = None
         self._held: dict[str, list[tuple[str, Tensor]]] = {}
+        self._lent = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(t.nbytes for held in self._held.values() for _, t in held)
+        return self._lent + sum(t.nbytes for held in self._held.values() for _, t in held)
+
+    def left(self) -> int:
+        """Return the bytes that there is still room for."""
+        if self._room is None:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self._room = free // 2 // self._ranks
+        return self._room - self.nbytes
+
+    def lend(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        """Return pinned copies for somebody else to keep; None without room for all of them."""
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        if nbytes > self.left():
+            return None
+        self._lent += nbytes
+        return tuple(self._pin(tensor) for tensor in tensors)
+
+    def give_back(self, nbytes: int) -> None:
+        """Count so many bytes of what was lent as free again."""
+        self._lent -= nbytes
 
     def stream(
         self, base: Checkpoint, modules: Sequence[str], device: torch.device
@@ -54,16 +76,13 @@ class PristineCopies:
         First those that are kept, then the others in the order of the files. What was read of
         files that have changed since is read again.
         """
-        if (stamp := _stamp(base)) != self._stamp:
+        if (stamp := file_stamp(base)) != self._stamp:
             self._held, self._stamp = {}, stamp
-        if self._room is None:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            self._room = free // 2 // self._ranks
         kept = [module for module in modules if module in self._held]
         for module in kept:
             for name, tensor in self._held[module]:
                 yield name, tensor.to(device, non_blocking=True)
-        left = self._room - self.nbytes
+        left = self.left()
         read: dict[str, list[tuple[str, Tensor]]] = {}
         partial = set[str]()
         for name, tensor in base.tensors([m for m in modules if m not in self._held]):
@@ -84,7 +103,7 @@ class PristineCopies:
             )
 
 
-def _stamp(base: Checkpoint) -> object:
+def file_stamp(base: Checkpoint) -> object:
     """Say which files the base's tensors come from, and when they were written."""
     files = ((shard, (base.path / shard).stat()) for shard in base.shards())
     return tuple((shard, stat.st_mtime_ns, stat.st_size) for shard, stat in files)

@@ -1,17 +1,18 @@
 """The worker's half of a fold in the running engine: weights change in place.
 
 Mixed into vLLM's worker (``--worker-extension-cls``) and called on every rank while the engine is
-paused. Folded weights always come from the pristine base on disk (for a GPU, from what was kept of
-it in memory: :mod:`~secura_serve.serve.engine.pristine`), through the stream that merging uses, and
-reach the model through vLLM's own reload: it slices for the rank, repacks for the kernel, and
-copies into the tensors that compiled code and CUDA graphs hold.
+paused. Folded weights always come from the pristine base on disk, through the stream that merging
+uses, and reach the model through vLLM's own reload: it slices for the rank, repacks for the kernel,
+and copies into the tensors that compiled code and CUDA graphs hold. On a GPU plain linears are
+folded where they lie, each rank its own part (:mod:`~secura_serve.serve.engine.shards`), and what
+the others need of the base is kept in memory (:mod:`~secura_serve.serve.engine.pristine`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,6 +28,7 @@ from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 from secura_serve.serve.engine.adapter_calls import AdapterCalls
 from secura_serve.serve.engine.pristine import PristineCopies
+from secura_serve.serve.engine.shards import Shards
 
 __all__ = ["WorkerExtension", "with_siblings"]
 
@@ -76,7 +78,8 @@ class WorkerExtension(AdapterCalls):
                 ``spec``. If it still holds, the fingerprints are not compared again.
 
         Returns:
-            ``{"modules": changed, "bytes": read, "seconds": taken}``.
+            ``{"modules": changed, "in_place": how many of them were folded where they lie, "bytes":
+            of those and of what was read for the others, "seconds": taken}``.
 
         Raises:
             MergeError, AdapterError: the weights are then those of neither, and the caller must
@@ -96,28 +99,57 @@ class WorkerExtension(AdapterCalls):
         # Kept on the worker, not by name: what lies in the adapter's folder may have changed.
         dirty: set[str] = getattr(self, "_secura_dirty", set())
         self._secura_dirty = now | dirty
-        packed = compat.packed_modules(model)
-        modules = with_siblings(self._secura_dirty, packed, base.linears())
-        device = self.model_runner.device
-        tensors = base.tensors(modules)
-        if device.type != "cpu":
-            copies = getattr(self, "_secura_pristine", None) or PristineCopies(self._ranks_here())
-            self._secura_pristine = copies
-            tensors = copies.stream(base, modules, device)
+        packed, device = compat.packed_modules(model), self.model_runner.device
+
+        def siblings(modules: Iterable[str]) -> list[str]:
+            return with_siblings(modules, packed, base.linears())
+
+        shards, copies = self._keepers(model, base, siblings)
+        in_place = shards.take(base, plan, self._secura_dirty) if shards else []
+        modules = siblings(self._secura_dirty - set(in_place))
+        nbytes = 0
+        if shards:
+            nbytes = shards.put(base, plan, in_place)
+            # Before it happens: where a reload fails, nobody knows what lies there.
+            shards.reloaded(modules, moved=modules)
+        tensors = copies.stream(base, modules, device) if copies else base.tensors(modules)
+        left = {n: t for n, t in plan.targets.items() if t.module not in in_place}
         with _pool(cores if device.type == "cpu" else ()) as pool, compat.quiet_reload():
-            stream = _Stream(fold_stream(tensors, plan, pool=pool))
-            self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
+            stream = _Stream(fold_stream(tensors, replace(plan, targets=left), pool=pool))
+            if modules:
+                self.reload_weights(weights_iterator=stream, is_checkpoint_format=True)
         if stream.error is not None:
             raise stream.error
+        if shards:
+            shards.reloaded(modules, moved=now)
         if plan.checked and base_stamp(source, plan) != proof:
             raise MergeError("the base's files changed while they were read: fold again")
         self._secura_dirty = now
         taken = time.perf_counter() - start
-        return {"modules": len(modules), "bytes": stream.nbytes, "seconds": taken}
+        changed = {"modules": len(modules) + len(in_place), "in_place": len(in_place)}
+        return changed | {"bytes": nbytes + stream.nbytes, "seconds": taken}
+
+    def _keepers(
+        self, model: Any, base: Checkpoint, siblings: Callable[[Iterable[str]], list[str]]
+    ) -> tuple[Shards, PristineCopies] | tuple[None, None]:
+        """Return what this worker keeps of the base between folds: nothing on a CPU."""
+        if not keeps_base(self.model_runner.device):
+            return None, None
+        kept: tuple[Shards, PristineCopies] | None = getattr(self, "_secura_kept", None)
+        if kept is None:
+            copies = PristineCopies(self._ranks_here())
+            kept = self._secura_kept = Shards(model, base, siblings, copies), copies
+        return kept
 
     def _ranks_here(self) -> int:
         """Return how many workers may keep copies of the base on this machine."""
         return max(torch.accelerator.device_count(), 1)
+
+
+def keeps_base(device: torch.device) -> bool:
+    """Return whether copies and places of the base are kept for a device's next fold: on a CPU
+    the weights are packed for the processor, and the base's files lie in the same memory."""
+    return device.type != "cpu"
 
 
 @contextmanager
