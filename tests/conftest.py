@@ -69,6 +69,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return ByServer(config, log)
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Take back what a command in this process has set, for the servers of later tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded base as a folder (made dense once, then from the cache)."""

@@ -112,5 +112,5 @@ def test_compiled_on_a_gpu(cases):
 
 @pytest.mark.long
 @pytest.mark.parametrize("release", TRITON_RELEASES)
-def test_two_launches_a_linear_that_compile_for_every_gpu(release, tmp_path):
-    compiled(COMPILED.format(release=release), release, tmp_path)
+def test_two_launches_a_linear_that_compile_for_every_gpu(release):
+    compiled(COMPILED.format(release=release), release)

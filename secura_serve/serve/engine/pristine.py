@@ -9,9 +9,9 @@ own part (:mod:`~secura_serve.serve.engine.shards`), in the same room.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 
+import psutil
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
@@ -52,8 +52,8 @@ class PristineCopies:
     def left(self) -> int:
         """Return the bytes that there is still room for."""
         if self._room is None:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            self._room = free // 2 // self._ranks
+            # What the page cache gives up counts: after loading, that is most of the memory.
+            self._room = psutil.virtual_memory().available // 2 // self._ranks
         return self._room - self.nbytes
 
     def lend(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
