@@ -31,6 +31,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from functools import cache
 from pathlib import Path
@@ -82,7 +83,7 @@ import array, json, signal
 made = socket.socket(socket.AF_UNIX)
 made.connect({address!r})
 request = dict(argv=sys.argv[1:], environ=dict(os.environ), cwd=os.getcwd(), umask=os.umask(0),
-               session=os.getsid(0) == os.getpid())
+               session=os.getsid(0) == os.getpid(), shim=os.getpid())
 body = json.dumps(request).encode()
 fds = array.array("i", [0, 1, 2]).tobytes()
 made.sendmsg([len(body).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -159,6 +160,22 @@ def commands() -> str:
     return str(folder)
 
 
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Kill -9 a command and wait until it is gone: it is passed on a moment later."""
+    process.kill()
+    process.wait(60)
+    file = _real(Path(process.args[0]), process.pid)  # type: ignore[index]
+    deadline = time.monotonic() + 60
+    while file.exists() and Path(f"/proc/{file.read_text()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _real(beside: Path, pid: int) -> Path:
+    """Where it is written which process runs what the one that was started stands for."""
+    return beside.with_name(f"{pid}.pid")
+
+
 class _Begin(BaseException):
     """In the forked process: leave the loop, and run this."""
 
@@ -213,6 +230,7 @@ def _watch(made: socket.socket, request: dict[str, Any], fds: list[int]) -> None
         raise _Begin(request)
     for fd in fds:
         os.close(fd)
+    _real(Path(made.getsockname()), request["shim"]).write_text(str(pid))
     ended, left = os.pidfd_open(pid), False
     while ended not in (ready := select.select([ended, *([] if left else [made])], [], [])[0]):
         number = made.recv(1) if made in ready else b""

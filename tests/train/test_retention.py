@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +42,7 @@ from secura_serve.train.retention import (
     self_written_rows,
 )
 from secura_serve.train.retention import kept as kept_module
+from tests.support import warm
 from tests.support.training import PAIRS, command, environment, flags, same, write
 
 TinyBase = Callable[[str], Path]
@@ -245,8 +245,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     while not (folder / "checkpoint-4" / "trainer_state.json").exists():
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    started.wait(60)
+    warm.kill(started)
     for file in cache.iterdir():
         file.unlink()
     assert main([*argv, "--resume", "auto", "--retain", "2"]) == 2

@@ -34,6 +34,7 @@ from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import checkpoint_tensors, prepare, restore
 from secura_serve.train.packing import packer
+from tests.support import warm
 from tests.support.training import PAIRS, command, environment, flags, same, tensors, write
 
 TinyBase = Callable[[str], Path]
@@ -223,7 +224,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     while not (folder / "checkpoint-4" / "trainer_state.json").exists():
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL if how == "kill" else signal.SIGINT)
+    if how == "kill":
+        warm.kill(started)
+    else:
+        started.send_signal(signal.SIGINT)
     _, told = started.communicate(timeout=60)
     assert started.returncode == (-signal.SIGKILL if how == "kill" else 130)
     assert how == "kill" or "--resume auto" in told
