@@ -60,7 +60,7 @@ METRICS = (
     Metric(
         "secura_adapters",
         "gauge",
-        "Adapters that can be asked (known), are in a slot, are pinned, or are refused",
+        "Adapters that can be asked (known), are in a slot or a place, are pinned, or are refused",
         ("state",),
     ),
     Metric("secura_adapter_versions", "gauge", "Versions that are kept, of all adapters together"),
