@@ -236,4 +236,4 @@ def test_a_running_server_counts_what_it_is_asked(served: Any) -> None:
     # The adapter that was asked has a slot, and has been put there; full-rank ones have places.
     loaded = after["secura_adapter_loads_total", ""] + after["secura_places", "filled"]
     assert 1 <= after["secura_adapters", "resident"] <= loaded
-    assert after["secura_adapter_load_seconds_count", ""] >= len(served.adapters)
+    assert after["secura_adapter_load_seconds_count", ""] >= 1
