@@ -154,6 +154,7 @@ def test_what_is_about_to_be_folded_cannot_be_deleted_and_what_goes_not_folded(m
     assert "x" not in parts.library.records and not parts.library.deleting
 
 
+@pytest.mark.long
 def test_a_folder_that_goes_while_it_is_folded_is_served_no_longer_once_it_is_not(
     make, monkeypatch
 ):

@@ -81,6 +81,7 @@ def test_a_queue_runs_what_becomes_ready_and_tries_no_failed_run_again() -> None
     assert "b" not in started
 
 
+@pytest.mark.long
 def test_a_queue_starts_nothing_while_the_pause_file_exists(tmp_path: Path) -> None:
     pause, done = tmp_path / "pause", set[str]()
     pause.touch()
@@ -97,6 +98,7 @@ def test_a_queue_starts_nothing_while_the_pause_file_exists(tmp_path: Path) -> N
     assert done == {"a"}
 
 
+@pytest.mark.long
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     said = run_process("benchmarks.experiment.one", "no-such-run", tmp_path)
     assert said.startswith("no-such-run: failed") and "StopIteration" in said

@@ -263,6 +263,7 @@ def test_a_damaged_image_is_never_served(base, tuned, tmp_path):
         asyncio.run(DeltaImages(images.root, base, "int8").make(folder, [str(folder)]))
 
 
+@pytest.mark.long
 def test_a_lost_image_is_made_again_from_the_checkpoint_by_a_reload(base, tmp_path):
     parts = house(tmp_path, base)
     random_fine_tune(base, parts.folder / "tuned", seed=1, only=("q_proj",))

@@ -384,6 +384,7 @@ class FailingEngine:
         raise RuntimeError("the disk is gone")
 
 
+@pytest.mark.long
 def test_the_server_stops_when_nothing_can_be_put_back(tiny_base, tmp_path, monkeypatch):
     parts = house(tmp_path, tiny_base("qwen2"))
     random_adapter(parts.base, parts.folder / "one", r=4, seed=1)

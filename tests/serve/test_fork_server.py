@@ -92,6 +92,7 @@ def test_what_is_forked_is_as_if_spawned(tmp_path: Path):
     assert shown[2:] == [f"forked None 1 [{cores[-1]}] True", "0", "3 -15 0"]
 
 
+@pytest.mark.long
 def test_what_libraries_read_at_import_is_spawned(tmp_path: Path):
     shown = run(
         tmp_path,

@@ -389,6 +389,7 @@ def _quoted(name):
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.long
 @settings(max_examples=300, **QUICK)
 @given(data=st.data())
 def test_hundreds_of_requests_made_by_chance(server, made, data):

@@ -84,6 +84,7 @@ def digest(parts, name):
     return version and version.digest
 
 
+@pytest.mark.long
 def test_a_rename_is_seen_and_served_replaced_renamed_and_removed(parts, made):
     one, two = digest_of(made / "one"), digest_of(made / "two")
 
@@ -119,6 +120,7 @@ def test_a_folder_whose_end_was_not_reported_goes_too(parts, made, monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.long
 def test_a_foreign_copy_is_taken_once_it_has_settled(parts, made):
     """The configuration first, then the weights in pieces, each but the last incomplete."""
     weights = (made / "foreign" / WEIGHTS).read_bytes()
@@ -141,6 +143,7 @@ def test_a_foreign_copy_is_taken_once_it_has_settled(parts, made):
     asyncio.run(run())
 
 
+@pytest.mark.long
 def test_in_place_replacement_never_serves_a_mixture(parts, made):
     """Our files overwritten by a foreign copier: their digest says when they fit."""
     folder, seen = parts.folder / "x", set()

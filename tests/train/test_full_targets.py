@@ -82,6 +82,7 @@ def test_only_what_is_named_changes(
     assert "linear layers" in (out / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_resumed_run_gives_the_same_bits(tiny_base: TinyBase, data: Path, tmp_path: Path) -> None:
     base = tiny_base("llama")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

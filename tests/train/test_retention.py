@@ -177,6 +177,7 @@ def test_batches_depend_on_seed_step_and_process_alone() -> None:
     assert [order(3, 0, 0, 2)[0], order(3, 0, 1, 2)[0]] == plain[:2]
 
 
+@pytest.mark.long
 def test_without_weight_nothing_changes(
     tiny_base: TinyBase, data: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -189,6 +190,7 @@ def test_without_weight_nothing_changes(
     assert "retention" not in runs["zero"]["train"][0] and not cache.exists()
 
 
+@pytest.mark.long
 def test_the_random_numbers_of_the_run_are_left_alone(
     tiny_base: TinyBase, data: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_the_random_numbers_of_the_run_are_left_alone(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_more_weight_keeps_every_method_nearer(
     tiny_base: TinyBase, data: Path, tmp_path: Path, method: str
@@ -255,6 +258,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert curves[0] == curves[1] and len(curves[0]["train"]) == 12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["seq", "ewc"])
 def test_a_sequence_of_tasks_is_held_too(
     tiny_base: TinyBase, data: Path, tmp_path: Path, strategy: str
@@ -272,6 +276,7 @@ def test_a_sequence_of_tasks_is_held_too(
     assert 0 < kl["30"] < kl["1e-6"]
 
 
+@pytest.mark.long
 def test_text_of_a_file(tiny_base: TinyBase, data: Path, tmp_path: Path, cache: Path) -> None:
     file = write(tmp_path / "chat.jsonl", [{"prompt": f"Say {i}", "completion": f"Yes, {i}."}
                                            for i in range(9)])  # fmt: skip
