@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.serve.kernels.test_triton_aot import TRITON_RELEASES, compiled
-from tests.support.interpreted import run
+from tests.support.interpreted import TRITON_RELEASES, compiled, run
 from tests.support.triton_cases import FOLD, SHARD
 
 pytest.importorskip("triton", reason="no triton package")

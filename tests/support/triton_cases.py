@@ -13,9 +13,7 @@ from tests.support.stepping import Linear
 device = torch.device({device!r})
 # Slices that end at odd columns, ranks that are no multiples of 8, and tiles of ranks.
 shapes = [((40,), (3,)), ((96, 32, 32), (16, 5, 1)), ((201, 131), (33, 8)), ((304,), (200, 72))]
-# Every two of shape, dtype and bias meet.
-for (i, (outs, ranks)), (j, dtype) in itertools.product(enumerate(shapes), enumerate({dtypes})):
-    biased = (i + j) % 2 == 1
+for (outs, ranks), dtype, biased in itertools.product(shapes, {dtypes}, (False, True)):
     linear = Linear(TritonKernel(), outs, ranks, dtype, biased, device=device)
     for tokens in (1, 5, 67):
         linear.check(tokens)

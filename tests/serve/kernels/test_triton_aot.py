@@ -8,20 +8,13 @@ the installed one. In processes of their own, since one process can hold one Tri
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.support import ROOT
+from tests.support.interpreted import TRITON_RELEASES, compiled
 
 pytest.importorskip("triton", reason="no triton package")
 
-RELEASES = ROOT / "build" / "triton"
-# The installed one at every change, the others when there is time.
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("3.6.0", "3.7.1", "3.8.0")]
-TRITON_RELEASES = ["", *OTHERS]
+
 STEP = """
 import itertools, torch
 from benchmarks._launches import step_launches
@@ -51,25 +44,6 @@ for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
 found += faults(launch, "sm_90", ("C", "y"))
 assert not found, "\\n".join(found)
 """
-
-
-def compiled(code, release=""):
-    """Run code under a release of Triton; "" is the installed one.
-
-    What has not changed since is not compiled again: Triton names a result by all that it is made
-    from, its own version included.
-    """
-    paths = [str(ROOT)]
-    if release:
-        if not (RELEASES / release).is_dir():
-            pytest.skip(f"no triton {release} in build/triton: make triton")
-        paths.insert(0, str(RELEASES / release))
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(RELEASES / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.long

@@ -7,15 +7,10 @@ processes. On a machine with a GPU the same cases run compiled as well.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.serve.kernels.test_triton_aot import compiled
-from tests.support import ROOT
+from tests.support.interpreted import compiled, run
 
 pytest.importorskip("triton", reason="no triton package")
 
@@ -44,19 +39,15 @@ for (outs, inner), dtype, weight in itertools.product(shapes, {dtypes}, weights)
 """
 
 
-def _run(device, dtypes, **env):
-    code = CASES.format(device=device, dtypes=dtypes)
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | env)
-
-
 @pytest.mark.long
 def test_equals_loops_in_the_interpreter():
-    _run("cpu", "(torch.float32, torch.float16)", TRITON_INTERPRET="1")
+    run(CASES.format(device="cpu", dtypes="(torch.float32, torch.float16)"), interpreted=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_equals_loops_compiled():
-    _run("cuda", "(torch.float32, torch.float16, torch.bfloat16)")
+    dtypes = "(torch.float32, torch.float16, torch.bfloat16)"
+    run(CASES.format(device="cuda", dtypes=dtypes), interpreted=False)
 
 
 AOT = """
