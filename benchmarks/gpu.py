@@ -120,9 +120,9 @@ def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 
     from benchmarks.step import once
     from secura_serve.merge.fold import Part, Target
-    from secura_serve.merge.journal import Journal, journal_bits
-    from secura_serve.merge.shard import gather_shard
-    from secura_serve.merge.triton_fold import fold_in_place, fold_on_gpu, move, take_back
+    from secura_serve.merge.fold.journal import Journal, journal_bits
+    from secura_serve.merge.fold.shard import gather_shard
+    from secura_serve.merge.fold.triton_fold import fold_in_place, fold_on_gpu, move, take_back
     from secura_serve.method import Basis, MagNorm
 
     device = torch.device("cpu" if rehearse else "cuda")

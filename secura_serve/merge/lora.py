@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import MergeError
-from secura_serve.merge.fold import Part, Target, fold_weight
+from secura_serve.merge.fold import Part, Target, fold_weight, gather_target
 from secura_serve.merge.io.files import new_folder
 from secura_serve.merge.manifest import MANIFEST, describe
 from secura_serve.merge.plan import space_problems
 from secura_serve.merge.source import Source, plan_fold
-from secura_serve.merge.stream import gather_target
 from secura_serve.method import MagNorm, gather
 
 __all__ = ["approximate", "exact", "export_lora"]

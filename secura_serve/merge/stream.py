@@ -11,19 +11,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from secura_serve.adapter import gather_verified
 from secura_serve.errors import MergeError
-from secura_serve.merge.fold import Change, Target, fold_weight
+from secura_serve.merge.fold import Change, Target, fold_weight, gather_target, takes_triton
 from secura_serve.merge.io.buffers import buffer
 from secura_serve.method import MagNorm
 
-__all__ = ["FoldPlan", "fold_stream", "gather_target"]
+__all__ = ["FoldPlan", "fold_stream"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -39,36 +37,6 @@ class FoldPlan:
     """Of the folded tensors; None keeps each tensor's own."""
     checked: bool = False
     """The fingerprints of the tensors that will come were compared already."""
-
-
-def gather_target(
-    tensor: Tensor, target: Target, *, checked: bool = False
-) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
-    """Return C and R of each part, and every reason not to fold into this tensor.
-
-    Args:
-        checked: its fingerprints are known to be right.
-    """
-    if tensor.ndim != 2:
-        return [], [f"{target.module}: has {tensor.ndim} axes, a linear has 2"]
-    W = tensor.T if target.transposed else tensor
-    gathered, problems = [], []
-    for part in target.parts:
-        CR, problem = gather_verified(W, part.basis, part.fingerprint, compare=not checked)
-        if CR is not None:
-            gathered.append(CR)
-        if problem is not None:
-            problems.append(f"{part.adapter}: {target.module}: {problem}")
-    return gathered, problems
-
-
-def takes_triton(tensor: Tensor, target: Target, norm: MagNorm) -> bool:
-    """Return whether a tensor lies on a GPU where Triton folds it, in two launches."""
-    if tensor.device.type != "cuda" or tensor.ndim != 2 or find_spec("triton") is None:
-        return False
-    from secura_serve.merge.triton_fold import supports
-
-    return supports(tensor, target, norm)
 
 
 class _Done(NamedTuple):
@@ -137,7 +105,7 @@ def fold_stream(
         if faults or problems:
             return _Done(name, None, None, faults)
         if quick:
-            from secura_serve.merge.triton_fold import fold_on_gpu
+            from secura_serve.merge.fold.triton_fold import fold_on_gpu
 
             # Read when all is done: to look at each would make the device wait.
             flags[target.module] = torch.zeros(1, dtype=torch.int32, device=tensor.device)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from secura_serve.errors import MergeError
-from secura_serve.merge.fold import Target
+from secura_serve.merge.fold import Target, gather_target
 from secura_serve.merge.io.async_io import read_ahead
 from secura_serve.merge.io.buffers import BufferRing, opened, read_tensor
 from secura_serve.merge.io.layout import Shard, read_shard
 from secura_serve.merge.source import NOTHING_DONE, Source, open_source, plan_fold
-from secura_serve.merge.stream import FoldPlan, gather_target
+from secura_serve.merge.stream import FoldPlan
 
 __all__ = ["base_mismatches", "base_stamp", "quantised_targets", "shards_of", "verify_base"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from secura_serve.merge.journal import Journal, journal_bits
+from secura_serve.merge.fold.journal import Journal, journal_bits
 from secura_serve.method import MagNorm
 
 

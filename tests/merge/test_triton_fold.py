@@ -19,10 +19,10 @@ pytest.importorskip("triton", reason="no triton package")
 COMPILED = """
 import torch
 from benchmarks._launches import LLAMA3_8B, caught, fake
-from secura_serve.merge import triton_code, triton_fold
+from secura_serve.merge.fold import triton_code, triton_fold
 from secura_serve.merge.fold import Part, Target
-from secura_serve.merge.journal import Journal
-from secura_serve.merge.shard import Gathered
+from secura_serve.merge.fold.journal import Journal
+from secura_serve.merge.fold.shard import Gathered
 from secura_serve.method import Basis, MagNorm
 from tests.support.triton_aot import TARGETS, faults
 import triton

@@ -42,7 +42,8 @@ ALLOWED["method"] = FOUNDATION | {
 }
 ALLOWED["adapter"] = FOUNDATION | {"atomic", "bases", "checkpoint", "compiled", "method"}
 ALLOWED["merge.io"] = {"atomic", "errors"}
-ALLOWED["merge"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
+ALLOWED["merge.fold"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
+ALLOWED["merge"] = ALLOWED["merge.fold"] | {"merge.fold"}
 ALLOWED["train.data"] = {"errors"}
 ALLOWED["train.tuner"] = {"errors", "method", "adapter"}
 ALLOWED["client"] = FOUNDATION | {"adapter", "train.tuner"}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from secura_serve.serve.engine import lanes
+from secura_serve.serve.engine.fold import lanes
 
 
 def test_copies_run_beside_the_folds_that_wait_for_them(monkeypatch):

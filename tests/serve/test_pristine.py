@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.serve.engine.pristine import PristineCopies
+from secura_serve.serve.engine.fold.pristine import PristineCopies
 
 CPU = torch.device("cpu")
 MODULES = [f"model.layers.{i}.proj" for i in range(3)]

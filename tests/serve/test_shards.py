@@ -140,7 +140,7 @@ def test_what_is_offloaded_is_left_to_the_reload(base, adapters, monkeypatch):
 def test_two_launches_a_linear_at_most_and_one_for_the_way_back(tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="no triton package")
     from benchmarks._launches import caught
-    from secura_serve.merge import shard, triton_code
+    from secura_serve.merge.fold import shard, triton_code
 
     monkeypatch.setattr(shard, "takes_triton", lambda *given: True)
     half = sharded.write_base(tmp_path / "base", torch.float16)
@@ -232,9 +232,10 @@ def test_a_weight_that_the_file_holds_transposed(base):
 
 JOURNALS = """
 import pathlib, tempfile, torch
-from secura_serve.merge import shard, undo_shard
+from secura_serve.merge import undo_shard
+from secura_serve.merge.fold import shard
 from secura_serve.method import MagNorm
-from secura_serve.serve.engine import shards
+from secura_serve.serve.engine.fold import shards
 from tests.support import sharded
 from tests.support.engines import random_adapter
 

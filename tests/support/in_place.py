@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from secura_serve.serve.engine import worker_extension
-from secura_serve.serve.engine.pristine import PristineCopies
+from secura_serve.serve.engine.fold.pristine import PristineCopies
 
 
 def _stay_plain(self, layer):

@@ -15,8 +15,8 @@ from secura_serve import adapter as A
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.merge import FoldPlan, open_source, plan_fold
 from secura_serve.method import MagNorm
-from secura_serve.serve.engine.pristine import PristineCopies
-from secura_serve.serve.engine.shards import Shards
+from secura_serve.serve.engine.fold.pristine import PristineCopies
+from secura_serve.serve.engine.fold.shards import Shards
 from secura_serve.serve.engine.worker_extension import with_siblings
 from tests.support.oracle import _bounded
 

@@ -70,7 +70,7 @@ assert torch.equal(linear.activated(y, slots, "silu", active=False), y[:, :3] + 
 
 FOLD = """
 import itertools, torch
-from secura_serve.merge import triton_fold
+from secura_serve.merge.fold import triton_fold
 from secura_serve.merge.fold import Part, Target
 from secura_serve.method import Basis, MagNorm, apply
 
@@ -139,10 +139,9 @@ for U, fine in ((torch.randn(8, 8, generator=gen) * 0.02, True), (torch.full((8,
 
 SHARD = """
 import itertools, torch
-from secura_serve.merge import shard, stream
-from secura_serve.merge.fold import Part, Target
-from secura_serve.merge.journal import Journal, journal_bits
-from secura_serve.merge.triton_fold import take_back
+from secura_serve.merge.fold import Part, Target, shard
+from secura_serve.merge.fold.journal import Journal, journal_bits
+from secura_serve.merge.fold.triton_fold import take_back
 from secura_serve.method import Basis, MagNorm, apply
 
 device, gen = torch.device({device!r}), torch.Generator().manual_seed(0)

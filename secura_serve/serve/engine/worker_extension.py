@@ -4,8 +4,8 @@ Mixed into vLLM's worker (``--worker-extension-cls``) and called on every rank w
 paused. Folded weights always come from the pristine base on disk, through the stream that merging
 uses, and reach the model through vLLM's own reload: it slices for the rank, repacks for the kernel,
 and copies into the tensors that compiled code and CUDA graphs hold. On a GPU plain linears are
-folded where they lie, each rank its own part (:mod:`~secura_serve.serve.engine.shards`), and what
-the others need of the base is kept in memory (:mod:`~secura_serve.serve.engine.pristine`).
+folded where they lie, each rank its own part, and what the others need of the base is kept in
+memory (:mod:`secura_serve.serve.engine.fold`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from secura_serve.merge import FoldPlan, base_stamp, fold_stream, open_source, p
 from secura_serve.method import MagNorm
 from secura_serve.serve import compat
 from secura_serve.serve.engine.adapter_calls import AdapterCalls
-from secura_serve.serve.engine.pristine import PristineCopies
-from secura_serve.serve.engine.shards import Shards
+from secura_serve.serve.engine.fold.pristine import PristineCopies
+from secura_serve.serve.engine.fold.shards import Shards
 
 __all__ = ["WorkerExtension", "with_siblings"]
 

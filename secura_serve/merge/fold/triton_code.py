@@ -1,4 +1,4 @@
-"""The Triton kernels of a fold on a GPU; :mod:`secura_serve.merge.triton_fold` launches them.
+"""The Triton kernels of a fold on a GPU; :mod:`secura_serve.merge.fold.triton_fold` launches them.
 
 W has two strides, so that a transposed weight is the same problem. Products are exact to float32:
 what is no number of W (U, L) is split into three of W's 16 bits, one after the other, and each part

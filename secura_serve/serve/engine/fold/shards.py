@@ -35,8 +35,8 @@ from secura_serve.merge import (
     undo_shard,
 )
 from secura_serve.serve import compat
-from secura_serve.serve.engine.lanes import Lanes
-from secura_serve.serve.engine.pristine import PristineCopies, file_stamp
+from secura_serve.serve.engine.fold.lanes import Lanes
+from secura_serve.serve.engine.fold.pristine import PristineCopies, file_stamp
 
 __all__ = ["Shards"]
 

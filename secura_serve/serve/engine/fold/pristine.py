@@ -4,7 +4,7 @@ Memory that the operating system may move is copied to a GPU piece by piece whil
 waits. So what a fold has read stays in pinned memory as far as there is room; the next fold, and
 the one that puts the base back, only queue copies, and the fold's kernels behind them. Here are
 the linears that go through vLLM's reload, whole; of those that are folded in place a rank keeps its
-own part (:mod:`~secura_serve.serve.engine.shards`), in the same room.
+own part (:mod:`~secura_serve.serve.engine.fold.shards`), in the same room.
 """
 
 from __future__ import annotations

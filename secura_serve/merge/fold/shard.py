@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secura_serve.merge.fold import Target, factors
-from secura_serve.merge.journal import Journal, journal_bits
-from secura_serve.merge.stream import gather_target, takes_triton
+from secura_serve.merge.fold.journal import Journal, journal_bits
+from secura_serve.merge.fold.target import Target, gather_target
+from secura_serve.merge.fold.weight import factors, takes_triton
 from secura_serve.method import MagNorm, write
 
 __all__ = [
@@ -84,7 +84,7 @@ def fold_shard(
     Peak memory: C, R and L, ``Σr·rows`` float32; where torch folds also W'.
     """
     if takes_triton(held, target, norm):
-        from secura_serve.merge.triton_fold import fold_in_place
+        from secura_serve.merge.fold.triton_fold import fold_in_place
 
         fold_in_place(held, target, norm, gathered, flags, old, new)
         return
@@ -105,6 +105,6 @@ def bits_to_keep(held: Tensor, target: Target, norm: MagNorm) -> int:
 
 def undo_shard(held: Tensor, journal: Journal, flags: Tensor) -> None:
     """Make W of the W' that a journal was kept for, where it lies: on a GPU, in one launch."""
-    from secura_serve.merge.triton_fold import take_back
+    from secura_serve.merge.fold.triton_fold import take_back
 
     take_back(held, journal, flags)

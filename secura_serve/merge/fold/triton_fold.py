@@ -16,14 +16,14 @@ import triton
 from torch import Tensor
 
 from secura_serve.errors import MergeError
-from secura_serve.merge import triton_code
-from secura_serve.merge.fold import Target
-from secura_serve.merge.journal import Journal
+from secura_serve.merge.fold import triton_code
+from secura_serve.merge.fold.journal import Journal
+from secura_serve.merge.fold.target import Target
 from secura_serve.method import MagNorm
 from secura_serve.method.native import FORMS
 
 if TYPE_CHECKING:
-    from secura_serve.merge.shard import Gathered
+    from secura_serve.merge.fold.shard import Gathered
 
 __all__ = [
     "Moved",
@@ -126,7 +126,7 @@ def fold_in_place(
     new: Journal | None = None,
     cores: Tensor | None = None,
 ) -> None:
-    """Fold a shard where it lies: :func:`~secura_serve.merge.shard.fold_shard` on a GPU.
+    """Fold a shard where it lies: :func:`~secura_serve.merge.fold.shard.fold_shard` on a GPU.
 
     Args:
         cores: what :func:`move_cores` returned, where that was called before.

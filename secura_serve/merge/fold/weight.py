@@ -5,37 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from secura_serve.merge.fold.target import Part, Target
 from secura_serve.merge.io.buffers import buffer
-from secura_serve.method import Basis, FoldStats, MagNorm, gather, write
+from secura_serve.method import FoldStats, MagNorm, gather, write
 
-__all__ = ["Change", "Part", "Target", "factors", "fold_weight"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter's share in a target: ``weight``·C·U·R."""
-
-    adapter: str
-    weight: float
-    U: Tensor
-    basis: Basis
-    fingerprint: str
-    """Of the weight that the adapter was trained on, see :mod:`secura_serve.adapter`."""
-    rho_max: float | None = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """One tensor of the base that changes."""
-
-    module: str
-    parts: tuple[Part, ...]
-    transposed: bool = False
-    """The tensor is W as ``(in, out)``: GPT-2's Conv1D."""
+__all__ = ["Change", "factors", "fold_weight", "takes_triton"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +116,12 @@ def fold_weight(
     update = (R.T.contiguous(), L.T.contiguous()) if target.transposed else (L, R)
     stats = write(result, W, update, norm, peak=target.parts[0].rho_max, measure=measure)
     return result, None if stats is None else Change.of(stats)
+
+
+def takes_triton(tensor: Tensor, target: Target, norm: MagNorm) -> bool:
+    """Return whether a tensor lies on a GPU where Triton folds it, in two launches."""
+    if tensor.device.type != "cuda" or tensor.ndim != 2 or find_spec("triton") is None:
+        return False
+    from secura_serve.merge.fold.triton_fold import supports
+
+    return supports(tensor, target, norm)
