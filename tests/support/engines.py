@@ -7,6 +7,7 @@ The processes are what a user starts; nothing of vLLM runs in the test process.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +56,15 @@ class Served:
         return None if name == self.base else self.folder / name
 
 
-_GIVEN: set[int] = set()
-
-
 def free_port() -> int:
-    """A port that is free now and was not given before: the system may name one twice."""
+    """A port that is free now.
+
+    Below those that the system hands out: one of these may be the near end of some connection by
+    the time that it is listened on, or be given to another test process, too.
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port not in _GIVEN:
-            _GIVEN.add(port)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := 10000 + secrets.randbelow(20000)))
             return port
 
 
