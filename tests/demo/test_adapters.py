@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from tests.support.browser import scroll_width
+from tests.support.browser import scroll_width, windows
 from tests.support.fake_server import FakeServer, adapter_card
 
 pytestmark = pytest.mark.long
-WINDOWS = [{"width": 1280, "dark": True}, {"width": 390, "dark": False}]
-CHANGED_IN = [{"width": 1280, "dark": False}, {"width": 390, "dark": True}]
 KEY = "the-admin-key-of-this-test"
 
 
@@ -39,7 +37,7 @@ def choose(page: Any, box: str, option: str) -> None:
     page.get_by_role("option", name=option).click()
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 dark", "390 light"])
+@windows("390 light", "1280 dark")
 def test_the_gallery_shows_searches_and_takes_no_changes_without_a_key(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:
@@ -71,7 +69,7 @@ def test_the_gallery_shows_searches_and_takes_no_changes_without_a_key(
     assert server.changes == []
 
 
-@pytest.mark.parametrize("window", CHANGED_IN, ids=["1280 light", "390 dark"])
+@windows("1280 light", "390 dark")
 def test_the_operator_changes_adapters_and_the_key_is_kept_nowhere(
     server: FakeServer, visit: Callable[..., Any], tmp_path: Path, window: dict[str, Any]
 ) -> None:

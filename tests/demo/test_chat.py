@@ -19,11 +19,10 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.demo.conftest import REMEMBERED_S
-from tests.support.browser import open_page, scroll_width, send
+from tests.support.browser import open_page, scroll_width, send, windows
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 pytestmark = pytest.mark.long
-WINDOWS = [{"width": 1280, "dark": False}, {"width": 390, "dark": True}]
 MARKDOWN = (
     "# Title\n\n", "Some **bold** text:\n\n", "```python\nprint('<b>')\n", "```\n\n",
     "| a | b |\n|---|---|\n| 1 | 2 |\n", "\n- item",
@@ -115,7 +114,7 @@ def docked(page: Any) -> bool:
     return ends and page.evaluate("window.scrollY") == 0
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+@windows("1280 light", "390 dark")
 def test_a_conversation_from_the_first_prompt_to_the_cleared_page(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:
@@ -248,7 +247,7 @@ def test_keys_stop_and_a_line_break(server: FakeServer, visit: Callable[..., Any
         assert any(part in str(each) for each in reached), (part, reached)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+@windows("1280 light", "390 dark")
 def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:
@@ -289,7 +288,7 @@ def test_sliders_write_a_mix_and_four_columns_ask_at_once(
     page.locator("#difference-2").wait_for(state="hidden")
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+@windows("390 dark", "1280 light")
 def test_a_link_and_the_commands_repeat_what_was_asked(
     server: FakeServer, visit: Callable[..., Any], browser: Any, window: dict[str, Any]
 ) -> None:

@@ -14,16 +14,15 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import scroll_width, send
+from tests.support.browser import scroll_width, send, windows
 from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 
 pytestmark = pytest.mark.long
-WINDOWS = [{"width": 1280, "dark": False}, {"width": 390, "dark": True}]
 TABS = ("Chat", "Adapters", "Retention", "Live")
 PANELS = ("settings", "mix", "share", "changes")
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+@windows("390 dark", "1280 light")
 def test_an_adapter_is_asked_beside_the_base(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:
@@ -72,7 +71,7 @@ def test_an_adapter_is_asked_beside_the_base(
     page.locator("#layers [role=alert]", has_text="(409): bare changes nothing").wait_for()
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=["1280 light", "390 dark"])
+@windows("1280 light", "390 dark")
 def test_the_live_numbers_follow_the_server(
     server: FakeServer, visit: Callable[..., Any], window: dict[str, Any]
 ) -> None:

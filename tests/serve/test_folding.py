@@ -190,9 +190,14 @@ def slowly(client, model, stream=True):
         extra_body={"ignore_eos": True},
     )
     if stream:
-        connection = answer.response.extensions["network_stream"].get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        _receive(answer, 2**14)
     return answer
+
+
+def _receive(stream, size):
+    """Let the client's end of a stream's connection hold so many bytes."""
+    connection = stream.response.extensions["network_stream"].get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, operator, client):
@@ -222,6 +227,7 @@ def test_running_requests_finish_first_and_new_ones_see_the_new_weights(served, 
     assert operator("/admin/fold", method="GET")[1]["folded"] is None
     status, answer = operator("/admin/fold", {"name": "all", "timeout": 0.1})
     assert status == 409 and "another fold was still under way" in answer["error"]["message"]
+    _receive(stream, 2**22)
     pieces += [chunk.choices[0] for chunk in stream]
     for thread in (folding, held, refused):
         thread.join(timeout=120)

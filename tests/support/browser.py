@@ -75,6 +75,26 @@ def open_page(browser: Any, url: str, *, width: int = 1280, dark: bool = False) 
     return page
 
 
+def windows(always: str, slow: str) -> pytest.MarkDecorator:
+    """Give a test its ``window``: one in every run, the other where slow tests run.
+
+    Args:
+        always, slow: width and theme, "390 dark".
+    """
+
+    def window(text: str) -> dict[str, Any]:
+        width, theme = text.split()
+        return {"width": int(width), "dark": theme == "dark"}
+
+    return pytest.mark.parametrize(
+        "window",
+        [
+            pytest.param(window(always), id=always),
+            pytest.param(window(slow), id=slow, marks=pytest.mark.slow),
+        ],
+    )
+
+
 def scroll_width(page: Any) -> int:
     """Return how wide the page is; more than the window means that something is cut."""
     return int(page.evaluate("document.documentElement.scrollWidth"))

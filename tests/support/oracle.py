@@ -91,5 +91,5 @@ def _bounded(W: torch.Tensor, delta: torch.Tensor, norm: dict) -> torch.Tensor:
 def logprobs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """log p of every vocabulary entry at each answer position: ``(len(answer), vocab)``."""
     ids = torch.tensor([prompt + answer])
-    scores = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    scores = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
     return scores.log_softmax(-1)
