@@ -100,14 +100,14 @@ def test_a_report_is_whole(
     served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
-    argv = f"--endpoint {served.url} --model iso-date --tasks iso-date,extract --limit 5".split()
+    argv = f"--endpoint {served.url} --model iso-date --tasks iso-date,arithmetic --limit 5".split()
     argv += ["--no-retention", "--out", str(out)]
     assert main(argv) == 0
     facts = json.loads((out / "results.json").read_text())
     assert facts["models"] == ["smollm2-135m", "iso-date"]
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 2 * 5
-    for task in ("iso-date", "extract"):
+    for task in ("iso-date", "arithmetic"):
         for model in facts["models"]:
             right = [x["right"] for x in lines if (x["task"], x["model"]) == (task, model)]
             assert facts["tasks"][task]["scores"][model]["right"] == sum(right)
