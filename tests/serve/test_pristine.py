@@ -73,3 +73,33 @@ def test_a_fold_that_ends_early_keeps_nothing_half_read(folder):
     copies = PristineCopies(pin=torch.clone)
     next(copies.stream(Checkpoint(folder), MODULES, CPU))
     _same(dict(copies.stream(Checkpoint(folder), MODULES, CPU)), folder)
+
+
+def test_room_is_counted_in_the_powers_of_two_that_are_pinned(folder):
+    # 8 x 8 float32 and 8 float32 are such already; these are 384 bytes, and take 512.
+    odd = torch.zeros(12, 8)
+    copies = PristineCopies(room=1000, pin=torch.clone)
+    assert copies.lend(odd) and copies.nbytes == 512
+    assert copies.lend(odd) is None
+    copies.give_back([odd])
+    assert copies.nbytes == 0
+    assert copies.lend(odd, torch.zeros(100)) is None and copies.lend(odd, torch.zeros(64))
+
+
+@pytest.mark.parametrize("given", range(6))
+def test_where_the_system_pins_no_more_the_files_are_read(given, folder):
+    asked = []
+
+    def pin(tensor):
+        asked.append(tensor)
+        if len(asked) > given:
+            raise RuntimeError("CUDA error: out of memory")
+        return tensor.clone()
+
+    copies = PristineCopies(pin=pin)
+    for _ in range(3):
+        _same(dict(copies.stream(Checkpoint(folder), MODULES, CPU)), folder)
+    assert len(asked) == min(given + 1, 5)
+    if given < 5:
+        before = copies.nbytes
+        assert copies.lend(torch.zeros(8)) is None and copies.nbytes == before

@@ -85,6 +85,18 @@ def test_without_room_the_files_bring_the_base_back(base, adapters):
     assert ours.copies.nbytes == 0
 
 
+def test_where_nothing_can_be_pinned_the_files_bring_the_base_back(base, adapters):
+    def refuse(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    ours = Rank(base, 1, 2)
+    ours.copies._pin = refuse
+    for name in ("bounded", "some", None):
+        assert ours.fold(adapters.get(name))
+        ours.check(adapters.get(name))
+    assert ours.copies.nbytes == 0
+
+
 def _reordered(model):
     model.linear(ALL[0])[0].weight.data[:2] = model.linear(ALL[0])[0].weight.data[:2].flip(0)
 
@@ -287,6 +299,18 @@ held = [s.journal.data.nbytes for s in ours.shards._shards.values() if s.journal
 assert 0 < sum(held) <= 2000 and len(held) < 14
 ours.fold()
 ours.check()
+# The device may have less to give than at the first fold.
+ours, empty = sharded.Rank(base, 0, 2, torch.float16, journal_room=10**9), shards.Journal.empty
+def scarce(held, bits):
+    if len(given) == 3:
+        raise torch.OutOfMemoryError("out of memory")
+    given.append(bits)
+    return empty(held, bits)
+given, shards.Journal.empty = [], scarce
+for name in ("four", None):
+    ours.fold(adapters.get(name))
+    ours.check(adapters.get(name))
+    assert sum(s.journal is not None for s in ours.shards._shards.values()) == 3 * bool(name)
 """
 
 

@@ -9,7 +9,7 @@ own part (:mod:`~secura_serve.serve.engine.fold.shards`), in the same room.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import psutil
 import torch
@@ -47,7 +47,7 @@ class PristineCopies:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return self._lent + sum(t.nbytes for held in self._held.values() for _, t in held)
+        return self._lent + _taken(t for held in self._held.values() for _, t in held)
 
     def left(self) -> int:
         """Return the bytes that there is still room for."""
@@ -58,15 +58,24 @@ class PristineCopies:
 
     def lend(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
         """Return pinned copies for somebody else to keep; None without room for all of them."""
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        if nbytes > self.left():
-            return None
-        self._lent += nbytes
-        return tuple(self._pin(tensor) for tensor in tensors)
+        nbytes = _taken(tensors)
+        copies = self._pinned(*tensors) if nbytes <= self.left() else None
+        if copies is not None:
+            self._lent += nbytes
+        return copies
 
-    def give_back(self, nbytes: int) -> None:
-        """Count so many bytes of what was lent as free again."""
-        self._lent -= nbytes
+    def give_back(self, tensors: Iterable[Tensor]) -> None:
+        """Count what was lent as free again."""
+        self._lent -= _taken(tensors)
+
+    def _pinned(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:
+        """Return pinned copies; None where the system refuses, which is not asked for more then."""
+        try:
+            return tuple(self._pin(tensor) for tensor in tensors)
+        except RuntimeError as error:
+            logger.warning("folds: no more memory can be pinned: %s", error)
+            self._room = self.nbytes
+            return None
 
     def stream(
         self, base: Checkpoint, modules: Sequence[str], device: torch.device
@@ -87,13 +96,13 @@ class PristineCopies:
         partial = set[str]()
         for name, tensor in base.tensors([m for m in modules if m not in self._held]):
             module = name.rpartition(".")[0]
-            if partial or tensor.nbytes > left:
+            left -= _taken([tensor])
+            if partial or left < 0 or (pinned := self._pinned(tensor)) is None:
                 partial.add(module)
                 yield name, tensor.to(device)
                 continue
-            pinned, left = self._pin(tensor), left - tensor.nbytes
-            read.setdefault(module, []).append((name, pinned))
-            yield name, pinned.to(device, non_blocking=True)
+            read.setdefault(module, []).append((name, pinned[0]))
+            yield name, pinned[0].to(device, non_blocking=True)
         # Only now: a consumer that ends early leaves no module half read.
         self._held |= {module: held for module, held in read.items() if module not in partial}
         if partial:
@@ -101,6 +110,11 @@ class PristineCopies:
                 "folds: there is no room to keep all of the base in pinned memory; some of it is "
                 "read from its files each time"
             )
+
+
+def _taken(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes that pinned copies take: torch hands them out in powers of two."""
+    return sum(1 << (t.nbytes - 1).bit_length() for t in tensors if t.nbytes)
 
 
 def file_stamp(base: Checkpoint) -> object:

@@ -150,7 +150,7 @@ class Shards:
         """Know nothing of the base any more, because its files have changed."""
         kept = [shard.pinned for shard in self._shards.values() if shard.pinned is not None]
         kept += [t for gathered in self._gathered.values() for side in gathered for t in side]
-        self._copies.give_back(sum(t.nbytes for t in kept))
+        self._copies.give_back(kept)
         self._gathered, self._stamp = {}, stamp
         for shard in self._shards.values():
             shard.known, shard.journal, shard.pinned = False, None, None
@@ -222,8 +222,14 @@ class Shards:
             self._journal_room = torch.cuda.mem_get_info(held.device)[0] // 2
         live = [shard.journal for shard in self._shards.values()] + [*others]
         used = sum(journal.data.nbytes for journal in live if journal is not None)
-        fits = used + Journal.nbytes(held, bits) <= self._journal_room
-        return Journal.empty(held, bits) if fits else None
+        if used + Journal.nbytes(held, bits) > self._journal_room:
+            return None
+        try:
+            return Journal.empty(held, bits)
+        except torch.OutOfMemoryError:
+            # Somebody else has taken what was free at the first fold.
+            self._journal_room = used
+            return None
 
 
 def _weights(base: Checkpoint, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
