@@ -411,10 +411,17 @@ def test_a_fold_on_two_ranks(layout, tiny_base, tmp_path, monkeypatch):
     base, folder = tiny_base("qwen2"), tmp_path / "adapters"
     random_adapter(base, folder / "all", r=8, seed=1)
     random_adapter(base, folder / "bounded", r=8, seed=2, magnorm=BOUNDED)
+    _save_wild(base, folder / "wild")
     flags = (*FLAGS, f"--{layout}-parallel-size", "2")
     with serving(base, folder, tmp_path / "log", *flags) as served:
         assert all(r.worst < 1e-4 for r in agreement.compare(served).values())
         operator = Operator(served.url, {})
+        # Of ranks that fail none is waited for in vain, and none misunderstood later.
+        for _ in range(2):
+            status, answer = operator("/admin/fold", {"name": "wild"})
+            assert status == 409 and "the base was put back" in answer["error"]["message"], answer
+            assert "layers.1.mlp" in answer["error"]["message"]
+        assert all(r.worst < 1e-4 for r in agreement.compare(served).values())
         assert operator("/admin/fold", {"name": "bounded"})[0] == 200
         result = agreement.compare(served, "bounded")["bounded"]
         assert result.worst < 1e-4 and result.greedy == len(agreement.PROMPTS), result

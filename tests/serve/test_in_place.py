@@ -29,6 +29,18 @@ def main():
               worker_extension_cls="tests.support.in_place.Extension")
     llm.collective_rpc("secura_save", args=(out, 0))
     done = []
+    # What the caller has to do after a fold that failed, on whichever ranks.
+    failed = []
+    for ranks in ([0], [1], [0, 1]):
+        told = llm.collective_rpc("secura_break", args=(ranks,))
+        assert told == [f"{rank} of {ranks}" for rank in (0, 1)], told
+        try:
+            llm.collective_rpc("secura_fold", args=(specs[0],))
+        except Exception as error:
+            failed.append(str(error))
+        llm.collective_rpc("secura_fold", args=(None,))
+    llm.collective_rpc("secura_save", args=(out, "failed"))
+    print("FAILED", json.dumps(failed))
     for step, spec in enumerate(specs, 1):
         done.append(llm.collective_rpc("secura_fold", args=(spec or None,)))
         llm.collective_rpc("secura_save", args=(out, step))
@@ -80,7 +92,11 @@ def test_two_ranks_fold_their_parts_and_take_them_back(lora, tiny_base, tmp_path
     line = next(line for line in ran.stdout.splitlines() if line.startswith("DONE "))
     for ranks in json.loads(line.removeprefix("DONE ")):
         assert all(rank["in_place"] == rank["modules"] > 0 for rank in ranks), ranks
-    for step, adapter in enumerate(steps):
+    line = next(line for line in ran.stdout.splitlines() if line.startswith("FAILED "))
+    first, second, both = json.loads(line.removeprefix("FAILED "))
+    assert "rank 0 has no memory" in first and "rank 1 has no memory" in second, line
+    assert "has no memory" in both, line
+    for step, adapter in [*enumerate(steps), ("failed", None)]:
         for rank in (0, 1):
             held = torch.load(tmp_path / f"{step}-{rank}.pt")
             want = expected(base, adapter, rank)

@@ -7,11 +7,13 @@ would need a driver, and nothing is packed for the processor.
 from __future__ import annotations
 
 from functools import partial
+from itertools import count
 
 import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from secura_serve.serve.engine import worker_extension
+from secura_serve.serve.engine.fold import shards
 from secura_serve.serve.engine.fold.pristine import PristineCopies
 
 
@@ -25,7 +27,22 @@ worker_extension.PristineCopies = partial(PristineCopies, pin=torch.clone)
 
 
 class Extension(worker_extension.WorkerExtension):
-    """Also writes down what a rank holds."""
+    """Also writes down what a rank holds, and has folds fail."""
+
+    def secura_break(self, ranks):
+        """Have these ranks run out of memory in the middle of their next fold; returns what this
+        one was told."""
+        original, step = shards.fold_shard, count()
+
+        def fold_shard(*given):
+            if next(step) == 5:
+                shards.fold_shard = original
+                raise torch.OutOfMemoryError(f"rank {self.rank} has no memory left")
+            original(*given)
+
+        if self.rank in ranks:
+            shards.fold_shard = fold_shard
+        return f"{self.rank} of {ranks}"
 
     def secura_save(self, folder, step):
         """Save the matrices of the decoder layers by name, under the step and the rank."""

@@ -35,6 +35,8 @@ What is used, and why there is no public way:
 * ``LinearBase.quant_method``, ``UnquantizedLinearMethod``, ``get_offloader`` and the
   ``load_weights`` of models: where a rank holds which part of a weight, so that a GPU's can be
   folded in place.
+* ``get_tp_group``, ``get_pcp_group`` and ``get_pp_group``, ``Worker.rank``: what went wrong on any
+  rank is said by the one that vLLM hears last.
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """
@@ -66,6 +68,7 @@ from secura_serve.serve.compat.workers import (
     check_manager,
     check_worker,
     install,
+    is_last_rank,
     kv_head_copies,
     load_stock_lora,
     lora_request,
@@ -75,6 +78,7 @@ from secura_serve.serve.compat.workers import (
     registered_adapter,
     registered_adapters,
     resident,
+    said_by_ranks,
     skip_stock_lora,
     slot_of,
     token_slots,
@@ -101,6 +105,7 @@ __all__ = [
     "find_places",
     "first_token_seconds",
     "gated_activation",
+    "is_last_rank",
     "kv_head_copies",
     "load_stock_lora",
     "log_by_file",
@@ -113,6 +118,7 @@ __all__ = [
     "registered_adapter",
     "registered_adapters",
     "resident",
+    "said_by_ranks",
     "show_adapters_as",
     "skip_stock_lora",
     "slot_of",

@@ -89,6 +89,9 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "model_config",
         "model",
     ),
+    "vllm.distributed.parallel_state:get_tp_group": (),
+    "vllm.distributed.parallel_state:get_pcp_group": (),
+    "vllm.distributed.parallel_state:get_pp_group": (),
     "vllm.platforms.cpu:CpuPlatform.check_and_update_config": ("vllm_config",),
     "vllm.entrypoints.launchers.api_server.entry:setup_server": ("args", "reuse_port"),
     "vllm.entrypoints.launchers.api_server.entry:run_server_worker": (

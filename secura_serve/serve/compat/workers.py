@@ -20,6 +20,7 @@ __all__ = [
     "adapters_in_slots",
     "registered_adapters",
     "resident",
+    "said_by_ranks",
     "lora_request",
     "worker_adapters",
     "apply_stock_lora",
@@ -28,6 +29,7 @@ __all__ = [
     "check_manager",
     "check_worker",
     "install",
+    "is_last_rank",
     "kv_head_copies",
     "load_stock_lora",
     "model_manager",
@@ -92,8 +94,25 @@ def check_layer(layer: Any) -> None:
 
 def check_worker(worker: Any) -> None:
     """Raise IncompatibleVLLMError, naming what a worker lacks that a fold needs."""
-    require("Worker", worker, ("model_runner", "reload_weights"))
+    require("Worker", worker, ("model_runner", "reload_weights", "rank", "parallel_config"))
     require("ModelRunner", worker.model_runner, ("model_config", "get_model", "device"))
+
+
+def said_by_ranks(said: str | None) -> set[str]:
+    """Return what the ranks of this engine have to say; each of them has to call this."""
+    every = set() if said is None else {said}
+    for kind in ("tp", "pcp", "pp"):
+        group = find(f"vllm.distributed.parallel_state:get_{kind}_group")()
+        heard = [every] * group.world_size
+        if group.world_size > 1:
+            torch.distributed.all_gather_object(heard, every, group=group.cpu_group)
+        every = every.union(*heard)
+    return every
+
+
+def is_last_rank(worker: Any) -> bool:
+    """Return whether vLLM hears this worker of its engine last."""
+    return bool(worker.rank == worker.parallel_config.world_size - 1)
 
 
 def token_slots(wrapper: Any) -> Tensor:
