@@ -1,7 +1,7 @@
 """The worker's half of the adapters' life cycle: called on every rank between two steps.
 
 Mixed into vLLM's worker beside folding (see ``worker_extension.py``). Only preparing reads files;
-whatever can be wrong with an adapter shows there and fails that call alone.
+whatever can be wrong with an adapter shows there and fails that call alone, on whichever ranks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
+
 from secura_serve.errors import SecuraError
 from secura_serve.serve import compat
 from secura_serve.serve.delta_image import DeltaImage
+from secura_serve.serve.engine.ranks import on_every_rank
 
 __all__ = ["AdapterCalls"]
+
+logger = init_logger("vllm.secura_serve")
 
 
 class AdapterCalls:
@@ -22,6 +27,7 @@ class AdapterCalls:
 
     model_runner: Any
 
+    @on_every_rank
     def secura_prepare(
         self, adapters: Sequence[tuple[str, str]], norm_bounds: Mapping[str, Mapping[str, float]]
     ) -> list[str | None]:
@@ -41,10 +47,11 @@ class AdapterCalls:
             try:
                 manager.keep(name, path, norm_bounds)
                 refused.append(None)
-            except (SecuraError, ValueError, RuntimeError) as error:
-                refused.append(str(error))
+            except Exception as error:
+                refused.append(_reason(error))
         return refused
 
+    @on_every_rank
     def secura_forget(self, numbers: Sequence[int], paths: Sequence[str]) -> None:
         """Free the slots of adapters that nobody asks for any more, and what was kept of them.
 
@@ -59,6 +66,7 @@ class AdapterCalls:
         for path in paths:
             manager.drop(path)
 
+    @on_every_rank
     def secura_fill(self, place: int, path: str, first: int, last: int) -> str | None:
         """Copy modules of a delta image into a place, which no request may use meanwhile.
 
@@ -72,14 +80,16 @@ class AdapterCalls:
         manager = compat.model_manager(compat.worker_adapters(self.model_runner))
         try:
             manager.deltas.fill(place, DeltaImage.open(Path(path)), first, last)
-        except (SecuraError, RuntimeError) as error:
-            return str(error)
+        except Exception as error:
+            return _reason(error)
         return None
 
+    @on_every_rank
     def secura_publish(self, place: int, path: str) -> None:
         """Have the adapter of a delta image be answered from a place that is filled."""
         compat.worker_adapters(self.model_runner).keep_delta(path, place)
 
+    @on_every_rank
     def secura_slots(self) -> tuple[list[int], int, int]:
         """Return the ``lora_int_id`` of every adapter that is in a slot, and how many adapters were
         put into one, or had to leave one for another, since the start."""
@@ -87,6 +97,7 @@ class AdapterCalls:
         manager = compat.model_manager(worker_manager)
         return compat.resident(worker_manager), manager.loads, manager.evictions
 
+    @on_every_rank
     def secura_pin(self, name: str, number: int, path: str, pinned: bool) -> str | None:
         """Keep an adapter in a slot, or no longer; return why that cannot be done, or None."""
         worker_manager = compat.worker_adapters(self.model_runner)
@@ -99,6 +110,18 @@ class AdapterCalls:
                 f"one of the {manager.lora_slots} slots must stay free for the other adapters; "
                 "unpin one, or restart with more --max-loras"
             )
+        try:
+            worker_manager.add_adapter(compat.lora_request(name, number, path))
+        except Exception as error:
+            return _reason(error)
         manager.pinned.add(number)
-        worker_manager.add_adapter(compat.lora_request(name, number, path))
         return None
+
+
+def _reason(error: Exception) -> str:
+    """Return why a call is refused."""
+    if isinstance(error, (SecuraError, ValueError, RuntimeError)) and str(error):
+        return str(error)
+    # What nobody has thought of is not always said in a sentence.
+    logger.exception("an adapter is refused")
+    return repr(error)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError
@@ -30,10 +29,9 @@ from secura_serve.serve import compat
 from secura_serve.serve.engine.adapter_calls import AdapterCalls
 from secura_serve.serve.engine.fold.pristine import PristineCopies
 from secura_serve.serve.engine.fold.shards import Shards
+from secura_serve.serve.engine.ranks import on_every_rank
 
 __all__ = ["WorkerExtension", "with_siblings"]
-
-logger = init_logger("vllm.secura_serve")
 
 # Each holds a tensor or two; more would wait for memory.
 _THREADS = 4
@@ -66,6 +64,7 @@ class WorkerExtension(AdapterCalls):
     model_runner: Any
     reload_weights: Any
 
+    @on_every_rank
     def secura_fold(
         self, spec: str | None, cores: Sequence[int] = (), proof: str | None = None
     ) -> dict[str, Any]:
@@ -89,21 +88,6 @@ class WorkerExtension(AdapterCalls):
                 the caller must put the base back (``spec=None``) or stop the engine.
         """
         compat.check_worker(self)
-        # vLLM hears the ranks in order, up to the first that raises, and takes what the others say
-        # for the answers to its next call: so the last one raises for all.
-        try:
-            done = self._fold(spec, cores, proof)
-        except Exception as error:
-            compat.said_by_ranks(str(error))
-            if compat.is_last_rank(self):
-                raise
-            logger.exception("a fold failed on this rank")
-            return {}
-        if (said := compat.said_by_ranks(None)) and compat.is_last_rank(self):
-            raise MergeError("; ".join(sorted(said)))
-        return done
-
-    def _fold(self, spec: str | None, cores: Sequence[int], proof: str | None) -> dict[str, Any]:
         start = time.perf_counter()
         config = self.model_runner.model_config
         if spec is None:
