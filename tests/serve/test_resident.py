@@ -209,6 +209,23 @@ def test_a_worker_that_refuses_leaves_the_place_free_and_is_asked_again(parts):
     assert len(parts.engine.places) == 2
 
 
+def test_a_call_that_does_not_get_through_leaves_the_place_free(parts, monkeypatch):
+    def fails(place, image):
+        raise LookupError("a worker's own error")
+
+    async def work():
+        with monkeypatch.context() as patched:
+            patched.setattr(parts.engine, "secura_publish", fails)
+            for _ in range(3):
+                with pytest.raises(LookupError):
+                    await ready(parts, "a")
+        for name in ("a", "b"):
+            assert await ready(parts, name) is None
+
+    asyncio.run(work())
+    assert len(parts.engine.places) == 2
+
+
 def test_an_image_that_another_server_removes_meanwhile_is_made_again(parts, monkeypatch):
     async def work():
         images, fill = parts.updates.residency.places.images, parts.engine.secura_fill

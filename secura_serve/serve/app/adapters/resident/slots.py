@@ -230,18 +230,17 @@ class ResidentSlots:
             if place is None:
                 return None
             begin = time.perf_counter()
-            refused = "it was interrupted"
             try:
-                refused = await self._copy(who, place) or ""
-                if not refused:
+                refused = await self._copy(who, place)
+                if refused is None:
                     await self.workers.publish(place, who.image)
                     self._filled[who.number] = (who, place)
             except SecuraError as error:
                 refused = str(error)
             finally:
-                if refused:
+                if who.number not in self._filled:
                     self._free.append(place)
-            if refused:
+            if refused is not None:
                 return refused
             self._observer.place_filled(time.perf_counter() - begin)
             return None
