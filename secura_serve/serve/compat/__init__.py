@@ -37,6 +37,8 @@ What is used, and why there is no public way:
   folded in place.
 * ``get_tp_group``, ``get_pcp_group`` and ``get_pp_group``, ``Worker.rank``: what went wrong on any
   rank is said by the one that vLLM hears last.
+* ``AsyncMPClient._call_utility_async`` and ``core_engines``: what each engine of several answers,
+  where vLLM tells the first one's answer alone.
 * ``Worker.reload_weights`` and those of both GPU runners: weights in place; their warnings about
   linears that are not in the stream are silenced.
 """
@@ -49,6 +51,7 @@ from secura_serve.serve.compat.places import Place, find_places
 from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
+    ask_engines,
     background_tasks,
     device_type,
     first_token_seconds,
@@ -94,6 +97,7 @@ __all__ = [
     "ServedModels",
     "adapters_in_slots",
     "apply_stock_lora",
+    "ask_engines",
     "background_tasks",
     "base_linear",
     "check",

@@ -49,6 +49,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
         "request_id",
         "lora_request",
     ),
+    "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async": ("method", "engine"),
     "vllm.sampling_params:RequestOutputKind": None,
     "vllm.lora.utils:_all_lora_classes": None,
     "vllm.lora.utils:from_layer": None,

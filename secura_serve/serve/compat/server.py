@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from secura_serve.serve.compat.names import CONTEXTS, SUPPORTED, find, vllm_vers
 __all__ = [
     "ListedModel",
     "ServedModels",
+    "ask_engines",
     "background_tasks",
     "device_type",
     "first_token_seconds",
@@ -223,3 +226,19 @@ def supports_adapters(architectures: list[str]) -> bool:
         if entry is not None:
             return bool(supports_lora(entry.load_model_cls()))
     return True
+
+
+async def ask_engines(engine: Any, method: str, args: tuple[Any, ...]) -> list[list[Any]]:
+    """Call a method of every worker and return what the ranks of each engine answer.
+
+    Of several engines (data parallelism), vLLM's ``collective_rpc`` tells the first one's answers.
+
+    Args:
+        engine: vLLM's ``EngineClient``.
+    """
+    core = getattr(engine, "engine_core", None)
+    engines = getattr(core, "core_engines", ())
+    if core is None or len(engines) < 2:
+        return [await engine.collective_rpc(method, args=args)]
+    ask = partial(core._call_utility_async, "collective_rpc", method, None, args, None)
+    return list(await asyncio.gather(*(ask(engine=each) for each in engines)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import LifecycleError
+from secura_serve.serve import compat
 from secura_serve.serve.app.adapters.library import Version
 from secura_serve.serve.app.observer import Observer
 from secura_serve.serve.basis import NormBounds
@@ -21,7 +22,7 @@ _ANSWER_S = 5.0
 
 
 class Workers:
-    """Calls into every worker of the engine, between two of its steps.
+    """Calls into every worker of every engine, between two of its steps.
 
     Args:
         engine: vLLM's ``EngineClient``.
@@ -39,21 +40,32 @@ class Workers:
         self._observer = observer or Observer()
         self._read: set[Path] = set()
         self.loads = self.evictions = 0
-        """How many adapters the engine has put into a slot, or taken out of one for another, until
-        :meth:`resident` was asked last."""
+        """How many adapters all engines have put into a slot, or taken out of one for another,
+        until :meth:`resident` was asked last."""
         self._prepared: dict[int, asyncio.Future[str | None]] = {}
         self._resident: tuple[float, frozenset[int]] = (0.0, frozenset())
 
+    async def _engines(self, method: str, *args: Any) -> list[list[Any]]:
+        """Return what the ranks of each engine answer."""
+        return await compat.ask_engines(self._engine, method, args)
+
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        results: list[Any] = await self._engine.collective_rpc(method, args=args)
-        return results
+        """Return what every worker answers."""
+        return [rank for ranks in await self._engines(method, *args) for rank in ranks]
+
+    async def _read_adapter(self, name: str, path: str, bounds: Mapping[str, Any]) -> str | None:
+        """Have every worker keep an adapter, or none; return why one refuses it, or None."""
+        said = [why for (why,) in await self._call("secura_prepare", [(name, path)], bounds)]
+        refused = next((why for why in said if why is not None), None)
+        if refused is not None and None in said:
+            await self._call("secura_forget", [], [path])
+        return refused
 
     async def prepare(self, name: str, path: Path) -> str | None:
         """Have every worker read an adapter; return why one refuses it, or None."""
         bounds = {key: dict(value) for key, value in self._norm_bounds().items()}
         begin = time.perf_counter()
-        ranks = await self._call("secura_prepare", [(name, str(path))], bounds)
-        refused = next((why for rank in ranks for why in rank if why is not None), None)
+        refused = await self._read_adapter(name, str(path), bounds)
         # What the workers have read they do not read again.
         if refused is None and path not in self._read:
             self._read.add(path)
@@ -95,8 +107,7 @@ class Workers:
         Args:
             path: see :func:`~secura_serve.serve.mix_path.mix_path`.
         """
-        ranks = await self._call("secura_prepare", [(name, path)], {})
-        return next((why for rank in ranks for why in rank if why is not None), None)
+        return await self._read_adapter(name, path, {})
 
     async def release(self, numbers: Sequence[int], paths: Sequence[str]) -> None:
         """Have the workers forget mixes, by their numbers and paths."""
@@ -131,14 +142,16 @@ class Workers:
         Raises:
             LifecycleError: (409) no slot is free for it.
         """
-        args = (version.engine_name, version.number, str(version.snapshot.path), pinned)
+        args = (version.engine_name, version.number, str(version.snapshot.path))
         self._resident = (0.0, self._resident[1])
-        for refused in await self._call("secura_pin", *args):
+        for refused in await self._call("secura_pin", *args, pinned):
             if refused is not None:
+                # Other workers may have done it.
+                await self._call("secura_pin", *args, False)
                 raise LifecycleError(409, f"{version.name} cannot be pinned: {refused}")
 
     async def resident(self) -> frozenset[int]:
-        """Return the numbers of the versions in a slot, at most a second old.
+        """Return the numbers of the versions in a slot of some engine, at most a second old.
 
         While the engine is busy with a fold it does not answer; then the last answer is returned.
         """
@@ -146,10 +159,12 @@ class Workers:
         if time.monotonic() - asked < _FRESH_S:
             return known
         try:
-            ranks = await asyncio.wait_for(self._call("secura_slots"), _ANSWER_S)
+            engines = await asyncio.wait_for(self._engines("secura_slots"), _ANSWER_S)
         except TimeoutError:
             return known
-        numbers, self.loads, self.evictions = ranks[0]
-        known = frozenset(numbers)
+        # The ranks of an engine do the same; engines have requests of their own.
+        slots, loads, evictions = zip(*(ranks[0] for ranks in engines), strict=True)
+        self.loads, self.evictions = sum(loads), sum(evictions)
+        known = frozenset(number for numbers in slots for number in numbers)
         self._resident = (time.monotonic(), known)
         return known
