@@ -14,12 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from secura_serve.method import MagNorm
 from secura_serve.serve.app.adapters.workers import Workers
 from tests.support import agreement, engines
 from tests.support.breaking import Breaking
 from tests.support.engines import random_adapter, serving
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", "--max-loras", "2")
+FLAGS += ("--resident", "1", "--resident-dtype", "float32")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -71,6 +73,9 @@ def test_one_of_two_workers_fails(layout, tiny_base, tmp_path, monkeypatch):
     base, folder, content = tiny_base("qwen2"), tmp_path / "adapters", tmp_path / "new"
     for seed, name in enumerate(("one", "two", "three")):
         random_adapter(base, folder / name, r=4, seed=seed)
+    for seed, name in enumerate(("full", "full-too"), 5):
+        norm = MagNorm("bounded", tau=0.2)
+        random_adapter(base, folder / name, r=4, seed=seed, magnorm=norm, size=8)
     random_adapter(base, content, r=4, seed=9)
     flags = (*FLAGS, f"--{layout}-parallel-size", "2")
     with (
@@ -82,6 +87,9 @@ def test_one_of_two_workers_fails(layout, tiny_base, tmp_path, monkeypatch):
             files = [("f", (file, (content / file).read_bytes())) for file in FILES]
             return http.put("/v1/adapters/new", files=files)
 
+        def ask(model: str) -> httpx.Response:
+            return http.post("/v1/completions", json={"model": model, "prompt": "hi"})
+
         def right(*more: str) -> bool:
             found = agreement.compare(served, *served.names(), *more)
             return all(r.worst < 1e-4 for r in found.values())
@@ -92,7 +100,8 @@ def test_one_of_two_workers_fails(layout, tiny_base, tmp_path, monkeypatch):
             # What no call of its own answers for: it fails alone.
             time.sleep(1.1)
             breaking.next("slots", *worker)
-            failed = http.get("/v1/adapters")
+            # Over a connection of its own, which the server closes then.
+            failed = httpx.get(http.base_url.join("/v1/adapters"), timeout=60)
             assert failed.status_code == 500 and f"{named}: slots" in served.log.read_text()
             assert http.get("/v1/adapters").status_code == 200
             # The other worker has read it, and forgets it.
@@ -103,6 +112,14 @@ def test_one_of_two_workers_fails(layout, tiny_base, tmp_path, monkeypatch):
             breaking.next("put", *worker)
             pinned = http.post("/v1/adapters/one/pin")
             assert pinned.status_code == 409 and f"{named}: put" in pinned.text, pinned.text
+            assert ask("full").status_code == 200
+            breaking.next("fill", *worker)
+            unfilled = ask("full-too")
+            assert unfilled.status_code >= 400 and f"{named}: fill" in unfilled.text, unfilled.text
+            breaking.next("fold", *worker)
+            unfolded = http.post("/admin/fold", json={"name": "full"})
+            assert unfolded.status_code == 409 and f"{named}: fold" in unfolded.text, unfolded.text
+            assert "the base was put back" in unfolded.text
             assert right()
             # Nothing stayed pinned: of two slots one alone may be.
             assert http.post("/v1/adapters/two/pin").status_code == 200

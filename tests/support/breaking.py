@@ -35,7 +35,7 @@ class Breaking:
 
     def next(self, what: str, engine: int, rank: int) -> None:
         """Have one worker fail the next time that it comes to ``what``: ``read`` an adapter, tell
-        its ``slots`` or ``put`` an adapter into one."""
+        its ``slots``, ``put`` an adapter into one, ``fill`` a place or ``fold``."""
         (self.folder / f"{what}-{engine}-{rank}").touch()
 
 
@@ -44,6 +44,8 @@ def install(folder: str) -> None:
     import torch
 
     from secura_serve.serve import compat
+    from secura_serve.serve.engine import worker_extension
+    from secura_serve.serve.engine.deltas import ResidentDeltas
     from secura_serve.serve.engine.manager import CURWorkerManager
 
     begin, engines = CURWorkerManager.__init__, []
@@ -68,3 +70,5 @@ def install(folder: str) -> None:
     CURWorkerManager.keep = breakable("read", CURWorkerManager.keep)
     CURWorkerManager.add_adapter = breakable("put", CURWorkerManager.add_adapter)
     compat.resident = breakable("slots", compat.resident)
+    ResidentDeltas.fill = breakable("fill", ResidentDeltas.fill)
+    worker_extension.open_source = breakable("fold", worker_extension.open_source)
