@@ -64,8 +64,10 @@ def measure(tuned: PreparedModel, base: Base, job: Job) -> dict[str, Any]:
     """
     model, tokenizer = tuned.model.eval(), tuned.tokenizer
     begin = time.monotonic()
-    with served(model):
-        facts: dict[str, Any] = {"kl_served": base.drift(model).kl}
+    facts: dict[str, Any] = {}
+    if job.kind == "test":
+        with served(model):
+            facts["kl_served"] = base.drift(model).kl
     model.float()
     facts |= asdict(base.drift(model))
     if hasattr(model, "merge_adapter"):

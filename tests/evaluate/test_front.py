@@ -202,8 +202,8 @@ def test_a_run_from_plan_to_result(
         assert len(facts["matrix"]) >= 2 and facts["still_right"]["n"] == 3
         return
     rows = TASKS["iso-date"].rows("validation" if kind == "sweep" else "test")
-    assert len(facts["right"]) == len(rows) and facts["kl_served"] > -1e-6
+    assert len(facts["right"]) == len(rows)
     assert facts["score"] == facts["right"].count("1") / len(rows)
     if kind == "test":
-        assert facts["unchanged"]["n"] == 3
+        assert facts["unchanged"]["n"] == 3 and facts["kl_served"] > -1e-6
     assert len(list((tmp_path / "work" / "base").glob("*.pt"))) == (2 if kind == "test" else 1)
