@@ -74,6 +74,7 @@ class Engine:
 
     model_config = SimpleNamespace(max_model_len=64)
     renderer = input_processor = None
+    engine_core = SimpleNamespace(core_engines=(0,))
 
     async def collective_rpc(self, method, args=()):
         return [([], 0, 0)] if method == "secura_slots" else [[None]]

@@ -139,6 +139,7 @@ def test_a_scrape_does_not_wait_for_an_engine_that_does_not_answer(
     answer = asyncio.Event()
 
     class Engine:
+        engine_core = SimpleNamespace(core_engines=(0,))
         asked = 0
 
         async def collective_rpc(self, method: str, args: Any = ()) -> list[Any]:

@@ -37,6 +37,7 @@ class RecordedEngine:
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(max_model_len=1, model="base")
         self.renderer = self.input_processor = None
+        self.engine_core = SimpleNamespace(core_engines=(0,))
         self.errored = False
         self.refuses: str | None = None
         """Why every adapter is refused from now on."""

@@ -236,9 +236,8 @@ async def ask_engines(engine: Any, method: str, args: tuple[Any, ...]) -> list[l
     Args:
         engine: vLLM's ``EngineClient``.
     """
-    core = getattr(engine, "engine_core", None)
-    engines = getattr(core, "core_engines", ())
-    if core is None or len(engines) < 2:
+    core = engine.engine_core
+    if len(core.core_engines) < 2:
         return [await engine.collective_rpc(method, args=args)]
     ask = partial(core._call_utility_async, "collective_rpc", method, None, args, None)
-    return list(await asyncio.gather(*(ask(engine=each) for each in engines)))
+    return list(await asyncio.gather(*(ask(engine=each) for each in core.core_engines)))
