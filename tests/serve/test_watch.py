@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from secura_serve import adapter as A
+from secura_serve.errors import StorageError
 from secura_serve.serve.app.adapters import watch as watching
 from secura_serve.serve.app.adapters.content.snapshots import digest_of
 from tests.support.engines import random_adapter
@@ -326,6 +327,31 @@ def test_a_full_disk_is_told_and_leaves_the_old_version(parts, made, monkeypatch
     assert digest(parts, "x") == digest_of(made / "one")
     monkeypatch.undo()
     assert asyncio.run(parts.watch.reload()) == {"x": "updated"}
+
+
+def test_a_version_that_met_a_full_disk_is_served_once_there_is_room(
+    parts, made, monkeypatch, quick
+):
+    monkeypatch.setattr(watching, "_FULL_DISK_S", 0.3)
+    take, full = parts.updates.verifier.store.take, [True]
+
+    def take_if_room(source):
+        if full[0]:
+            raise StorageError("no space left")
+        return take(source)
+
+    monkeypatch.setattr(parts.updates.verifier.store, "take", take_if_room)
+
+    async def run():
+        async with followed(parts):
+            put(made / "one", parts.folder / "x")
+            await asyncio.sleep(1.5)
+            warnings = [line for line in parts.said if "no space left" in line]
+            assert len(warnings) == 1 and "tried again" in warnings[0]
+            full[0] = False
+            await until(lambda: digest(parts, "x") == digest_of(made / "one"), 3)
+
+    asyncio.run(run())
 
 
 def test_a_watch_outlives_whatever_is_wrong_with_one_folder(parts, made, quick, monkeypatch):

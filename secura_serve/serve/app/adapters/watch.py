@@ -35,6 +35,8 @@ _DEBOUNCE_MS = 50
 _ROOT_MS = 5000
 _RETRY_S = 5.0
 _PATIENCE_S = 600.0
+_FULL_DISK_S = 30.0
+"""When a copy that could not be written is tried again."""
 
 
 class FolderWatch:
@@ -98,12 +100,21 @@ class FolderWatch:
 
     async def _follow(self, name: str) -> None:
         """Bring one adapter up to date, again if its folder changes meanwhile."""
-        shown = printable(name)
+        shown, told = printable(name), ""
         try:
             while name in self._changed:
                 self._changed.discard(name)
                 try:
                     await self._count(self.sync(name))
+                except StorageError as error:
+                    if told != (told := str(error)):
+                        self._say(
+                            f"warning: {shown} is not served as its folder is now: {error}; it is "
+                            f"tried again every {_FULL_DISK_S:g} s"
+                        )
+                    # Nothing reports that the disk has room again.
+                    self._changed.add(name)
+                    await asyncio.sleep(_FULL_DISK_S)
                 except SecuraError as error:
                     self._say(f"warning: {shown} is not served as its folder is now: {error}")
                     # If its folder is gone, it goes once it is unfolded.
