@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secura_serve.host_memory import available_memory
 from secura_serve.train.data import IGNORE, Rows
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.prefix import can_share, causal_lm, shared_length
@@ -143,4 +144,4 @@ def available() -> int:
     """Return the bytes that are still free, on the GPU or in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    return int(psutil.virtual_memory().available)
+    return available_memory()

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
     "garbage": set(),
+    "host_memory": set(),
     "page_module": set(),
     "suggest": set(),
     "registry": {"errors", "suggest"},
@@ -48,10 +49,12 @@ ALLOWED["train.data"] = {"errors"}
 ALLOWED["train.tuner"] = {"errors", "method", "adapter"}
 ALLOWED["client"] = FOUNDATION | {"adapter", "train.tuner"}
 ALLOWED["train"] = ALLOWED["adapter"] | {
-    *("adapter", "client", "registry", "train.data", "train.tuner"),
+    *("adapter", "client", "host_memory", "registry", "train.data", "train.tuner"),
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
-ALLOWED["serve"] = ALLOWED["adapter"] | {"adapter", "garbage", "merge", "page_module", "registry"}
+ALLOWED["serve"] = ALLOWED["adapter"] | {
+    *("adapter", "garbage", "host_memory", "merge", "page_module", "registry"),
+}
 ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage", "page_module", "serve"}
 # Two processes of one server: neither may import the other's room.
 APART = {"serve.app": "serve.engine", "serve.engine": "serve.app"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
+from secura_serve.host_memory import available_memory
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.plan import place_nbytes
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
@@ -120,9 +121,7 @@ def default_slots(adapters: int, slot: int) -> int:
 def default_cached(adapters: int, slot: int) -> int:
     """Return how many adapters a worker keeps ready for a slot, as far as a twentieth of the
     machine's free memory holds them; any other is read from its folder again."""
-    import psutil
-
-    return _fitting(adapters, slot, psutil.virtual_memory().available)
+    return _fitting(adapters, slot, available_memory())
 
 
 def _fitting(adapters: int, slot: int, memory: int) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import psutil
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
 from secura_serve.checkpoint import Checkpoint
+from secura_serve.host_memory import available_memory
 
 __all__ = ["PristineCopies", "file_stamp"]
 
@@ -53,7 +53,7 @@ class PristineCopies:
         """Return the bytes that there is still room for."""
         if self._room is None:
             # What the page cache gives up counts: after loading, that is most of the memory.
-            self._room = psutil.virtual_memory().available // 2 // self._ranks
+            self._room = available_memory() // 2 // self._ranks
         return self._room - self.nbytes
 
     def lend(self, *tensors: Tensor) -> tuple[Tensor, ...] | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from secura_serve.checkpoint import Checkpoint
+from secura_serve.host_memory import available_memory
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.delta_image import image_nbytes
 
@@ -51,9 +52,8 @@ def place_nbytes(modules: Sequence[str], dtype: str, base: Checkpoint) -> int:
 
 def _memory() -> int:
     """Return the free memory of this machine, or all of a device's."""
-    import psutil
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return int(psutil.virtual_memory().available)
+        return available_memory()
     return int(current_platform.get_device_total_memory())
