@@ -226,6 +226,24 @@ def test_a_call_that_does_not_get_through_leaves_the_place_free(parts, monkeypat
     assert len(parts.engine.places) == 2
 
 
+def test_a_place_that_could_not_be_emptied_is_not_lost(parts, monkeypatch):
+    def fails(numbers, paths):
+        raise LookupError("a worker's own error")
+
+    async def work():
+        for name in ("a", "b"):
+            assert await ready(parts, name) is None
+        with monkeypatch.context() as patched:
+            patched.setattr(parts.engine, "secura_forget", fails)
+            with pytest.raises(LookupError):
+                await ready(parts, "c")
+        for name in ("a", "b", "c"):
+            assert await ready(parts, name) is None
+        assert len(parts.updates.residency.places.numbers) == 2
+
+    asyncio.run(work())
+
+
 def test_an_image_that_another_server_removes_meanwhile_is_made_again(parts, monkeypatch):
     async def work():
         images, fill = parts.updates.residency.places.images, parts.engine.secura_fill

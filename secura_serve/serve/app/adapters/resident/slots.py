@@ -302,8 +302,11 @@ class ResidentSlots:
     async def _evict(self, number: int) -> None:
         assert self.workers is not None
         who, place = self._filled.pop(number)
-        await self.workers.forget_place(number, who.image)
-        self._free.append(place)
+        try:
+            await self.workers.forget_place(number, who.image)
+        finally:
+            # Also where the call did not get through: whoever comes next overwrites what is there.
+            self._free.append(place)
         if not who.kept:
             await asyncio.to_thread(self.images.remove, who.image)
 
