@@ -22,6 +22,8 @@ __all__ = [
     "settings_not_supported_by",
 ]
 
+_MEANS_NOTHING = {"coordinates": "plain"}
+
 
 def settings_not_supported_by(method: str) -> set[str]:
     """Return the settings that some methods support and this one does not."""
@@ -34,7 +36,9 @@ def not_supported(config: TrainConfig) -> list[str]:
     return [
         f"{item.name}: not supported by method {config.method}; leave it out"
         for item in fields(config)
-        if item.name in unsupported and getattr(config, item.name) != item.default
+        if item.name in unsupported
+        # Earlier versions wrote what means nothing for a method into its recipes as well.
+        and getattr(config, item.name) not in (item.default, _MEANS_NOTHING.get(item.name))
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from secura_serve.config import current_names
 from secura_serve.errors import ConfigError
 from secura_serve.train.continual.config import SequenceConfig
-from secura_serve.train.settings import REMOVED, TrainConfig, not_taken_over
+from secura_serve.train.settings import BEFORE_COORDINATES, REMOVED, TrainConfig, not_taken_over
 
 __all__ = ["SEQUENCE_ONLY", "parse_changes", "read_recipe"]
 
@@ -56,8 +56,9 @@ def read_recipe(file: str, over: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file} must hold a mapping of settings")
     # A train.json is a recipe too.
-    inner = values.get("config", values)
-    settings = _without_removed(dict(inner) if isinstance(inner, dict) else values)
+    if isinstance(written := values.get("config"), dict):
+        values = BEFORE_COORDINATES | written
+    settings = _without_removed(values)
     settings = _applicable(current_names(SequenceConfig, settings), over)
     if missing := _missing_files(settings, over):
         raise ConfigError(f"--config {file} is not complete:", missing)

@@ -20,7 +20,15 @@ from secura_serve.train.checks import (
 from secura_serve.train.dtype import fastest_dtype
 from secura_serve.train.methods.registry import METHODS
 
-__all__ = ["NO_PUSHES", "REMOVED", "REPRODUCTION_ONLY", "SELF", "TrainConfig", "not_taken_over"]
+__all__ = [
+    "BEFORE_COORDINATES",
+    "NO_PUSHES",
+    "REMOVED",
+    "REPRODUCTION_ONLY",
+    "SELF",
+    "TrainConfig",
+    "not_taken_over",
+]
 
 REPRODUCTION_ONLY = ("activation", "reference")
 """S-MagNorm modes that act on activations: trained and evaluated here, never merged or served."""
@@ -28,12 +36,14 @@ SELF = "self"
 """The ``retain_data`` that the base writes itself."""
 REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
+BEFORE_COORDINATES = {"coordinates": "plain"}
+"""What a recipe means that was written before there were others."""
 NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
 """What a recipe says of pushes: whom a run was pushed to does not change what it makes."""
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
 _SET_BY_METHOD = (
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "fusion_step"),
-    "learning_rate",
+    *("coordinates", "learning_rate"),
 )
 
 
@@ -113,10 +123,11 @@ class TrainConfig:
         metavar="FILE",
     )
     selection_seed: int = option("seed of the basis; keep it to share one basis per base", 0)
-    coordinates: str = option(
-        "what U is trained in: plain = its own entries; natural = directions that cost the base "
-        "equally much on text that it wrote itself, which keeps far more of it",
-        "plain",
+    coordinates: str | None = option(
+        "what U is trained in: natural = directions that cost the base equally much on text that "
+        "it wrote itself, which keeps far more of it; plain = its own entries (default: natural "
+        "with core u, magnorm none and selection inverse_sampled, else plain)",
+        None,
         ("plain", "natural"),
     )
     damping: float = option(
@@ -216,6 +227,11 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if self.basis and self.selection == "inverse_sampled":
             object.__setattr__(self, "selection", "calibrated")
+        if self.coordinates is None and method.is_cur:
+            # What has been measured to keep more of the base at an equal score, and no more.
+            measured = ("u", "none", "inverse_sampled")
+            natural = (self.core, self.magnorm, self.selection) == measured
+            object.__setattr__(self, "coordinates", "natural" if natural else "plain")
         problems += self._contradictions()
         if problems:
             raise ConfigError("the training settings are not valid:", problems)
@@ -248,9 +264,9 @@ class TrainConfig:
         later = {
             item.name: item.default
             for item in fields(cls)
-            if item.name in ("basis", "coordinates", "damping") or item.name.startswith("retain")
+            if item.name in ("basis", "damping") or item.name.startswith("retain")
         }
-        return later | current
+        return later | BEFORE_COORDINATES | current
 
     def portable(self) -> dict[str, Any]:
         """Return the settings as a recipe keeps them, without what is of this machine alone."""

@@ -26,12 +26,15 @@ def write(file: Path, rows: list[Any]) -> Path:
 
 
 def flags(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    """A short float32 run; ``more`` adds flags or repeats them with other values."""
+    """A short float32 run; ``more`` adds flags or repeats them with other values.
+
+    In plain coordinates: for natural ones each base would have to write text first.
+    """
     return [
         *("--base", str(base), "--data", str(data), "--out", str(out), "--rank", "8"),
         *("--dtype", "float32", "--device", "cpu", "--learning-rate", "0.03"),
         *("--per-device-train-batch-size", "4"),
-        *("--eval-split", "0.25", "--max-steps", "6"),
+        *("--eval-split", "0.25", "--max-steps", "6", "--coordinates", "plain"),
         *more,
     ]
 

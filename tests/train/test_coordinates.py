@@ -6,10 +6,12 @@ Needs peft and transformers; tiny random models.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +25,14 @@ from secura_serve.errors import ConfigError
 from secura_serve.method import Coordinates, natural_coordinates
 from secura_serve.train import adapter_layers
 from secura_serve.train.basis.energies import weight_of
-from secura_serve.train.coordinates import measure_moments
+from secura_serve.train.coordinates import Moments, measure_moments
+from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.data import BaseText
 from secura_serve.train.fit import Interrupted
 from secura_serve.train.main import main
 from secura_serve.train.main import settings as parsed
 from secura_serve.train.methods import prepare, restore
+from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.tensors import checkpoint_tensors
 from secura_serve.train.run import train
 from secura_serve.train.settings import TrainConfig
@@ -180,6 +184,106 @@ def test_a_checkpoint_holds_them_and_a_cache_keeps_the_moments(
     plain = prepare(config(tiny_base("llama"), data, tmp_path / "o", coordinates="plain"))
     restore(plain.model, tensors)
     assert torch.equal(checkpoint_tensors(plain.model)[name], tensors[name])
+
+
+def prepared(base: Path | str, data: Path, out: Path, **more: Any) -> PreparedModel:
+    """A model with the adapter ``default``, in plain coordinates unless ``more`` says otherwise."""
+    return prepare(config(base, data, out, **{"coordinates": "plain"} | more))
+
+
+def test_a_file_of_moments_serves_its_base_and_basis_and_smaller_ranks(
+    tiny_base: TinyBase, data: Path, tmp_path: Path
+) -> None:
+    base, out, file = tiny_base("llama"), tmp_path / "o", tmp_path / "moments"
+    layers = adapter_layers(prepared(base, data, out).model, "default")
+    moments = {
+        module: Moments(covariance(8, number).float(), covariance(8, number + 500).float())
+        for number, module in enumerate(layers)
+    }
+    file.write_bytes(encode_moments(moments, layers, "default"))
+
+    def read(base: Path | str = base, **more: Any) -> dict[str, Moments] | None:
+        model = prepared(base, data, out, **more).model
+        return read_moments(file, adapter_layers(model, "default"), "default")
+
+    for rank in (8, 5):
+        found = read(rank=rank, dtype="bfloat16")
+        assert found is not None and found.keys() == moments.keys()
+        for module, sums in found.items():
+            assert torch.equal(sums.inputs, moments[module].inputs[:rank, :rank].double())
+            assert torch.equal(sums.gradients, moments[module].gradients[:rank, :rank].double())
+    assert read(targets="q_proj,down_proj") is not None
+    assert read(rank=9) is None and read(selection_seed=1) is None
+    assert read(tiny_base("qwen2")) is None
+    whole = file.read_bytes()
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:4],
+        b"",
+        whole.replace(b"fingerprints", b"x" * 12),
+    ):
+        file.write_bytes(damaged)
+        assert read() is None
+    file.unlink()
+    assert read() is None
+
+
+def test_another_base_of_the_same_shapes_has_other_moments(
+    tiny_base: TinyBase, data: Path, tmp_path: Path
+) -> None:
+    first = prepared(tiny_base("llama"), data, tmp_path / "o")
+    layers = adapter_layers(first.model, "default")
+    moments = {module: Moments(covariance(8, 1), covariance(8, 2)) for module in layers}
+    (tmp_path / "file").write_bytes(encode_moments(moments, layers, "default"))
+    with torch.no_grad():
+        layers["model.layers.1.mlp.up_proj"].pristine.mul_(1.5)
+    assert read_moments(tmp_path / "file", layers, "default") is None
+
+
+def test_those_of_the_embedded_base_are_shipped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "secura_serve.train.coordinates.natural._measure", lambda *_: measured.append(1)
+    )
+    settings = TrainConfig(base="smollm2-135m", data=str(data), out=str(tmp_path / "o"))
+    assert settings.coordinates == "natural" and settings.rank == 32
+    model = prepare(settings).model
+    assert not measured and len(adapter_layers(model, "default")) == 210
+    assert any(".secura_left." in name for name in checkpoint_tensors(model))
+
+
+def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path: Path) -> None:
+    def default(**more: Any) -> str | None:
+        return TrainConfig(base="x", data=str(data), out=str(tmp_path / "o"), **more).coordinates
+
+    assert default() == "natural"
+    assert default(method="secura", core="u", magnorm="none") == "natural"
+    for more in (
+        {"method": "secura"},
+        {"core": "ab"},
+        {"magnorm": "bounded"},
+        {"selection": "calibrated"},
+    ):
+        assert default(**more) == "plain"
+    assert default(method="lora") is None and default(coordinates="plain") == "plain"
+
+
+def test_a_recipe_from_before_means_plain_coordinates(data: Path, tmp_path: Path) -> None:
+    old = {"base": "x", "data": str(data), "out": "o", "method": "curlora"}
+    assert TrainConfig.upgrade(old)["coordinates"] == "plain"
+    for method, written, now in (
+        ("curlora", {}, "plain"),
+        ("curlora", {"coordinates": "natural"}, "natural"),
+        ("lora", {"coordinates": "plain"}, "plain"),
+    ):
+        (file := tmp_path / "train.json").write_text(
+            json.dumps({"config": old | {"method": method} | written})
+        )
+        assert parsed(["--config", str(file)]).coordinates == now
+    (file := tmp_path / "recipe.yaml").write_text(json.dumps(old))
+    assert parsed(["--config", str(file)]).coordinates == "natural"
 
 
 @pytest.mark.long

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from secura_serve.atomic import only_writer, write_whole
 from secura_serve.bases import cache_root
@@ -17,6 +16,7 @@ from secura_serve.errors import ConfigError
 from secura_serve.method import gather, natural_coordinates
 from secura_serve.train.base_digest import base_digest
 from secura_serve.train.checkpoints import is_main_process
+from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.coordinates.moments import Moments, measure_moments
 from secura_serve.train.data import sample_base_text
 from secura_serve.train.tuner import SecuraLayer, adapter_layers
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["set_natural_coordinates"]
 
+SHIPPED = Path(__file__).parent
+"""Holds, for each embedded base, what the first run of rank 32 in float32 kept in its cache."""
 _TEXT = {"sequences": 64, "length": 96, "seed": 0}
 """As for a calibrated basis."""
 _NAME = "default"
@@ -54,12 +56,16 @@ def set_natural_coordinates(prepared: PreparedModel, damping: float) -> None:
 
 
 def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[str, Moments]:
-    """Return the moments of the cache; measure them where they are missing or damaged."""
+    """Return the moments that are shipped or in the cache; measure them where they are neither."""
+    # Whatever the dtype and the machine of this run.
+    shipped = SHIPPED / f"{Path(prepared.model_id).name}.safetensors"
+    if (kept := read_moments(shipped, layers, _NAME)) is not None:
+        return kept
     file = cache_root() / "moments" / f"{_key(prepared, layers)}.safetensors"
     try:
         # Several processes of a run need the same ones: one measures, the others wait.
         with only_writer(file, wait=True):
-            if (kept := _read(file, layers)) is None:
+            if (kept := read_moments(file, layers, _NAME)) is None:
                 if is_main_process():
                     print(
                         "secura-train: natural coordinates: what this basis sees of the base's own "
@@ -67,28 +73,23 @@ def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[st
                         file=sys.stderr,
                     )
                 kept = _measure(prepared, layers)
-                tensors = {f"{m}.inputs": v.inputs for m, v in kept.items()}
-                tensors |= {f"{m}.gradients": v.gradients for m, v in kept.items()}
-                write_whole(file, save(tensors))
+                write_whole(file, encode_moments(kept, layers, _NAME))
             return kept
     # A cache that cannot be written costs the minutes again, and nothing else.
     except (OSError, SafetensorError):
         return _measure(prepared, layers)
 
 
-def _read(file: Path, layers: dict[str, SecuraLayer]) -> dict[str, Moments] | None:
-    try:
-        kept = load_file(file)
-        return {m: Moments(kept[f"{m}.inputs"], kept[f"{m}.gradients"]) for m in layers}
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
 def _measure(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[str, Moments]:
     model = prepared.model.get_base_model()
     with prepared.model.disable_adapter():
         text = sample_base_text(model, prepared.tokenizer, **_TEXT)
-        return measure_moments(model, text, layers, _NAME)
+        measured = measure_moments(model, text, layers, _NAME)
+    # Rounded as in the file, so that later runs give the bits of the one that measured.
+    return {
+        module: Moments(*(part.float().double() for part in (sums.inputs, sums.gradients)))
+        for module, sums in measured.items()
+    }
 
 
 def _key(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> str:
