@@ -9,6 +9,7 @@ path that does not exist: ``SecuraError.wrong_use``), 130 Ctrl-C. An error is on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -17,9 +18,10 @@ from typing import NoReturn
 
 from secura_serve import __version__
 from secura_serve.errors import ConfigError, SecuraError
+from secura_serve.os_errors import described
 from secura_serve.suggest import near_names
 
-__all__ = ["CommandParser", "run_command", "suggest_flags"]
+__all__ = ["CommandParser", "by_flags", "run_command", "suggest_flags"]
 
 _FLAG = re.compile(r"--[a-zA-Z][\w-]*")
 
@@ -68,6 +70,7 @@ def run_command(
     call: Callable[[list[str]], int],
     argv: Sequence[str] | None = None,
     *,
+    settings: type | None = None,
     interrupted: str = "",
     report: Callable[[str], None] | None = None,
 ) -> int:
@@ -77,6 +80,8 @@ def run_command(
         prog: the command's name, which opens every message.
         call: the command; it raises a SecuraError, or returns its status.
         argv: the flags; by default those of this process.
+        settings: the dataclass behind the flags: a problem with one of its fields, ``max_steps:
+            got 0``, is told by the flag, ``--max-steps: got 0``.
         interrupted: what Ctrl-C left behind, for its message.
         report: prints one message; by default to stderr.
     """
@@ -84,14 +89,17 @@ def run_command(
     try:
         status = call(list(sys.argv[1:] if argv is None else argv))
     except SecuraError as error:
-        tell(f"{prog}: error: {error}")
+        text = str(error)
+        if settings is not None and isinstance(error, ConfigError):
+            text = by_flags(text, settings)
+        tell(f"{prog}: error: {text}")
         return 2 if error.wrong_use else 1
     except BrokenPipeError:
         # Who reads the output has seen enough, as with `| head`.
         _drop_output()
         return 1
     except OSError as error:
-        tell(f"{prog}: error: {_describe(error)}")
+        tell(f"{prog}: error: {described(error)}")
         return 1
     except KeyboardInterrupt as stop:
         detail = "; ".join(filter(None, (str(stop) or "interrupted", interrupted)))
@@ -101,16 +109,20 @@ def run_command(
         sys.stdout.flush()
     except OSError as error:
         _drop_output()
-        tell(f"{prog}: error: done, but the result cannot be printed: {_describe(error)}")
+        tell(f"{prog}: error: done, but the result cannot be printed: {described(error)}")
         return 1
     return status
 
 
-def _describe(error: OSError) -> str:
-    """Return the system's reason and the file, ``No space left on device: /tmp/x``."""
-    if error.strerror is None:
-        return str(error) or type(error).__name__
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+def by_flags(text: str, settings: type) -> str:
+    """Return a message with the flag where one of its problems begins with a field's name."""
+    names = "|".join(item.name for item in dataclasses.fields(settings))
+    return re.sub(
+        rf"^(  - )?({names})(?=: )",
+        lambda found: f"{found[1] or ''}--{found[2].replace('_', '-')}",
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _drop_output() -> None:

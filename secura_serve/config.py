@@ -197,7 +197,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     for name, item in fields.items():
         if name not in values:
             if item.default is MISSING:
-                problems.append(f"{name}: missing; give {_flag(name)}")
+                problems.append(f"{name}: missing; it must be given")
             continue
         value, (type_, optional) = values[name], _plain_type(hints[name])
         value = _as_written(value, type_)

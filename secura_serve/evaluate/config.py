@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from secura_serve.addresses import url_problem
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
 
@@ -80,6 +81,8 @@ class EvalConfig:
             )
             if not fine
         ]
+        if self.endpoint is not None and (problem := url_problem(self.endpoint)):
+            problems.append(f"endpoint: {problem}")
         if (self.endpoint is None) == (self.base is None):
             problems.append("give either --endpoint URL or --base NAME")
         if self.endpoint is None and (self.model or self.tokenizer):
@@ -89,7 +92,7 @@ class EvalConfig:
         if self.base is None and self.adapter:
             problems.append("--adapter goes with --base; name --model at an endpoint")
         problems += [
-            f"--task-data {spec}: write TASK=PATH"
+            f"task_data: got {spec!r}, write TASK=PATH"
             for spec in self.task_data
             if not all(spec.partition("="))
         ]

@@ -107,7 +107,8 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-eval", _run, argv, interrupted="no report was written")
+    left = "no report was written"
+    return run_command("secura-eval", _run, argv, settings=EvalConfig, interrupted=left)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ class MergeConfig:
         if (self.merge_method == "linear") != (self.density is None):
             problems.append("--density belongs to --merge-method ties, dare_linear and dare_ties")
         elif self.density is not None and not 0 < self.density < 1:
-            problems.append(f"--density: got {self.density}, must be between 0 and 1")
+            problems.append(f"density: got {self.density}, must be between 0 and 1")
         if self.merge_seed and not self.merge_method.startswith("dare_"):
             problems.append("--merge-seed belongs to --merge-method dare_linear and dare_ties")
         if self.rank is not None and self.rank < 1:
-            problems.append(f"--rank: got {self.rank}, must be >= 1")
+            problems.append(f"rank: got {self.rank}, must be >= 1")
         if problems:
-            raise ConfigError("the flags are not valid:", problems)
+            raise ConfigError("the settings are not valid:", problems)

@@ -46,7 +46,7 @@ def _merge(config: MergeConfig) -> str:
         return f"{config.out}: {count} tensors restored, bit for bit"
     assert config.base is not None  # seen to by MergeConfig
     from secura_serve.merge.methods import LINEAR, MergeMethod
-    from secura_serve.merge.plan import DTYPES, plan_merge, space_problems
+    from secura_serve.merge.plan import DTYPES, out_problems, plan_merge
     from secura_serve.merge.source import open_source
 
     method = LINEAR
@@ -56,8 +56,10 @@ def _merge(config: MergeConfig) -> str:
         from secura_serve.merge.lora import export_lora
 
         out = Path(os.path.abspath(config.out))
-        known, taken = space_problems(out, 0), os.path.lexists(out)
-        source = open_source(config.base, config.adapter, known, wrong_use=taken, method=method)
+        known = out_problems(out)
+        source = open_source(
+            config.base, config.adapter, known, wrong_use=bool(known), method=method
+        )
         facts = export_lora(source, out, rank=config.rank, dtype=DTYPES.get(config.dtype))
         said = f"{config.out}: {facts['lora']} LoRA of rank {facts['r']}"
         if facts["lora"] == "exact":
@@ -95,7 +97,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-merge", _run, argv)
+    return run_command("secura-merge", _run, argv, settings=MergeConfig)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from secura_serve.errors import ConfigError
+from secura_serve.os_errors import described, reason
 from secura_serve.train.settings import TrainConfig
 
 __all__ = ["TENSORS", "RunFolder", "is_main_process", "processes"]
@@ -140,7 +141,7 @@ class RunFolder:
             given = Path(os.path.abspath(self.config.resume))
             if fault := _fault(given, world_size):
                 raise ConfigError(
-                    f"--resume {given}: no complete checkpoint of {world_size} processes: {fault}"
+                    f"resume: {given} is no complete checkpoint of {world_size} processes: {fault}"
                 )
             return given
         checkpoints = self.path.glob("checkpoint-*")
@@ -154,14 +155,14 @@ class RunFolder:
         try:
             before = type(self.config).upgrade(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"--resume: {file} cannot be read: {error}") from error
+            raise ConfigError(f"resume: {file} cannot be read: {reason(error)}") from error
         changed = [
             f"{key}: was {before.get(key)!r}, is {facts.get(key)!r}"
             for key in sorted((before.keys() | facts.keys()) - set(_MAY_CHANGE))
             if before.get(key) != facts.get(key)
         ]
         if changed:
-            raise ConfigError("--resume: the run was started with other settings:", changed)
+            raise ConfigError("resume: the run was started with other settings:", changed)
 
     def close(self) -> None:
         """Remove the checkpoints of a finished run, unless ``--run-dir`` asked for them."""
@@ -183,7 +184,7 @@ def _fault(folder: Path, world_size: int) -> str:
         with safe_open(folder / TENSORS, "pt"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
-        return str(error)
+        return described(error)
     # torch saves zip files; their table of contents is at the end, so a short file has none.
     short = [
         n for n in [*ranks, "optimizer.pt", "scheduler.pt"] if not zipfile.is_zipfile(folder / n)

@@ -12,6 +12,7 @@ from typing import Any
 from secura_serve.command import CommandParser, run_command
 from secura_serve.config import add_flags, build, current_names
 from secura_serve.errors import TrainingError
+from secura_serve.os_errors import described
 from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.recipe import SEQUENCE_ONLY, parse_changes, read_recipe
@@ -95,7 +96,7 @@ def _run(argv: list[str]) -> int:
             _log(f"secura-train: {stop.checkpoint} is whole; --resume auto goes on from there")
         return 130
     except OSError as error:
-        raise TrainingError(f"{error}; {config.out} was not written") from error
+        raise TrainingError(f"{described(error)}; {config.out} was not written") from error
     if is_main_process():
         scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
         print(f"{folder}: {scores}")
@@ -106,7 +107,10 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-train", _run, argv, interrupted="nothing was written", report=_log)
+    left = "nothing was written"
+    return run_command(
+        "secura-train", _run, argv, settings=SequenceConfig, interrupted=left, report=_log
+    )
 
 
 def _log(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from secura_serve.config import current_names
 from secura_serve.errors import ConfigError
+from secura_serve.os_errors import reason
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.settings import BEFORE_COORDINATES, REMOVED, TrainConfig, not_taken_over
 
@@ -52,7 +53,7 @@ def read_recipe(file: str, over: Mapping[str, Any]) -> dict[str, Any]:
         with Path(file).open(encoding="utf-8") as text:
             values = yaml.load(text, Loader)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {file} cannot be read: {error}") from error
+        raise ConfigError(f"--config {file} cannot be read: {reason(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file} must hold a mapping of settings")
     # A train.json is a recipe too.

@@ -234,7 +234,7 @@ class TrainConfig:
             object.__setattr__(self, "coordinates", "natural" if natural else "plain")
         problems += self._contradictions()
         if problems:
-            raise ConfigError("the training settings are not valid:", problems)
+            raise ConfigError("the settings are not valid:", problems)
         if self.dtype == "auto":
             dtype = "bfloat16" if method.trains_all_weights else fastest_dtype(self.device)
             object.__setattr__(self, "dtype", dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from secura_serve.addresses import port_problem
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
 
@@ -115,16 +116,18 @@ class ServeConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.adapters == "":
-            problems.append("--adapters is empty; name a folder, or leave the flag out")
+            problems.append("adapters: is empty; name a folder, or leave it out")
         if self.keys == "":
-            problems.append("--keys is empty; name a file, or leave the flag out")
+            problems.append("keys: is empty; name a file, or leave it out")
         if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
-            problems.append(f"--reserve-rank {self.reserve_rank}: must be 0 to 1024")
+            problems.append(f"reserve_rank: got {self.reserve_rank}, must be 0 to 1024")
         if self.resident is not None and not 0 <= self.resident <= 1024:
-            problems.append(f"--resident {self.resident}: must be 0 to 1024")
+            problems.append(f"resident: got {self.resident}, must be 0 to 1024")
         if not 1 <= self.adapter_versions <= 1000:
-            problems.append(f"--adapter-versions {self.adapter_versions}: must be 1 to 1000")
+            problems.append(f"adapter_versions: got {self.adapter_versions}, must be 1 to 1000")
         if not (0 < self.write_timeout < math.inf):
-            problems.append(f"--write-timeout {self.write_timeout:g}: must be more than 0 seconds")
+            problems.append(f"write_timeout: got {self.write_timeout:g}, must be > 0 and finite")
+        if problem := port_problem(self.ui_port):
+            problems.append(f"ui_port: {problem}")
         if problems:
             raise ConfigError("the settings are not valid:", problems)

@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-serve", _run, argv, report=_report)
+    return run_command("secura-serve", _run, argv, settings=ServeConfig, report=_report)
 
 
 def _report(text: str) -> None:

@@ -47,7 +47,8 @@ def _run(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status, see :mod:`secura_serve.command`."""
-    return run_command("secura-basis", _run, argv, interrupted="nothing was written")
+    left = "nothing was written"
+    return run_command("secura-basis", _run, argv, settings=BasisConfig, interrupted=left)
 
 
 if __name__ == "__main__":

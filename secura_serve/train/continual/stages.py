@@ -13,6 +13,7 @@ from torch import Tensor
 
 from secura_serve.atomic import atomic_folder
 from secura_serve.errors import ConfigError
+from secura_serve.os_errors import described
 from secura_serve.train.checkpoints import RunFolder
 
 __all__ = ["StageFolder"]
@@ -57,5 +58,5 @@ class StageFolder(RunFolder):
             return facts, {f.stem: load_file(f) for f in self.stage.glob("*.safetensors")}
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigError(
-                f"--resume: {self.stage} is damaged ({error}); --overwrite starts again"
+                f"resume: {self.stage} is damaged ({described(error)}); --overwrite starts again"
             ) from error

@@ -56,9 +56,9 @@ def open_weights(model: Any, config: TrainConfig, common: dict[str, Any]) -> Any
     matcher = LoraConfig(**common)
     chosen = {n: m for n, m in linears.items() if check_target_module_exists(matcher, n)}
     if not chosen:
-        raise ConfigError(f"--targets: {config.targets} names no linear layer of the base")
+        raise ConfigError(f"targets: {config.targets} names no linear layer of the base")
     if head in chosen.values() and head.weight is embedding.weight:
-        raise ConfigError("--targets: the base's output layer is its embedding; leave it out")
+        raise ConfigError("targets: the base's output layer is its embedding; leave it out")
     model.requires_grad_(False)
     for module in chosen.values():
         module.weight.requires_grad_(True)

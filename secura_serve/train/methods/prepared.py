@@ -61,7 +61,7 @@ def prepare(config: TrainConfig) -> PreparedModel:
         model.name_or_path = model_id
     layers = getattr(model.config, "num_hidden_layers", 0)
     if beyond := [n for n in config.layer_numbers() or () if n >= layers]:
-        raise ConfigError(f"--layers: the base has layers 0-{layers - 1}, got {beyond}")
+        raise ConfigError(f"layers: the base has layers 0-{layers - 1}, got {beyond}")
     modules = [name for name, _ in model.named_modules()]
     common = _adapter_settings(config, model.name_or_path)
     if method.peft_config is None:
@@ -73,12 +73,12 @@ def prepare(config: TrainConfig) -> PreparedModel:
     except ValueError as error:
         if isinstance(error, SecuraError):
             raise
-        raise ConfigError(f"--targets: {error}".partition("\n")[0]) from error
+        raise ConfigError(f"targets: {error}".partition("\n")[0]) from error
     targets = adapted.base_model.targeted_module_names
     leaves = sorted({module.rpartition(".")[2] for module in targets})
     message = f"names no module that would be adapted; the others adapt {', '.join(leaves)}"
-    _refuse_unused_names(config.target_modules(), targets, f"--targets: {{}} {message}")
-    _refuse_unused_names(config.exclude_modules(), modules, "--exclude: the base has no module {}")
+    _refuse_unused_names(config.target_modules(), targets, f"targets: {{}} {message}")
+    _refuse_unused_names(config.exclude_modules(), modules, "exclude: the base has no module {}")
     prepared = PreparedModel(adapted, tokenizer, model_id, config)
     if config.coordinates == "natural":
         set_natural_coordinates(prepared, config.damping)
