@@ -11,8 +11,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secura_serve.errors import ConfigError
+from secura_serve.os_errors import reason
 
-__all__ = ["atomic_folder", "check_target", "only_writer", "put_in_place", "sync", "write_whole"]
+__all__ = [
+    "atomic_folder",
+    "check_target",
+    "only_writer",
+    "place_problem",
+    "put_in_place",
+    "sync",
+    "write_whole",
+]
 
 
 def check_target(target: Path, overwrite: bool, *marks: str) -> None:
@@ -35,14 +44,19 @@ def check_target(target: Path, overwrite: bool, *marks: str) -> None:
                 f"{target} holds none of {', '.join(marks)}, so it is not replaced: choose another "
                 "--out, or remove it yourself"
             )
-    above = next(parent for parent in target.parents if parent.exists())
+    if problem := place_problem(target):
+        raise ConfigError(f"{problem}; choose another --out")
+
+
+def place_problem(target: Path) -> str | None:
+    """Return why nothing can be written at ``target``, or None; what is there does not count."""
+    # Not Path.exists(), which raises in a folder that is closed to us.
+    above = next(parent for parent in target.absolute().parents if os.path.exists(parent))
     try:
         with tempfile.TemporaryFile(dir=above):
-            pass
+            return None
     except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written ({above}: {error.strerror}); choose another --out"
-        ) from error
+        return f"{target} cannot be written ({above}: {reason(error)})"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import BaseModelError
+from secura_serve.os_errors import described
 from secura_serve.suggest import did_you_mean
 
 __all__ = ["ALIASES", "ResolvedBase", "resolve_base"]
@@ -82,7 +83,7 @@ def _checked(folder: Path, name: str) -> Path:
         raise BaseModelError(
             f"{name!r} has no config.json, so it is not a transformers checkpoint ({folder}). "
             "Give the folder that holds config.json and *.safetensors.",
-            wrong_use=folder.is_file(),
+            wrong_use=True,
         )
     return folder
 
@@ -150,8 +151,8 @@ def _embedded() -> Path:
         raise BaseModelError(hint) from error
     except (OSError, SafetensorError) as error:
         raise BaseModelError(
-            f"{EMBEDDED} could not be made in {target.parent}: {error}. It needs 300 MB in a "
-            "writable folder; name another one in SECURA_CACHE."
+            f"{EMBEDDED} could not be made in {target.parent}: {described(error)}. It needs 300 MB "
+            "in a writable folder; name another one in SECURA_CACHE."
         ) from error
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secura_serve.errors import BaseModelError
+from secura_serve.os_errors import reason
 
 __all__ = ["Checkpoint"]
 
@@ -174,7 +175,7 @@ class Checkpoint:
         except FileNotFoundError:
             self._problems.append(f"{name} is missing: give the folder that holds it")
         except (OSError, ValueError) as error:
-            self._problems.append(f"{name} cannot be read ({error}): fetch it again")
+            self._problems.append(f"{name} cannot be read ({reason(error)}): fetch it again")
         else:
             if isinstance(value, dict):
                 return value
@@ -215,7 +216,9 @@ class Checkpoint:
         except FileNotFoundError:
             self._problems.append(f"{shard} is missing: fetch it again")
         except (OSError, SafetensorError) as error:
-            self._problems.append(f"{shard} is truncated or damaged ({error}): fetch it again")
+            self._problems.append(
+                f"{shard} is truncated or damaged ({reason(error)}): fetch it again"
+            )
         else:
             self._shards[shard] = handle
             return set(handle.keys())

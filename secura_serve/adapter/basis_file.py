@@ -27,6 +27,7 @@ from secura_serve.adapter.fingerprint import fingerprint_of
 from secura_serve.atomic import write_whole
 from secura_serve.errors import BaseMismatchError, BasisFormatError, ConfigError
 from secura_serve.method import CALIBRATED, Basis, Ranking, gather
+from secura_serve.os_errors import is_wrong_path, reason
 
 __all__ = ["CalibratedBasis", "load_basis", "weight_fingerprint"]
 
@@ -137,7 +138,11 @@ def load_basis(path: str | os.PathLike[str]) -> CalibratedBasis:
         raise ConfigError(f"no basis file {file}; make one with secura-basis --base B --out {file}")
     try:
         with safe_open(file, framework="np") as handle:
-            facts = json.loads((handle.metadata() or {})[_KEY])
+            if _KEY not in (metadata := handle.metadata() or {}):
+                raise BasisFormatError(
+                    f"{file} holds no basis; give a file that secura-basis wrote", wrong_use=True
+                )
+            facts = json.loads(metadata[_KEY])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         if facts["format_version"] != _VERSION:
             raise BasisFormatError(
@@ -155,8 +160,9 @@ def load_basis(path: str | os.PathLike[str]) -> CalibratedBasis:
         if isinstance(error, BasisFormatError):
             raise
         raise BasisFormatError(
-            f"{file} is not a whole basis file ({type(error).__name__}: {error}); fetch it again, "
-            "or make it with secura-basis"
+            f"{file} is not a whole basis file ({reason(error)}); fetch it again, or make it with "
+            "secura-basis",
+            wrong_use=is_wrong_path(error),
         ) from error
     if not whole or not isinstance(facts["seed"], int):
         raise BasisFormatError(

@@ -26,6 +26,7 @@ from secura_serve.adapter.format import (
 from secura_serve.adapter.tensors import CURModule, module_problems, parse_modules
 from secura_serve.atomic import atomic_folder
 from secura_serve.errors import AdapterFormatError, ConfigError
+from secura_serve.os_errors import is_wrong_path, reason
 
 __all__ = [
     "NAME_PATTERN",
@@ -180,8 +181,8 @@ def load(path: str | os.PathLike[str]) -> Adapter:
             modules, problems = parse_modules(stored, config)
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFormatError(
-            f"{folder.name}: {WEIGHTS_NAME} cannot be read ({error}); it is truncated or damaged, "
-            "copy or train it again"
+            f"{folder.name}: {WEIGHTS_NAME} cannot be read ({reason(error)}); it is truncated or "
+            "damaged, copy or train it again"
         ) from error
     if problems:
         raise AdapterFormatError(f"{folder.name} is not a valid adapter:", problems)
@@ -213,9 +214,16 @@ def load_config(folder: Path) -> AdapterConfig:
             raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is over {_CONFIG_LIMIT} bytes")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} is missing") from error
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f"; name one of those in it, such as {folder.name}/{inside[0]}" if inside else ""
+        raise AdapterFormatError(
+            f"{folder.name}: {CONFIG_NAME} is missing{hint}", wrong_use=True
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{folder.name}: {CONFIG_NAME} cannot be read: {error}") from error
+        raise AdapterFormatError(
+            f"{folder.name}: {CONFIG_NAME} cannot be read: {reason(error)}",
+            wrong_use=is_wrong_path(error),
+        ) from error
     try:
         return AdapterConfig.from_json(raw)
     except AdapterFormatError as error:

@@ -15,6 +15,7 @@ from safetensors.torch import save as to_bytes
 from secura_serve.adapter import Adapter, base_id, load, save
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError
+from secura_serve.os_errors import reason
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +63,9 @@ class Contents:
             try:
                 return {name: (self.folder / name).read_bytes() for name in names}
             except OSError as error:
-                raise AdapterFormatError(f"{self.folder} cannot be read: {error}") from error
+                raise AdapterFormatError(
+                    f"{self.folder} cannot be read: {reason(error)}"
+                ) from error
         # Through the one writer of the format, so that there is no second one here.
         with TemporaryDirectory() as work:
             folder = save(Path(work) / "adapter", self.adapter.config, self.adapter.modules)

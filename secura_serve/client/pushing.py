@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from secura_serve.adapter import Adapter, check_name
+from secura_serve.addresses import url_problem
 from secura_serve.client.contents import Contents, read_contents
 from secura_serve.errors import ConfigError, PushError
 
@@ -89,11 +90,12 @@ def check_target(endpoint: str, name: str) -> str:
     """
     check_name(name)
     try:
-        url = httpx.URL(endpoint)
+        # It refuses more than urllib, such as a host that is no name.
+        httpx.URL(endpoint)
     except httpx.InvalidURL as error:
-        raise ConfigError(f"endpoint {endpoint!r} is not a URL: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(f"endpoint {endpoint!r} must be like http://127.0.0.1:8000")
+        raise ConfigError(f"endpoint: got {endpoint!r}, which is no URL: {error}") from error
+    if problem := url_problem(endpoint):
+        raise ConfigError(f"endpoint: {problem}")
     return endpoint.rstrip("/").removesuffix("/v1")
 
 

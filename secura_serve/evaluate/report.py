@@ -20,6 +20,7 @@ from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.metrics.significance import METHOD
 from secura_serve.evaluate.run import Results
+from secura_serve.os_errors import described
 
 __all__ = ["check_out", "markdown", "write_report"]
 
@@ -51,7 +52,7 @@ def write_report(results: Results, config: EvalConfig, argv: Sequence[str]) -> P
             draw(facts, new / "report.png")
             check_out(config)
     except OSError as error:
-        raise EvaluationError(f"{out} was not written: {error}") from error
+        raise EvaluationError(f"{out} was not written: {described(error)}") from error
     return out
 
 

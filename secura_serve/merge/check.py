@@ -15,6 +15,7 @@ from secura_serve.merge.io.layout import Stored, read_shard
 from secura_serve.merge.manifest import describe, read_manifest
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.transfer import is_decoded, output_tensors
+from secura_serve.os_errors import reason
 
 __all__ = ["check_merge"]
 
@@ -37,7 +38,9 @@ def check_merge(plan: MergePlan) -> int:
             try:
                 written = read_shard(plan.out / new.name).tensors
             except (OSError, ValueError) as error:
-                raise MergeError(f"{plan.out / new.name} cannot be read: {error}") from error
+                raise MergeError(
+                    f"{plan.out / new.name} cannot be read: {reason(error)}"
+                ) from error
             if written != new.tensors:
                 problems.append(f"{new.name}: other tensors, shapes or dtypes")
                 for _ in filter(decoded, old.tensors):

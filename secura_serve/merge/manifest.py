@@ -22,6 +22,7 @@ from secura_serve.merge.fold import Change
 from secura_serve.merge.io.buffers import DIGEST
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.source import Source
+from secura_serve.os_errors import is_wrong_path, reason
 
 __all__ = ["MANIFEST", "card", "describe", "manifest", "read_manifest"]
 
@@ -95,9 +96,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         str(values["dtype"]), str(values["base"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MergeError(
-            f"{folder} has no {MANIFEST} that can be used ({error}): give a merged "
+            f"{folder} has no {MANIFEST} that can be used ({reason(error)}): give a merged "
             "checkpoint that secura-merge wrote",
-            wrong_use=not folder.is_dir(),
+            wrong_use=is_wrong_path(error),
         ) from error
     return dict(values)
 

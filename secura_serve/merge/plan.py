@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from secura_serve.atomic import place_problem
 from secura_serve.errors import MergeError
 from secura_serve.merge.io.layout import Shard, with_dtype
 from secura_serve.merge.methods import LINEAR, MergeMethod
@@ -17,7 +18,15 @@ from secura_serve.merge.source import NOTHING_DONE, Source, open_source, plan_fo
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.merge.verify import base_mismatches, quantised_targets, shards_of
 
-__all__ = ["DTYPES", "INDEX", "MergePlan", "extra_files", "plan_merge", "space_problems"]
+__all__ = [
+    "DTYPES",
+    "INDEX",
+    "MergePlan",
+    "extra_files",
+    "out_problems",
+    "plan_merge",
+    "space_problems",
+]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Weights in other formats, training state, and what describes the base only.
@@ -77,17 +86,21 @@ def extra_files(folder: Path) -> list[str]:
     )
 
 
-def space_problems(out: Path, nbytes: int) -> list[str]:
-    """Return every reason why ``nbytes`` cannot be written to a new folder ``out``."""
+def out_problems(out: Path) -> list[str]:
+    """Return every reason why ``out`` cannot be made, whatever its size."""
     problems = []
     if os.path.lexists(out):
         problems.append(f"{out} exists: choose another folder, or remove it first")
-    above = next(p for p in out.parents if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        problems.append(f"{above} is not a folder that can be written to")
-    elif not (disk := shutil.disk_usage(above)).total:
-        problems.append(f"{above} is not on a disk that can be written to")
-    elif (free := disk.free) < (needed := nbytes + _SPARE):
+    if problem := place_problem(out):
+        problems.append(f"{problem}: choose another folder")
+    return problems
+
+
+def space_problems(out: Path, nbytes: int) -> list[str]:
+    """Return every reason why ``nbytes`` cannot be written to a new folder ``out``."""
+    problems = out_problems(out)
+    above = next(p for p in out.parents if os.path.exists(p))
+    if (free := shutil.disk_usage(above).free) < (needed := nbytes + _SPARE):
         problems.append(
             f"{above} has {free / 2**20:,.0f} MiB free, the output needs {needed / 2**20:,.0f}: "
             "make room or choose another disk"
@@ -120,9 +133,8 @@ def plan_merge(
         MergeError: with every problem found.
     """
     target = Path(os.path.abspath(out))
-    known = () if exists else space_problems(target, 0)
-    taken = not exists and os.path.lexists(target)
-    source = open_source(base, specs, known, wrong_use=taken, method=method)
+    known = [] if exists else out_problems(target)
+    source = open_source(base, specs, known, wrong_use=bool(known), method=method)
     output_dtype = DTYPES.get(dtype)
     folder, old = source.checkpoint.path, shards_of(source)
     plan = MergePlan(

@@ -11,7 +11,7 @@ from secura_serve.merge.io.buffers import digest, opened, read_tensor
 from secura_serve.merge.io.files import copy_extra_files, new_folder, progress
 from secura_serve.merge.io.layout import Shard, Stored, read_shard
 from secura_serve.merge.manifest import read_manifest
-from secura_serve.merge.plan import INDEX, extra_files, space_problems
+from secura_serve.merge.plan import INDEX, extra_files, out_problems, space_problems
 from secura_serve.merge.transfer import CopyRange, steps
 
 __all__ = ["restore_base"]
@@ -45,9 +45,14 @@ def restore_base(base: Path, out: Path) -> int:
         for name, expected in touched.items()
         if name in where and not _has_digest(expected, *where[name])
     ]
-    problems += space_problems(out.parent / f".{out.name}.partial", size)
+    draft = out.parent / f".{out.name}.partial"
+    problems += space_problems(draft, size)
     if problems:
-        raise MergeError(f"{out} was not restored from {base} ({facts['base']}):", problems)
+        raise MergeError(
+            f"{out} was not restored from {base} ({facts['base']}):",
+            problems,
+            wrong_use=bool(out_problems(draft)),
+        )
     with new_folder(out, replace=True) as work, progress(size, f"restoring {out.name}") as bar:
         writes = WriteQueue(bar.update)
         try:

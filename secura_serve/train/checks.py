@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secura_serve.addresses import url_problem
 from secura_serve.errors import ConfigError
 from secura_serve.train.methods.registry import METHODS
 
@@ -87,6 +88,8 @@ def out_of_bounds(config: TrainConfig) -> list[str]:
         fine = False
     if not fine:
         problems.append(f'alpha: got {config.alpha!r}, must be "auto" or a number > 0')
+    if config.push_to and (problem := url_problem(config.push_to)):
+        problems.append(f"push_to: {problem}")
     for name in ("targets", "exclude"):
         try:
             re.compile(getattr(config, name) or "")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from secura_serve import __version__
-from secura_serve.command import run_command, suggest_flags
+from secura_serve.command import by_flags, run_command, suggest_flags
 from secura_serve.errors import ConfigError, MergeError
 from secura_serve.evaluate.main import main as evaluate
 from secura_serve.merge.main import main as merge
@@ -91,8 +91,46 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
         2,
         ("--adapters ./nowhere: does not exist", "leave the flag out"),
     ),
-    ("secura-serve --adapters= --check", 2, ("--adapters is empty",)),
+    ("secura-serve --adapters= --check", 2, ("--adapters: is empty",)),
+    (f"secura-train {TRAIN} --base x --max-steps 0", 2, ("  - --max-steps: got 0",)),
+    ("secura-merge --base x --out never --merge-method ties --density 3", 2, ("--density: got 3",)),
+    ("secura-serve --resident -1 --check", 2, ("  - --resident: got -1",)),
+    # The same fault ends alike wherever it is met.
+    ("secura-train --base empty --data rows.jsonl --out never", 2, ("has no config.json",)),
+    ("secura-basis --base empty --out never", 2, ("has no config.json",)),
+    ("secura-serve --base empty --check", 2, ("has no config.json",)),
+    ("secura-serve --base file.txt --check", 2, ("has no config.json",)),
+    ("secura-train --base x --data rows.jsonl --out file.txt/never", 2, ("cannot be written",)),
+    ("secura-basis --base x --out file.txt/never", 2, ("cannot be written", "--out")),
+    ("secura-merge --base empty --adapter y --out file.txt/never", 2, ("cannot be written",)),
+    ("secura-eval --tasks iso-date --base x --out file.txt/never", 2, ("cannot be written",)),
+    ("secura-eval --write-data file.txt", 2, ("--write-data", "is a file; name a folder")),
+    ("secura-eval --write-data file.txt/never", 2, ("--write-data", "cannot be written")),
+    ("secura-train --base x --data folder.jsonl --out never", 2, ("folder.jsonl: cannot be read",)),
+    ("secura-merge --base empty --adapter holder --out never", 2, ("such as holder/one",)),
+    ("secura-merge --to-base smollm2-135m --out empty", 2, ("give a merged checkpoint",)),
+    (
+        f"secura-train {TRAIN} --base x --push-to notaurl",
+        2,
+        ("--push-to: got 'notaurl'", "http://"),
+    ),
+    (
+        "secura-eval --tasks iso-date --endpoint nope --out never",
+        2,
+        ("--endpoint: got 'nope'", "http://"),
+    ),
+    ("secura-serve --ui-port -5 --check", 2, ("--ui-port: got -5", "1 to 65535")),
+    ("secura-serve --port 99999 --check", 2, ("--port", "99999", "1 to 65535")),
 ]
+
+
+def _put_files(folder: Path) -> None:
+    """Make what the command lines name beside what is not there."""
+    for name in ("empty", "folder.jsonl", "holder/one"):
+        (folder / name).mkdir(parents=True)
+    (folder / "file.txt").write_text("text")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "holder" / "one" / "adapter_config.json").write_text("{}")
 
 
 @pytest.mark.long
@@ -106,6 +144,7 @@ def test_wrong_use_is_told_in_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    _put_files(tmp_path)
     prog, *argv = line.split()
     assert COMMANDS[prog](argv) == status
     printed = capsys.readouterr()
@@ -125,6 +164,19 @@ def test_version_and_help_end_with_0(prog: str, capsys: pytest.CaptureFixture[st
             COMMANDS[prog]([flag])
         assert not stopped.value.code
         assert said in capsys.readouterr().out
+
+
+def test_python_is_told_the_setting_where_the_command_line_is_told_the_flag() -> None:
+    from secura_serve.config import build
+    from secura_serve.merge.config import MergeConfig
+
+    with pytest.raises(ConfigError) as caught:
+        build(MergeConfig, {"out": "x", "base": "b", "merge_method": "ties", "density": 3.0})
+    assert caught.value.problems == ("density: got 3.0, must be between 0 and 1",)
+    assert str(caught.value).startswith("the settings are not valid:\n")
+    said = "the settings are not valid:\n  - merge_seed: no\n  - rank and density: no"
+    told = by_flags(said, MergeConfig)
+    assert told == said.replace("- merge_seed", "- --merge-seed")
 
 
 def _raiser(error: BaseException) -> Callable[[list[str]], int]:

@@ -191,8 +191,12 @@ def test_a_file_that_is_not_whole_or_not_of_this_base_is_refused(
     cases: dict[str, tuple[dict[str, Any], dict[str, str] | None, str]] = {
         "swapped": (tensors | {f"{name}.rows": swapped}, metadata, "was changed"),
         "doubled": (tensors | {f"{name}.rows": doubled}, metadata, "each index once"),
-        "one_lost": (tensors, None, "not a whole basis file"),
-        "less": ({k: v for k, v in tensors.items() if k != f"{name}.cols"}, metadata, "KeyError"),
+        "one_lost": (tensors, None, "holds no basis"),
+        "less": (
+            {k: v for k, v in tensors.items() if k != f"{name}.cols"},
+            metadata,
+            "cols is missing",
+        ),
         "more": (tensors | {"x": rows}, metadata, "was changed"),
         "newer": (tensors, newer, "format_version is 2"),
     }

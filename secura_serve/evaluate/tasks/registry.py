@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from secura_serve.atomic import place_problem
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.evaluate.tasks.task import Task
@@ -50,9 +51,14 @@ def write_data(names: Sequence[str], folder: Path, *, overwrite: bool = False) -
     """Write ``<task>.<split>.jsonl`` for each task, as ``secura-train`` reads it.
 
     Raises:
-        ConfigError: a name is unknown, or another file of that name would be lost.
+        ConfigError: a name is unknown, another file of that name would be lost, or nothing can be
+            written in ``folder``.
         DataError: rows cannot be had here; nothing was written.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--write-data {folder} is a file; name a folder")
+    if problem := place_problem(folder / "rows"):
+        raise ConfigError(f"--write-data: {problem}; name another folder")
     tasks = [load_task(name) for name in names]
     if lacking := [f"{t.name}: {reason}" for t in tasks if (reason := t.missing())]:
         raise DataError("not available here:", lacking)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import MergeError
+from secura_serve.os_errors import described
 
 __all__ = ["copy_extra_files", "new_folder", "progress"]
 
@@ -36,8 +37,8 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         raise MergeError(f"another merge is writing to {out}: wait for it") from error
     except OSError as error:
         raise MergeError(
-            f"{out} was not written ({error}); nothing was left behind. Check the free space and "
-            "the health of the disks, then run it again"
+            f"{out} was not written ({described(error)}); nothing was left behind. Check the free "
+            "space and the health of the disks, then run it again"
         ) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from secura_serve.errors import ServeError
+from secura_serve.os_errors import reason
 from secura_serve.page_module import CHECKOUT, IN_CHECKOUT, page_module
 from secura_serve.serve.app.http.access import PageAccess
 from secura_serve.serve.logs import follow, is_json, say
@@ -75,7 +76,7 @@ class ChatPage:
                 pass
         except (OSError, OverflowError) as error:
             raise ServeError(
-                f"the chat page cannot listen on {self.host}:{self.port} ({error}); choose "
+                f"the chat page cannot listen on {self.host}:{self.port} ({reason(error)}); choose "
                 "another --ui-port, or leave the page out with --no-ui"
             ) from error
 

@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from secura_serve.errors import ConfigError, FoldError, ServeError
 from secura_serve.garbage import collect_as_usual
+from secura_serve.os_errors import reason
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import PageAccess, page_access
@@ -69,7 +70,7 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
         address, socket = setup_server(args, reuse_port=False)
     except (OSError, OverflowError) as error:
         raise ServeError(
-            f"cannot listen on {args.host}:{args.port} ({error}); choose another --port"
+            f"cannot listen on {args.host}:{args.port} ({reason(error)}); choose another --port"
         ) from error
     say(f"\n{who_can_reach(args, context.keys, access, config.ui_port)}", prefix="")
     say(f"\nmemory: {memory}\nstarting; the endpoint will be {endpoint}/v1", prefix="")

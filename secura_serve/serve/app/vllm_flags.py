@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from secura_serve.adapter import Adapter
+from secura_serve.addresses import port_problem
 from secura_serve.command import suggest_flags
 from secura_serve.errors import ConfigError
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
@@ -110,6 +111,8 @@ def _parse(parser: Any, rest: Sequence[str]) -> Any:
             f"--max-loras {args.max_loras}: adapters need at least 1 slot; leave it out, and their "
             "number is chosen by what they take"
         )
+    if problem := port_problem(args.port):
+        raise ConfigError(f"--port: {problem}")
     return args
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from secura_serve.atomic import place_problem
 from secura_serve.config import option
 from secura_serve.errors import ConfigError
 
@@ -70,9 +71,8 @@ class BasisConfig:
             )
         if os.path.lexists(out) and not self.overwrite:
             raise ConfigError(f"{out} exists; choose another --out or give --overwrite")
-        above = next(parent for parent in out.parents if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise ConfigError(f"{out} cannot be written in {above}; choose another --out")
+        if problem := place_problem(out):
+            raise ConfigError(f"{problem}; choose another --out")
 
     def of_the_ranking(self) -> dict[str, Any]:
         """Return the settings that the ranking depends on, besides the base."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import DataError
+from secura_serve.os_errors import is_wrong_path, reason
 
 __all__ = ["json_rows", "raw_rows"]
 
@@ -97,8 +98,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{file.name} row {number}", row
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(f"{file}: not a whole parquet file: {reason}") from error
+        why = reason(error).partition("\n")[0].rstrip(".")
+        raise DataError(
+            f"{file}: not a whole parquet file: {why}", wrong_use=is_wrong_path(error)
+        ) from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -139,7 +142,7 @@ def _text(file: Path) -> str:
         return content.decode("utf-8-sig")
     except OSError as error:
         raise DataError(
-            f"{file}: cannot be read: {error.strerror}", wrong_use=not file.is_file()
+            f"{file}: cannot be read: {reason(error)}", wrong_use=is_wrong_path(error)
         ) from error
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1

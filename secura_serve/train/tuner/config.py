@@ -17,6 +17,7 @@ from secura_serve.adapter import FORMAT_VERSION, AdapterConfig, CalibratedBasis,
 from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, ConfigError
 from secura_serve.method import INITS, Basis, MagNorm, selection_problem
+from secura_serve.os_errors import reason
 from secura_serve.train.tuner.peft_type import extend_peft_type
 
 __all__ = ["SecuraConfig"]
@@ -188,7 +189,9 @@ class SecuraConfig(PeftConfig):
             with open(path_json_file, encoding="utf-8") as file:
                 raw = json.load(file)
         except (OSError, ValueError, RecursionError) as error:
-            raise AdapterFormatError(f"adapter_config.json cannot be read: {error}") from error
+            raise AdapterFormatError(
+                f"adapter_config.json cannot be read: {reason(error)}"
+            ) from error
         written = AdapterConfig.from_json(raw)
         folder = Path(path_json_file).parent
         # transformers' load_adapter copies nothing but U, and no rule gives these indices.

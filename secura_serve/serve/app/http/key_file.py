@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from secura_serve.errors import ConfigError
+from secura_serve.os_errors import reason
 from secura_serve.serve.logs import say
 
 __all__ = ["FileKey", "KeyFile", "Role", "parse_keys", "read_keys"]
@@ -68,7 +69,7 @@ def _read(path: Path) -> bytes:
             raise OSError("it is no regular file")
         return path.read_bytes()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--keys {path}: the file cannot be read: {error}") from error
+        raise ConfigError(f"--keys {path}: the file cannot be read: {reason(error)}") from error
 
 
 def parse_keys(content: bytes, source: str, taken: Collection[str] = ()) -> tuple[FileKey, ...]:
