@@ -12,8 +12,11 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
+
+from secura_serve.addresses import port_problem
+from secura_serve.command import CommandParser, run_command
+from secura_serve.errors import ConfigError, ServeError
 
 from .endpoint import add_arguments, connect, without_login
 from .examples import Examples, read_examples
@@ -25,14 +28,22 @@ TRIES = 4
 SESSIONS = 1000
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="secura-demo", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    made.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+_DESCRIPTION = """\
+Open the chat page: base, adapters and mixes of a server side by side, and what
+the server has."""
+
+_EXAMPLES = """examples:
+  secura-demo
+  secura-demo --endpoint http://127.0.0.1:9000/v1 --port 7861
+  secura-demo --examples adapters/examples.json --results adapters/experiment.json"""
+
+
+def parser() -> CommandParser:
+    """Return the command line of ``secura-demo``."""
+    made = CommandParser("secura-demo", description=_DESCRIPTION, epilog=_EXAMPLES)
     add_arguments(made)
-    made.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
-    made.add_argument("--port", type=_port, default=7860, help="(%(default)s)")
+    made.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    made.add_argument("--port", type=_port, default=7860, help="of the page (default: %(default)s)")
     made.add_argument("--examples", metavar="FILE", help='JSON: {adapter: [{"prompt": "..."}]}')
     made.add_argument(
         "--results",
@@ -46,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--share",
         choices=["never", "public"],
         default="never",
-        help="public: a gradio.live link, which whoever has it may open (%(default)s)",
+        help="public: a gradio.live link, which whoever has it may open (default: %(default)s)",
     )
     made.add_argument(
         "--auth",
@@ -87,10 +98,9 @@ def login(args: argparse.Namespace) -> tuple[str, str] | None:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 < port < 2**16:
-        raise argparse.ArgumentTypeError(f"{port} should be from 1 to 65535")
-    return port
+    if problem := port_problem(text):
+        raise argparse.ArgumentTypeError(problem)
+    return int(text)
 
 
 def ask_this_machine_directly() -> None:
@@ -106,13 +116,6 @@ def end_with_stdin() -> None:
     while sys.stdin.buffer.read(1024):
         pass
     os._exit(0)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("secura-serve")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def launch(
@@ -168,27 +171,32 @@ def launch(
     return blocks
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser()
-    args = arguments.parse_args(argv)
+def _run(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
     if args.until_stdin_closes:
         threading.Thread(target=end_with_stdin, daemon=True).start()
     try:
         examples, auth = read_examples(args.examples), login(args)
         results = read_results(args.results)
     except ValueError as error:
-        arguments.error(str(error))
+        raise ConfigError(str(error)) from error
     blocks = launch(args, examples, results, auth)
     if blocks is None:
         taken = f"cannot listen on {args.host}:{args.port}"
-        arguments.error(f"{taken}: is the port taken? Choose another with --port")
+        raise ServeError(f"{taken}: is the port taken? Choose another with --port")
     # Gradio's own lines advertise a public link; without its lock it would return at once.
     print(
         f"secura-demo: {blocks.share_url or blocks.local_url} asks {without_login(args.endpoint)}",
         flush=True,
     )
     blocks.block_thread()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status, see :mod:`secura_serve.command`."""
+    return run_command("secura-demo", _run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 import openai
 
+from secura_serve.addresses import url_problem
+
 _LONGEST = 1000
 LIST_S = 15.0
 """How long a list may take in all: a timeout of its own holds for each piece of an answer."""
@@ -35,24 +37,21 @@ def add_arguments(to: argparse.ArgumentParser) -> None:
         "--endpoint",
         default="http://127.0.0.1:8000/v1",
         type=_address,
-        help="base URL (%(default)s)",
+        metavar="URL",
+        help="base URL of the server (default: %(default)s)",
     )
     to.add_argument(
-        "--api-key", default=os.environ.get("VLLM_API_KEY"), help="(default: $VLLM_API_KEY)"
+        "--api-key",
+        default=os.environ.get("VLLM_API_KEY"),
+        metavar="KEY",
+        help="key of the server (default: $VLLM_API_KEY)",
     )
 
 
 def _address(text: str) -> str:
     """Return an endpoint. Raises ArgumentTypeError if nothing can be asked there."""
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} should be an address such as http://127.0.0.1:8000/v1"
-        )
+    if problem := url_problem(text):
+        raise argparse.ArgumentTypeError(problem)
     return text
 
 

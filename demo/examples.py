@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from secura_serve.os_errors import reason
+
 from .endpoint import encodable
 
 __all__ = ["ANY", "Examples", "read_examples"]
@@ -31,7 +33,7 @@ def read_examples(path: str | None) -> Examples:
         whole = encodable(json.dumps(json.loads(text), ensure_ascii=False))
         examples_by_adapter = json.loads(whole)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read {path} as JSON: {error}") from error
+        raise ValueError(f"cannot read {path} as JSON: {reason(error)}") from error
     shape = f'{path} should be {{"adapter": [{{"prompt": "...", "system": "optional"}}]}}'
     if not isinstance(examples_by_adapter, dict):
         raise ValueError(shape)

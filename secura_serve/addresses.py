@@ -20,6 +20,7 @@ def url_problem(url: str) -> str | None:
     return f"got {url!r}, must be a URL like http://127.0.0.1:8000"
 
 
-def port_problem(port: int) -> str | None:
+def port_problem(port: int | str) -> str | None:
     """Return what is wrong with the number of a port, or None."""
-    return None if 0 < port < 2**16 else f"got {port}, must be 1 to 65535"
+    fine = str(port).isdecimal() and 0 < int(port) < 2**16
+    return None if fine else f"got {port}, must be 1 to 65535"

@@ -1,4 +1,4 @@
-"""What the five commands share: how a command line is read, how a failure is told, what it exits
+"""What the six commands share: how a command line is read, how a failure is told, what it exits
 with.
 
 Exit status: 0 done, 1 the run failed, 2 the command was used wrongly (a wrong flag, or a name or

@@ -1,6 +1,6 @@
 """Where the chat page is: the folder ``demo`` of a checkout, ``secura_serve_demo`` once installed.
 
-It is a package of its own, which knows this one by HTTP alone.
+It is a package of its own, which talks HTTP and shares only the command line with this one.
 """
 
 from __future__ import annotations

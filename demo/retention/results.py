@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from secura_serve.os_errors import reason
+
 from ..figure_table import figure_table
 
 __all__ = ["Matrix", "Point", "Results", "heat", "heat_cell", "heat_table", "read_results"]
@@ -58,7 +60,7 @@ def read_results(files: Sequence[str]) -> Results:
             else:
                 matrices.append(_matrix(raw, Path(name)))
         except OSError as error:
-            raise ValueError(f"cannot read {name}: {error}") from error
+            raise ValueError(f"cannot read {name}: {reason(error)}") from error
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{name} should be JSON of {SHAPES}") from error
     return Results(tuple(points), tuple(matrices))

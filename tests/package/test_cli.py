@@ -1,4 +1,4 @@
-"""Proves that the five commands answer wrong use alike: exit status, one message, suggestions.
+"""Proves that the six commands answer wrong use alike: exit status, one message, suggestions.
 
 2 for a wrong use, 1 for a failed run, 130 for Ctrl-C; never a traceback or a page of usage. Needs
 no engine; what concerns unknown flags of ``secura-serve`` imports vLLM, which alone knows its own.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from demo.app import main as demo
 from secura_serve import __version__
 from secura_serve.command import by_flags, run_command, suggest_flags
 from secura_serve.errors import ConfigError, MergeError
@@ -29,6 +30,7 @@ COMMANDS = {
     "secura-merge": merge,
     "secura-eval": evaluate,
     "secura-serve": serve,
+    "secura-demo": demo,
 }
 TRAIN = "--data d.jsonl --out never"
 EVAL = "--tasks iso-date --base smollm2-135m --out never"
@@ -95,6 +97,12 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     (f"secura-train {TRAIN} --base x --max-steps 0", 2, ("  - --max-steps: got 0",)),
     ("secura-merge --base x --out never --merge-method ties --density 3", 2, ("--density: got 3",)),
     ("secura-serve --resident -1 --check", 2, ("  - --resident: got -1",)),
+    ("secura-demo --foo", 2, ("--foo (--help lists the flags)",)),
+    ("secura-demo --prot 9000", 2, ("did you mean --port?",)),
+    ("secura-demo --share all", 2, ("--share", "'public'")),
+    ("secura-demo --auth me", 2, ("--auth should be USER:PASSWORD",)),
+    ("secura-demo --examples nowhere.json", 2, ("nowhere.json", "No such file or directory")),
+    ("secura-demo --results file.txt", 2, ("file.txt should be JSON of",)),
     # The same fault ends alike wherever it is met.
     ("secura-train --base empty --data rows.jsonl --out never", 2, ("has no config.json",)),
     ("secura-basis --base empty --out never", 2, ("has no config.json",)),
@@ -120,7 +128,10 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
         ("--endpoint: got 'nope'", "http://"),
     ),
     ("secura-serve --ui-port -5 --check", 2, ("--ui-port: got -5", "1 to 65535")),
-    ("secura-serve --port 99999 --check", 2, ("--port", "99999", "1 to 65535")),
+    ("secura-serve --port 99999 --check", 2, ("--port: got 99999", "1 to 65535")),
+    ("secura-demo --port 99999", 2, ("--port: got 99999", "1 to 65535")),
+    ("secura-demo --port x", 2, ("--port: got x", "1 to 65535")),
+    ("secura-demo --endpoint nope", 2, ("--endpoint: got 'nope'", "http://")),
 ]
 
 
