@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from secura_serve import __version__
 from secura_serve.errors import ConfigError, SecuraError
@@ -42,6 +42,22 @@ class CommandParser(argparse.ArgumentParser):
     def flags(self) -> set[str]:
         """Return every flag that ``--help`` lists."""
         return set(_FLAG.findall(self.format_usage()))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but refuse a setting that is given under two of its names."""
+        words = sys.argv[1:] if args is None else list(args)
+        given: dict[str, dict[argparse.Action, str]] = {}
+        for flag in (word.partition("=")[0] for word in words):
+            if (action := self._option_string_actions.get(flag)) is not None:
+                given.setdefault(action.dest, {})[action] = flag
+        problems = [
+            f"{' and '.join(flags.values())} are names of one setting; leave one out"
+            for flags in given.values()
+            if len(flags) > 1
+        ]
+        if problems:
+            raise ConfigError("the settings are not valid:", problems)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print the usage and exit."""

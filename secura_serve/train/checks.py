@@ -154,14 +154,6 @@ def contradictions(config: TrainConfig) -> list[str]:
                 "tau" in changed and not _has_parameter(config, "tau"),
                 f"tau: needs magnorm bounded, got {config.magnorm}",
             ),
-            *(
-                (
-                    not _has_parameter(config, pair.partition("=")[0]),
-                    f"magnorm_parameters: {pair}: magnorm {config.magnorm} has no such parameter",
-                )
-                for pair in (config.magnorm_parameters or "").split(",")
-                if pair
-            ),
             (
                 config.dropout and config.magnorm not in (None, "none"),
                 f"dropout: needs magnorm none, got {config.magnorm}",
@@ -207,7 +199,30 @@ def contradictions(config: TrainConfig) -> list[str]:
             ),
         )
         if wrong
+    ] + _parameter_problems(config, tau_too="tau" in changed)
+
+
+def _parameter_problems(config: TrainConfig, *, tau_too: bool) -> list[str]:
+    """Report ``magnorm_parameters`` that the mode does not have, or that are given twice."""
+    if not config.magnorm_parameters:
+        return []
+    from secura_serve.method import get_mode, mode_names
+
+    # An unknown mode is reported as such.
+    known = config.magnorm in mode_names()
+    allowed = get_mode(str(config.magnorm)).parameters if known else {}
+    names = [pair.partition("=")[0] for pair in config.magnorm_parameters.split(",")]
+    problems = [
+        f"magnorm_parameters: magnorm {config.magnorm} has no parameter {name!r}; allowed: "
+        f"{', '.join(allowed) or 'none'}"
+        for name in dict.fromkeys(names)
+        if known and name not in allowed
     ]
+    if twice := {name for name in names if names.count(name) > 1}:
+        problems.append(f"magnorm_parameters: {', '.join(sorted(twice))} is given twice")
+    if tau_too and "tau" in names:
+        problems.append("tau: given in magnorm_parameters, too; leave one of them out")
+    return problems
 
 
 def layer_ranges(text: str) -> list[tuple[int, int]]:

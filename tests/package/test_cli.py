@@ -103,6 +103,21 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-demo --auth me", 2, ("--auth should be USER:PASSWORD",)),
     ("secura-demo --examples nowhere.json", 2, ("nowhere.json", "No such file or directory")),
     ("secura-demo --results file.txt", 2, ("file.txt should be JSON of",)),
+    (
+        f"secura-train {TRAIN} --base x --lr 1e-3 --learning-rate 2e-3",
+        2,
+        ("--lr and --learning-rate are names of one setting",),
+    ),
+    (
+        f"secura-train {TRAIN} --base x --magnorm bounded --tau 0.1 --magnorm-parameters tau=0.5",
+        2,
+        ("--tau: given in magnorm_parameters, too",),
+    ),
+    (
+        f"secura-train {TRAIN} --base x --magnorm published --magnorm-parameters t=0.5",
+        2,
+        ("published has no parameter 't'; allowed: scale, eps",),
+    ),
     # The same fault ends alike wherever it is met.
     ("secura-train --base empty --data rows.jsonl --out never", 2, ("has no config.json",)),
     ("secura-basis --base empty --out never", 2, ("has no config.json",)),
