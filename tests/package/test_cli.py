@@ -77,7 +77,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     (
         "secura-eval --tasks iso-dat --base x --no-retention --out never",
         2,
-        ("did you mean 'iso-date'", "no base model 'x'"),
+        ("'iso-dat': unknown; allowed: arc_challenge, ", "'iso-date'?", "no base model 'x'"),
     ),
     (
         "secura-eval --tasks iso-date --endpoint http://127.0.0.1:9 --no-retention --out never",
@@ -130,6 +130,7 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-eval --write-data file.txt", 2, ("--write-data", "is a file; name a folder")),
     ("secura-eval --write-data file.txt/never", 2, ("--write-data", "cannot be written")),
     ("secura-train --base x --data folder.jsonl --out never", 2, ("folder.jsonl: cannot be read",)),
+    ("secura-train --base x --data holder --out never", 2, ("holder: is a folder", "name one")),
     ("secura-merge --base empty --adapter holder --out never", 2, ("such as holder/one",)),
     ("secura-merge --to-base smollm2-135m --out empty", 2, ("give a merged checkpoint",)),
     (
@@ -235,6 +236,18 @@ def test_each_failure_has_its_status(
     assert capsys.readouterr().err.strip() == f"secura-x: {said}"
 
 
+@pytest.mark.parametrize(
+    ("value", "status"), [("", 0), ("1", 0), ("off", 0), ("False", 0), ("banana", 2), ("2", 2)]
+)
+def test_the_switch_of_compiled_code_is_on_or_off(
+    value: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECURA_NATIVE", value)
+    assert run_command("secura-x", lambda argv: 0, []) == status
+    said = "SECURA_NATIVE=" + value + ": allowed: 1, true, on, 0, false, off"
+    assert (said in capsys.readouterr().err) == (status == 2)
+
+
 def test_a_fault_of_ours_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_command("secura-x", _raiser(ZeroDivisionError()), [])
@@ -245,6 +258,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     shell = f"{sys.executable} -c '{code}' --list | head -c 1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     assert done.stdout and not done.stderr
+
+
+def test_no_line_of_vllms_stands_before_an_error() -> None:
+    code = (
+        "import logging, secura_serve.serve.console as _; "
+        "log = logging.getLogger('vllm.triton_utils.importing'); "
+        "log.warning('Triton is installed, but does not include CPU backend'); log.warning('more')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["more"]
 
 
 def test_suggestions_are_near_or_none() -> None:
