@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from secura_serve import __version__
+from secura_serve.compiled import native_is_wanted
 from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.os_errors import described
 from secura_serve.suggest import near_names
@@ -103,6 +104,8 @@ def run_command(
     """
     tell = report or _to_stderr
     try:
+        # A wrong value would else be met in the middle of the work, where it is first asked for.
+        native_is_wanted()
         status = call(list(sys.argv[1:] if argv is None else argv))
     except SecuraError as error:
         text = str(error)

@@ -15,7 +15,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["FAILURES", "HALF_PRECISION", "compiled"]
+from secura_serve.errors import ConfigError
+
+__all__ = ["FAILURES", "HALF_PRECISION", "compiled", "native_is_wanted"]
+
+_ON, _OFF = ("1", "true", "on"), ("0", "false", "off")
 
 FAILURES = (OSError, RuntimeError, ValueError, subprocess.SubprocessError)
 """What :func:`compiled` raises where there is no compiler or it fails."""
@@ -23,6 +27,18 @@ FAILURES = (OSError, RuntimeError, ValueError, subprocess.SubprocessError)
 
 HALF_PRECISION = Path(__file__).with_name("half_precision.h")
 """Conversions of bfloat16 and float16, which several of the libraries include."""
+
+
+def native_is_wanted() -> bool:
+    """Return whether compiled code may be used: unless ``SECURA_NATIVE`` switches it off.
+
+    Raises:
+        ConfigError: the variable says neither on nor off.
+    """
+    value = os.environ.get("SECURA_NATIVE") or _ON[0]
+    if value.lower() not in (*_ON, *_OFF):
+        raise ConfigError(f"SECURA_NATIVE={value}: allowed: {', '.join((*_ON, *_OFF))}")
+    return value.lower() in _ON
 
 
 def compiled(

@@ -128,8 +128,8 @@ def prepare(name: str, config: EvalConfig) -> Any:
     if isinstance(known.task, str) and known.task not in _manager().all_tasks:
         names = sorted([*TASKS, *HARNESS])
         raise ConfigError(
-            f"task {name!r}: neither secura-eval (--list) nor the harness has it, "
-            f"{suggestion(name, names)}"
+            f"task {name!r}: {suggestion(name, names)} (or another task of the harness; it has "
+            "none of this name)"
         )
     spec: dict[str, Any] = {"task": known.task} if isinstance(known.task, str) else dict(known.task)
     path = config.local_data().get(name)

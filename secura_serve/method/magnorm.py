@@ -87,7 +87,9 @@ class MagNorm:
         if raw is None:
             return cls()
         if not isinstance(raw, Mapping):
-            raise ConfigError(f"magnorm must be null or an object, got {raw!r}")
+            raise ConfigError(
+                f"magnorm: got {raw!r}, must be null or an object such as {{'mode': 'bounded'}}"
+            )
         if "mode" not in raw:
             raise ConfigError(f"magnorm needs 'mode'; got {sorted(raw)}")
         entry = get_mode(raw["mode"])

@@ -99,7 +99,8 @@ def test_a_resumed_run_gives_the_same_bits(tiny_base: TinyBase, data: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"), [("nothing", "names no linear layer"), ("lm_head", "is its embedding")]
+    ("targets", "said"),
+    [("nothing", "no linear layer of the base; they are c_attn"), ("lm_head", "is its embedding")],
 )
 def test_wrong_targets_are_refused(
     tiny_base: TinyBase, data: Path, tmp_path: Path, targets: str, said: str

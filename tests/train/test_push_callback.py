@@ -174,11 +174,11 @@ def test_secura_train_pushes(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (("--push-name", "x"), "push_name: needs --push-to"),
-        (("--push-every", "3"), "push_every: needs --push-to"),
-        (("--push-to", "http://h", "--push-every", "-1"), "push_every: got -1"),
-        (("--push-to", "http://h", "--method", "lora"), "push_to: not supported by method lora"),
-        (("--push-to", "nowhere"), "endpoint 'nowhere'"),
+        (("--push-name", "x"), "--push-name: needs --push-to"),
+        (("--push-every", "3"), "--push-every: needs --push-to"),
+        (("--push-to", "http://h", "--push-every", "-1"), "--push-every: got -1"),
+        (("--push-to", "http://h", "--method", "lora"), "--push-to: not supported by method lora"),
+        (("--push-to", "nowhere"), "--push-to: got 'nowhere'"),
     ],
 )
 def test_flags_that_are_not_allowed(

@@ -128,10 +128,11 @@ def test_a_training_that_diverges_stops_before_its_next_checkpoint(
         ("--eval-split 0.01", "0.01 of 16 examples leaves nothing to evaluate on"),
         ("--targets q_proj,nosuch", "nosuch names no module"),
         ("--exclude q_proj,nosuch", "--exclude: the base has no module nosuch"),
+        ("--targets nosuch", "the linear layers are down_proj, gate_proj, k_proj"),
         ("--targets q_proj --layers 0,7", "--layers: the base has layers 0-1, got [7]"),
         ("--alpha nan", "alpha: got 'nan', must be"),
-        ("--learning-rate inf", "learning_rate: got inf, must be > 0 and finite"),
-        ("--max-steps 0", "max_steps: got 0, must be -1 or >= 1"),
+        ("--learning-rate inf", "--learning-rate: got inf, must be > 0 and finite"),
+        ("--max-steps 0", "--max-steps: got 0, must be -1 or >= 1"),
         ("--magnorn none", "did you mean --magnorm?"),
     ],
 )

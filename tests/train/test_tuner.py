@@ -262,6 +262,12 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         SecuraConfig(**({"r": R} | settings))
 
 
+def test_a_mode_may_be_given_by_its_name_alone() -> None:
+    assert SecuraConfig(magnorm="bounded").norm == MagNorm("bounded", tau=0.02)
+    with pytest.raises(ConfigError, match="must be null or an object such as"):
+        SecuraConfig(magnorm=3)
+
+
 def test_bad_targets_are_refused() -> None:
     with pytest.raises(ConfigError, match="Embedding cannot be adapted"):
         get_peft_model(base(), SecuraConfig(r=R, target_modules=["embed_tokens"]))

@@ -32,8 +32,8 @@ def register_task(task: Task, *other_names: str) -> Task:
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
-    """Return ``unknown; did you mean ...?``, or all that is known."""
-    return "unknown" + (did_you_mean(name, known) or f"; known are {', '.join(known)}")
+    """Return ``unknown; allowed: a, b; did you mean 'a'?``."""
+    return f"unknown; allowed: {', '.join(known)}{did_you_mean(name, known)}"
 
 
 def load_task(name: str) -> Task:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled
+from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
 from secura_serve.method.fold_stats import FoldStats
 
 __all__ = ["FORMS", "Update", "is_supported", "product", "write"]
@@ -112,7 +111,7 @@ def _run_product(
 @cache
 def _library() -> Any:
     """Return ``fold.c`` as a ctypes library, or None, which is logged once."""
-    if os.environ.get("SECURA_NATIVE") == "0":
+    if not native_is_wanted():
         return None
     try:
         library = ctypes.CDLL(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled
+from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
 
 __all__ = ["DTYPES", "native_library"]
 
@@ -35,7 +34,7 @@ def native_library(source: str) -> ctypes.CDLL | None:
     Returns:
         None where it cannot be made, which is logged once.
     """
-    if os.environ.get("SECURA_NATIVE") == "0":
+    if not native_is_wanted():
         return None
     root = Path(torch.__file__).parent
     flags = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", f"-I{root / 'include'}")

@@ -116,9 +116,18 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     try:
         dataset = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if Path(name).is_dir():
+            raise DataError(
+                f"{source}: is a folder, whose files do not make one data set; name one of them, a "
+                "JSONL, CSV or parquet file",
+                wrong_use=True,
+            ) from error
+        # What it says itself of a file that it cannot read names no reason.
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        why = str(generating and error.__cause__ or error).partition("\n")[0]
         raise DataError(
-            f"{source}: cannot be loaded as a data set: {str(error).partition(chr(10))[0]}. Give a "
-            "JSONL, CSV or parquet file, or a hub id[:config][:split]",
+            f"{source}: cannot be loaded as a data set: {why}. Give a JSONL, CSV or parquet file, "
+            "or a hub id[:config][:split]",
             # Without the hub, only a name with an owner can be one that is there.
             wrong_use=isinstance(error, datasets.exceptions.DatasetNotFoundError)
             or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),

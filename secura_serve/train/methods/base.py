@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from secura_serve.bases import resolve_base
 from secura_serve.errors import BaseModelError
 
-__all__ = ["load_base", "load_tokenizer"]
+__all__ = ["last_names", "linear_layers", "load_base", "load_tokenizer"]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -47,6 +49,16 @@ def load_base(name: str, dtype: str, device: str = "auto") -> tuple[Any, Any, st
     if device == "auto" and torch.cuda.is_available():
         model = model.to("cuda")
     return model, tokenizer, base.model_id
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+
+
+def last_names(names: Iterable[str]) -> str:
+    """Return the last parts of module names, each once: ``k_proj, q_proj``."""
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

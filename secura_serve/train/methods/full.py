@@ -40,23 +40,22 @@ def open_weights(model: Any, config: TrainConfig, common: dict[str, Any]) -> Any
     """
     if _all(config.targets, config.exclude, config.layers):
         return model.requires_grad_(True)
-    import torch
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers.pytorch_utils import Conv1D
+
+    from secura_serve.train.methods.base import last_names, linear_layers
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
+    linears = linear_layers(model)
     if config.targets == "all-linear":
         common = common | {"target_modules": [n for n, m in linears.items() if m is not head]}
     matcher = LoraConfig(**common)
     chosen = {n: m for n, m in linears.items() if check_target_module_exists(matcher, n)}
     if not chosen:
-        raise ConfigError(f"targets: {config.targets} names no linear layer of the base")
+        raise ConfigError(
+            f"targets: {config.targets} names no linear layer of the base; they are "
+            f"{last_names(linears)}"
+        )
     if head in chosen.values() and head.weight is embedding.weight:
         raise ConfigError("targets: the base's output layer is its embedding; leave it out")
     model.requires_grad_(False)

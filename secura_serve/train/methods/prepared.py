@@ -13,7 +13,7 @@ from secura_serve.errors import ConfigError, SecuraError
 from secura_serve.method import CALIBRATED
 from secura_serve.train.basis.make import basis_of_run
 from secura_serve.train.coordinates import set_natural_coordinates
-from secura_serve.train.methods.base import load_base
+from secura_serve.train.methods.base import last_names, linear_layers, load_base
 from secura_serve.train.methods.full import open_weights
 from secura_serve.train.methods.registry import METHODS, Method
 from secura_serve.train.settings import TrainConfig
@@ -73,10 +73,11 @@ def prepare(config: TrainConfig) -> PreparedModel:
     except ValueError as error:
         if isinstance(error, SecuraError):
             raise
-        raise ConfigError(f"targets: {error}".partition("\n")[0]) from error
+        why = str(error).partition("\n")[0].rstrip(".")
+        known = last_names(linear_layers(model))
+        raise ConfigError(f"targets: {why}; the linear layers are {known}") from error
     targets = adapted.base_model.targeted_module_names
-    leaves = sorted({module.rpartition(".")[2] for module in targets})
-    message = f"names no module that would be adapted; the others adapt {', '.join(leaves)}"
+    message = f"names no module that would be adapted; the others adapt {last_names(targets)}"
     _refuse_unused_names(config.target_modules(), targets, f"targets: {{}} {message}")
     _refuse_unused_names(config.exclude_modules(), modules, "exclude: the base has no module {}")
     prepared = PreparedModel(adapted, tokenizer, model_id, config)
