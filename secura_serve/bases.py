@@ -62,7 +62,7 @@ def resolve_base(name: str) -> ResolvedBase:
     if model_id == EMBEDDED:
         return ResolvedBase(name, EMBEDDED, _embedded())
     folder = Path(name).expanduser()
-    if model_id == name and folder.exists():
+    if model_id == name and os.path.exists(folder):
         return ResolvedBase(name, str(folder.resolve()), _checked(folder.resolve(), name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
         raise BaseModelError(
@@ -79,7 +79,10 @@ def cache_root() -> Path:
 
 
 def _checked(folder: Path, name: str) -> Path:
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if os.path.isfile(file) and not os.access(file, os.R_OK):
+        raise BaseModelError(f"{name!r}: {file} may not be read by this user", wrong_use=True)
+    if not os.path.isfile(file):
         raise BaseModelError(
             f"{name!r} has no config.json, so it is not a transformers checkpoint ({folder}). "
             "Give the folder that holds config.json and *.safetensors.",

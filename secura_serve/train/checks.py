@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secura_serve.addresses import url_problem
@@ -167,8 +167,8 @@ def contradictions(config: TrainConfig) -> list[str]:
                 "eval_steps: give --eval-data or --eval-split to evaluate on",
             ),
             (
-                config.basis and not Path(config.basis).is_file(),
-                f"basis: no basis file {config.basis}; make it with secura-basis",
+                config.basis and not _is_readable(config.basis),
+                f"basis: no basis file {config.basis} that can be read; make it with secura-basis",
             ),
             (
                 config.basis and config.selection != "calibrated",
@@ -200,6 +200,10 @@ def contradictions(config: TrainConfig) -> list[str]:
         )
         if wrong
     ] + _parameter_problems(config, tau_too="tau" in changed)
+
+
+def _is_readable(file: str) -> bool:
+    return os.path.isfile(file) and os.access(file, os.R_OK)
 
 
 def _parameter_problems(config: TrainConfig, *, tau_too: bool) -> list[str]:

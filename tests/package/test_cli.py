@@ -130,7 +130,8 @@ WRONG: list[tuple[str, int, tuple[str, ...]]] = [
     ("secura-eval --write-data file.txt", 2, ("--write-data", "is a file; name a folder")),
     ("secura-eval --write-data file.txt/never", 2, ("--write-data", "cannot be written")),
     ("secura-train --base x --data folder.jsonl --out never", 2, ("folder.jsonl: cannot be read",)),
-    ("secura-train --base x --data holder --out never", 2, ("holder: is a folder", "name one")),
+    ("secura-train --base x --data no.parquet --out never", 2, ("no.parquet: cannot be read",)),
+    ("secura-train --base x --data empty --out never", 2, ("empty: is a folder", "name one")),
     ("secura-merge --base empty --adapter holder --out never", 2, ("such as holder/one",)),
     ("secura-merge --to-base smollm2-135m --out empty", 2, ("give a merged checkpoint",)),
     (

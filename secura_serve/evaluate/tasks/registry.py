@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def write_data(names: Sequence[str], folder: Path, *, overwrite: bool = False) -
             written in ``folder``.
         DataError: rows cannot be had here; nothing was written.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):
         raise ConfigError(f"--write-data {folder} is a file; name a folder")
-    if problem := place_problem(folder / "rows"):
+    if problem := place_problem(folder / "*.jsonl"):
         raise ConfigError(f"--write-data: {problem}; name another folder")
     tasks = [load_task(name) for name in names]
     if lacking := [f"{t.name}: {reason}" for t in tasks if (reason := t.missing())]:

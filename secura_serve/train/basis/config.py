@@ -65,7 +65,7 @@ class BasisConfig:
             ConfigError: it exists and ``overwrite`` is off, is a folder, or cannot be written.
         """
         out = Path(self.out).absolute()
-        if out.is_dir():
+        if os.path.isdir(out):
             raise ConfigError(
                 f"{out} is a folder; --out names a file, such as {out}/basis.safetensors"
             )

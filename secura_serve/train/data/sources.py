@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
     if file.suffix in _DELIMITERS:
         return _csv_rows(file, _DELIMITERS[file.suffix])
     if file.suffix == ".parquet":
-        return _parquet_rows(_existing(file))
+        return _parquet_rows(_readable(file))
     if file.is_file() or file.suffix in (".jsonl", ".json"):
         return json_rows(file)
     return _hub_rows(source)
@@ -98,10 +99,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 number += 1
                 yield f"{file.name} row {number}", row
     except (OSError, pa.ArrowException) as error:
-        why = reason(error).partition("\n")[0].rstrip(".")
-        raise DataError(
-            f"{file}: not a whole parquet file: {why}", wrong_use=is_wrong_path(error)
-        ) from error
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise DataError(f"{file}: not a whole parquet file: {why}") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -116,20 +115,22 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     try:
         dataset = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if Path(name).is_dir():
+        faults = datasets.exceptions
+        generating = isinstance(error, faults.DatasetGenerationError)
+        no_set = generating or isinstance(error, faults.DataFilesNotFoundError)
+        if no_set and os.path.isdir(name):
             raise DataError(
                 f"{source}: is a folder, whose files do not make one data set; name one of them, a "
                 "JSONL, CSV or parquet file",
                 wrong_use=True,
             ) from error
         # What it says itself of a file that it cannot read names no reason.
-        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)
         why = str(generating and error.__cause__ or error).partition("\n")[0]
         raise DataError(
             f"{source}: cannot be loaded as a data set: {why}. Give a JSONL, CSV or parquet file, "
             "or a hub id[:config][:split]",
             # Without the hub, only a name with an owner can be one that is there.
-            wrong_use=isinstance(error, datasets.exceptions.DatasetNotFoundError)
+            wrong_use=isinstance(error, faults.DatasetNotFoundError)
             or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
         ) from error
     finally:
@@ -139,10 +140,17 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         yield f"{source} row {number}", row
 
 
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise DataError(f"{file}: cannot be read: no such file", wrong_use=True)
+def _readable(file: Path) -> Path:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise _unreadable(file, error) from error
     return file
+
+
+def _unreadable(file: Path, error: OSError) -> DataError:
+    wrong = is_wrong_path(error)
+    return DataError(f"{file}: cannot be read: {reason(error)}", wrong_use=wrong)
 
 
 def _text(file: Path) -> str:
@@ -150,9 +158,7 @@ def _text(file: Path) -> str:
         content = file.read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read: {reason(error)}", wrong_use=is_wrong_path(error)
-        ) from error
+        raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1
         raise DataError(f"{file.name}:{at}: not UTF-8 text: {error}") from error
