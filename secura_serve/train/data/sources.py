@@ -117,7 +117,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         faults = datasets.exceptions
         generating = isinstance(error, faults.DatasetGenerationError)
-        no_set = generating or isinstance(error, faults.DataFilesNotFoundError)
+        no_set = generating or isinstance(error, FileNotFoundError)
         if no_set and os.path.isdir(name):
             raise DataError(
                 f"{source}: is a folder, whose files do not make one data set; name one of them, a "
