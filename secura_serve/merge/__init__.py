@@ -12,6 +12,7 @@ from secura_serve.lazy import lazy
 
 if TYPE_CHECKING:
     from secura_serve.merge.check import check_merge as check_merge
+    from secura_serve.merge.config import MergeConfig as MergeConfig
     from secura_serve.merge.fold import Change as Change
     from secura_serve.merge.fold import Gathered as Gathered
     from secura_serve.merge.fold import Journal as Journal
@@ -44,6 +45,7 @@ _HOMES = {
     "Gathered": "fold",
     "Journal": "fold",
     "MAX_WEIGHT": "spec",
+    "MergeConfig": "config",
     "MergePlan": "plan",
     "Part": "fold",
     "Source": "source",

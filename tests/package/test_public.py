@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_every_public_name_is_there_and_documented() -> None:
         value = getattr(secura_serve, name)
         if name != "__version__":
             assert value.__doc__, f"{name} has no docstring"
+
+
+def test_the_settings_of_a_command_come_from_its_room() -> None:
+    for room, name in (
+        ("train", "TrainConfig"),
+        ("merge", "MergeConfig"),
+        ("evaluate", "EvalConfig"),
+    ):
+        assert is_dataclass(getattr(importlib.import_module(f"secura_serve.{room}"), name))
 
 
 def test_every_error_is_public() -> None:
