@@ -207,8 +207,22 @@ def _import(group: str, command: str) -> None:
         if word in command:
             for name in names:
                 importlib.import_module(name)
+            if group == "serve":
+                _sleep_while_waiting()
     # Not written to by a collection, so that it stays shared.
     gc.freeze()
+
+
+def _sleep_while_waiting() -> None:
+    """Have vLLM's processes wait for each other in small sleeps.
+
+    Between two requests, or two steps, a worker asks for its next step without a pause for up to a
+    second, and the engine for the end of the step that runs: the tests beside them would lack
+    these cores.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(0.0003)
 
 
 def _receive(made: socket.socket) -> tuple[dict[str, Any], list[int]]:
