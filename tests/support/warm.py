@@ -8,8 +8,8 @@ differs in what libraries read when they are imported, and on systems other than
 ``sys.executable``.
 
 What runs is the same code in a process of its own. How a command starts from nothing is left to
-tests/serve/test_default_start.py, test_stop.py, tests/attack/test_processes.py and
-tests/package/test_cli.py, which do not use this.
+tests/serve/test_default_start.py, test_stop.py, tests/package/test_cli.py and most of
+tests/attack/test_processes.py, which do not use this.
 """
 
 from __future__ import annotations
@@ -49,10 +49,17 @@ GROUPS = {
         ),
     },
     "tools": {
-        "train": ("secura_serve.train.run", "secura_serve.train.trainer", "peft", "datasets"),
-        "eval": ("secura_serve.evaluate.main", "secura_serve.evaluate", "peft", "transformers"),
+        "train": (
+            *("secura_serve.train.run", "secura_serve.train.trainer", "peft", "datasets"),
+            *("matplotlib.backends.backend_agg", "matplotlib.figure"),
+        ),
+        "eval": (
+            *("secura_serve.evaluate.main", "secura_serve.evaluate", "peft", "transformers"),
+            *("matplotlib.backends.backend_agg", "matplotlib.figure", "openai"),
+        ),
         "merge": ("secura_serve.merge.main", "secura_serve.merge"),
         "demo": ("gradio", "openai"),
+        "openai": ("openai", "openai.types.chat", "openai.resources.chat"),
         "peft": ("peft",),
         "transformers": ("transformers",),
         "": ("torch", "numpy", "safetensors.torch", "secura_serve"),
@@ -158,6 +165,12 @@ def commands() -> str:
             (folder / script.name).write_text(f'#!/bin/sh\nexec "{shim}" "{script}" "$@"\n')
             (folder / script.name).chmod(0o755)
     return str(folder)
+
+
+def pid(process: subprocess.Popen[Any]) -> int:
+    """Return the id of the process that runs a command, once that has begun."""
+    file = _real(Path(process.args[0]), process.pid)  # type: ignore[index]
+    return int(file.read_text()) if file.exists() else process.pid
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
@@ -304,6 +317,9 @@ def _run(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # It finds what `ps` shows beside the environment, as long as nothing has changed that.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()
     _Environment.before = dict(os.environ)
     # Nothing of what was imported is taken apart at the end of a command.
     exit_without_collecting()
