@@ -35,7 +35,7 @@ async def main() -> None:
         )
         return (reply.choices[0].message.content or "").strip()
 
-    # An adapter with S-MagNorm answers only while it is folded; the server says so in `status`.
+    # Some may answer only while they are folded; the server says so in `status`.
     served = [model async for model in client.models.list()]
     names = [m.id for m in served if getattr(m, "status", "ready") in ("ready", "folded")]
     for name, answer in zip(names, await asyncio.gather(*map(ask, names)), strict=True):

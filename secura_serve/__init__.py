@@ -6,12 +6,50 @@ stays instant and works where torch or vLLM is not installed.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from secura_serve.lazy import lazy
+
+if TYPE_CHECKING:
+    from secura_serve.adapter import Adapter as Adapter
+    from secura_serve.adapter import AdapterConfig as AdapterConfig
+    from secura_serve.adapter import CURModule as CURModule
+    from secura_serve.adapter import load as _load
+    from secura_serve.adapter import load_basis as load_basis
+    from secura_serve.adapter import save as _save
+    from secura_serve.adapter import verify as _verify
+    from secura_serve.bases import ResolvedBase as ResolvedBase
+    from secura_serve.bases import resolve_base as resolve_base
+    from secura_serve.checkpoint import Checkpoint as Checkpoint
+    from secura_serve.errors import *  # noqa: F403
+    from secura_serve.evaluate import register_task as register_task
+    from secura_serve.merge import check_merge as check_merge
+    from secura_serve.merge import export_lora as export_lora
+    from secura_serve.merge import fold_stream as fold_stream
+    from secura_serve.merge import open_source as open_source
+    from secura_serve.merge import plan_fold as plan_fold
+    from secura_serve.merge import plan_merge as plan_merge
+    from secura_serve.merge import restore_base as restore_base
+    from secura_serve.merge import write_merge as write_merge
+    from secura_serve.method import MagNorm as MagNorm
+    from secura_serve.method import Mode as Mode
+    from secura_serve.method import Parameter as Parameter
+    from secura_serve.method import register_mode as register_mode
+    from secura_serve.method import register_rule as register_rule
+    from secura_serve.serve.kernels import register_kernel as register_kernel
+    from secura_serve.train import SecuraConfig as SecuraConfig
+    from secura_serve.train import register_method as register_method
+    from secura_serve.train import register_strategy as register_strategy
+
+    load_adapter = _load
+    save_adapter = _save
+    verify_adapter = _verify
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it, and its name there where that is another. Nothing
-# else has to change to publish a name, but for the list in tests/package/test_public.py.
+# Public name -> the module that defines it, and its name there where that is another. To publish a
+# name, add it here, to the imports above, which type checkers read, and to the list in
+# tests/package/test_public.py.
 _EXPORTS: dict[str, str] = {
     "AdapterError": "errors",
     "AdapterFormatError": "errors",
@@ -63,7 +101,8 @@ _EXPORTS: dict[str, str] = {
 }
 
 __all__ = ["__version__", *_EXPORTS]
-__getattr__ = lazy(__name__, _EXPORTS)
+if not TYPE_CHECKING:  # To a type checker, a name that is not imported above is an error.
+    __getattr__ = lazy(__name__, _EXPORTS)
 
 
 def __dir__() -> list[str]:

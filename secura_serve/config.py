@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from secura_serve.errors import ConfigError
 from secura_serve.suggest import did_you_mean, near_names
 
-__all__ = ["add_flags", "build", "current_names", "option"]
+__all__ = ["add_flags", "build", "current_names", "not_among_choices", "option"]
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def option(
     Args:
         help: what ``--help`` says; the default is added to it.
         default: the value where none is given; without it the setting must be given.
-        choices: the allowed values, where only some are.
+        choices: the allowed values, where only some are; see :func:`not_among_choices`.
         aliases: old names, as flags (``"old-name"``) or keys (``"old_name"``); still accepted.
         metavar: what ``--help`` calls the value.
         split: whether a list may be given as one text with commas.
@@ -180,6 +180,27 @@ def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
     return names
 
 
+def _choice_problem(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    allowed = item.metadata.get("choices")
+    if not allowed or value is None or value in allowed:
+        return []
+    # From Python it may be anything.
+    hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+    return [f"{item.name}: got {value!r}, allowed: {', '.join(allowed)}{hint}"]
+
+
+def not_among_choices(settings: Any) -> list[str]:
+    """Return a problem for each field of a settings object that has none of its allowed values.
+
+    For ``__post_init__``: whoever makes the object in Python has not come through :func:`build`.
+    """
+    return [
+        problem
+        for item in dataclasses.fields(settings)
+        for problem in _choice_problem(item, getattr(settings, item.name))
+    ]
+
+
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return ``cls(**values)``, or raise with every unknown key, missing key and wrong type.
 
@@ -206,12 +227,10 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         right = (value is None and optional) or (
             isinstance(value, type_) and (type_ is bool or not isinstance(value, bool))
         )
-        allowed = item.metadata["choices"]
         if not right:
             problems.append(f"{name}: got {value!r}, expected {type_.__name__}")
-        elif allowed and value is not None and value not in allowed:
-            hint = did_you_mean(value, allowed)
-            problems.append(f"{name}: got {value!r}, allowed: {', '.join(allowed)}{hint}")
+        else:
+            problems += _choice_problem(item, value)
         good[name] = value
     if problems:
         raise ConfigError("the settings are not valid:", problems)

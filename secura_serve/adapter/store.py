@@ -175,6 +175,13 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         hint = f" ({', '.join(pickles)}: pickles are refused, they can run code)" if pickles else ""
         raise AdapterFormatError(f"{folder.name}: {WEIGHTS_NAME} is missing{hint}")
     try:
+        # safetensors calls a file that it may not read a missing one.
+        weights.open("rb").close()
+    except OSError as error:
+        raise AdapterFormatError(
+            f"{folder.name}: {WEIGHTS_NAME} cannot be opened: {error.strerror}"
+        ) from error
+    try:
         with safe_open(weights, framework="pt") as file:
             # safe_open is not a mapping: it has keys() and no items().
             stored = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118

@@ -14,4 +14,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Pushed", "check_target", "push"]
 
-__getattr__ = lazy(__name__, dict.fromkeys(__all__, "pushing"))
+if not TYPE_CHECKING:
+    __getattr__ = lazy(__name__, dict.fromkeys(__all__, "pushing"))

@@ -8,7 +8,32 @@ load on first use, so that ``secura-eval --help`` does not wait for torch.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from secura_serve.lazy import lazy
+
+if TYPE_CHECKING:
+    from secura_serve.evaluate.config import EvalConfig as EvalConfig
+    from secura_serve.evaluate.metrics.retention import Retention as Retention
+    from secura_serve.evaluate.metrics.retention import retention as retention
+    from secura_serve.evaluate.metrics.scoring import SCORERS as SCORERS
+    from secura_serve.evaluate.metrics.scoring import score_json as score_json
+    from secura_serve.evaluate.metrics.scoring import score_label as score_label
+    from secura_serve.evaluate.metrics.scoring import score_word as score_word
+    from secura_serve.evaluate.metrics.significance import Interval as Interval
+    from secura_serve.evaluate.metrics.significance import Paired as Paired
+    from secura_serve.evaluate.metrics.significance import paired as paired
+    from secura_serve.evaluate.metrics.significance import wilson as wilson
+    from secura_serve.evaluate.models.generate import answers as answers
+    from secura_serve.evaluate.neutral_text import neutral_texts as neutral_texts
+    from secura_serve.evaluate.report import write_report as write_report
+    from secura_serve.evaluate.run import evaluate as evaluate
+    from secura_serve.evaluate.tasks import TASKS as TASKS
+    from secura_serve.evaluate.tasks import Task as Task
+    from secura_serve.evaluate.tasks import load_task as load_task
+    from secura_serve.evaluate.tasks import register_task as register_task
+    from secura_serve.evaluate.tasks import score as score
+    from secura_serve.evaluate.tasks import write_data as write_data
 
 _HOMES = {
     "EvalConfig": "config",
@@ -35,4 +60,5 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-__getattr__ = lazy(__name__, _HOMES)
+if not TYPE_CHECKING:
+    __getattr__ = lazy(__name__, _HOMES)

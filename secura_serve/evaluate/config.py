@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secura_serve.addresses import url_problem
-from secura_serve.config import option
+from secura_serve.config import not_among_choices, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["EvalConfig"]
@@ -68,7 +68,7 @@ class EvalConfig:
     overwrite: bool = option("replace an existing --out", False)
 
     def __post_init__(self) -> None:
-        problems = [
+        problems = not_among_choices(self) + [
             f"{name}: got {getattr(self, name)!r}, must be {bound}"
             for name, fine, bound in (
                 ("tasks", bool(self.tasks), "at least one name"),

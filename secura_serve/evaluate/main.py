@@ -34,8 +34,9 @@ examples:
   secura-eval --write-data data --tasks arithmetic,capitals    # then: secura-train --data \\
       data/arithmetic.train.jsonl --eval-data data/arithmetic.validation.jsonl ...
 
-An S-MagNorm adapter answers at an endpoint only while it is folded (POST /admin/fold); then the
-base does not, and there is nothing to compare with. --base and --adapter have no such limit.
+An adapter for which the server has no place (--resident 0, say) answers at an endpoint only while
+it is folded (POST /admin/fold). The base does not answer then, so there is nothing to compare with.
+--base and --adapter have no such limit.
 $OPENAI_API_KEY is sent where the endpoint wants a key."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secura_serve.config import option
+from secura_serve.config import not_among_choices, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["METHODS", "MergeConfig"]
@@ -64,7 +64,7 @@ class MergeConfig:
             "--to-base": self.to_base is not None,
             "--to-lora": self.to_lora,
         }
-        problems = []
+        problems = not_among_choices(self)
         if len(asked := [flag for flag, given in tasks.items() if given]) > 1:
             problems.append(f"{', '.join(asked)}: only one of them at a time")
         if self.to_base:

@@ -31,7 +31,11 @@ EXTRA_KEY = "adapter"
 
 
 def named_adapters(extra: Mapping[str, Any]) -> list[str]:
-    """What the extra configuration names, as a list. Raises ConfigError if it names nothing."""
+    """Return the adapters that the extra configuration names.
+
+    Raises:
+        ConfigError: it names none.
+    """
     named = extra.get(EXTRA_KEY)
     specs = [named] if isinstance(named, str) else named
     if isinstance(specs, list) and specs and all(isinstance(s, str) for s in specs):
@@ -61,8 +65,9 @@ class SecuraModelLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
     ) -> Generator[tuple[str, Tensor], None, None]:
-        """The base's tensors by checkpoint name, targets folded and rounded once to the engine's
-        dtype.
+        """Yield the base's tensors by checkpoint name, with the adapters folded into them.
+
+        What is folded is rounded once, to the engine's dtype.
 
         Raises:
             MergeError: another base, a damaged adapter, NaN, or a target that never came.

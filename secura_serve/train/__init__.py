@@ -67,29 +67,30 @@ __all__ = [
     "write_sequence",
 ]
 
-__getattr__ = lazy(
-    __name__,
-    {
-        **dict.fromkeys(("ExactResume", "Fusion", "PushCallback"), "callbacks"),
-        **dict.fromkeys(
-            (
-                *("AccuracyMatrix", "SequenceConfig", "Strategy", "register_strategy"),
-                *("train_sequence", "write_sequence"),
+if not TYPE_CHECKING:
+    __getattr__ = lazy(
+        __name__,
+        {
+            **dict.fromkeys(("ExactResume", "Fusion", "PushCallback"), "callbacks"),
+            **dict.fromkeys(
+                (
+                    *("AccuracyMatrix", "SequenceConfig", "Strategy", "register_strategy"),
+                    *("train_sequence", "write_sequence"),
+                ),
+                "continual",
             ),
-            "continual",
-        ),
-        **dict.fromkeys(
-            ("Method", "PreparedModel", "load_base", "prepare", "register_method"), "methods"
-        ),
-        **dict.fromkeys(("Run", "train"), "run"),
-        "TrainConfig": "settings",
-        "write": "card",
-        **dict.fromkeys(
-            (
-                *("SecuraConfig", "SecuraLayer", "SecuraLinear", "SecuraModel"),
-                *("adapter_layers", "extend_peft_type"),
+            **dict.fromkeys(
+                ("Method", "PreparedModel", "load_base", "prepare", "register_method"), "methods"
             ),
-            "tuner",
-        ),
-    },
-)
+            **dict.fromkeys(("Run", "train"), "run"),
+            "TrainConfig": "settings",
+            "write": "card",
+            **dict.fromkeys(
+                (
+                    *("SecuraConfig", "SecuraLayer", "SecuraLinear", "SecuraModel"),
+                    *("adapter_layers", "extend_peft_type"),
+                ),
+                "tuner",
+            ),
+        },
+    )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import option
+from secura_serve.config import not_among_choices, option
 from secura_serve.errors import ConfigError
 from secura_serve.train.checks import (
     contradictions,
@@ -221,7 +221,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
-        problems = self._not_supported() + self._out_of_bounds()
+        problems = not_among_choices(self) + self._not_supported() + self._out_of_bounds()
         for name, value in method.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

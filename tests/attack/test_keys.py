@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from secura_serve.errors import ConfigError
 from secura_serve.method import MagNorm
 from secura_serve.serve.app import main as server
+from secura_serve.serve.app.adapters.attach_to_engine import attach_to_engine
 from secura_serve.serve.app.adapters.content.snapshots import Snapshot
 from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.library import Library, Version
-from secura_serve.serve.app.adapters.serving import serve_adapters
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import ASKING_KEY, PageAccess, page_access
@@ -111,7 +111,7 @@ class App:
         self.loop.run_until_complete(self.serve(models))
 
     async def serve(self, models):
-        await serve_adapters(self.context, Engine(), models)
+        await attach_to_engine(self.context, Engine(), models)
         await asyncio.gather(*self.context.tasks)
 
     def __call__(self, method, path, key=None, **request):

@@ -28,6 +28,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.support import warm
 from tests.support.engines import SERVE, free_port, random_adapter
 
 FLAGS = (
@@ -57,7 +58,7 @@ class Server:
         return self.log.read_text(errors="replace")
 
     def meet_family(self) -> None:
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
+        self.family = psutil.Process(warm.pid(self.process)).children(recursive=True)
 
     def engine(self) -> psutil.Process:
         return self._named("EngineCore")
@@ -89,16 +90,25 @@ class Server:
 
 @pytest.fixture(scope="module")
 def start(tiny_base, tmp_path_factory) -> Iterator:
-    """``start(*flags, port=, ready=)``: a server of the tiny base and one foldable adapter."""
+    """``start(*flags, port=, ready=, cold=)``: a server of the tiny base and a foldable adapter."""
     base = tiny_base("llama")
     folder = tmp_path_factory.mktemp("served")
     random_adapter(base, folder / "adapters" / "one", r=4, seed=1)
     servers: list[Server] = []
 
-    def begin(*flags: str, port: int | None = None, ready: str = "") -> Server:
+    def begin(*flags: str, port: int | None = None, ready: str = "", cold: bool = True) -> Server:
         port = port or free_port()
         log = folder / f"log-{len(servers)}"
-        command = [*SERVE, "--base", str(base), "--adapters", str(folder / "adapters"), *FLAGS]
+        python = SERVE[0] if cold else warm.python("serve")
+        command = [
+            python,
+            SERVE[1],
+            "--base",
+            str(base),
+            "--adapters",
+            str(folder / "adapters"),
+            *FLAGS,
+        ]
         command += ["--served-model-name", "base", "--port", str(port), *flags]
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -299,7 +309,7 @@ def test_a_stop_under_load_cuts_at_the_limit_and_is_clean(restarted):
 
 
 def test_a_dead_worker_ends_the_server_with_its_cause(start):
-    server = start("--no-ui")
+    server = start("--no-ui", cold=False)
     load = Load.on(server)
     server.worker().kill()
     _assert_death(server, load, "VllmWorker-0")

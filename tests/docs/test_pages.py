@@ -234,6 +234,30 @@ def test_every_public_name_is_on_the_page_of_the_api() -> None:
     assert not missing
 
 
+def test_every_name_that_a_page_imports_is_on_the_page_of_the_api() -> None:
+    # A room exports names of the modules in it; the page names the module that defines each.
+    text = _text("reference/api.md")
+    stated = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    stated |= {f"secura_serve.{name}" for name in re.findall(r"`(\w+)`", text)}
+    imported = {
+        (node.module, alias.name)
+        for page in WRITTEN
+        for block in blocks(page)
+        if block.language == "python"
+        for node in ast.walk(ast.parse(block.code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("secura_serve")
+        for alias in node.names
+    }
+    assert len(imported) > 20
+    assert sorted(f"{m}.{n}" for m, n in imported if not {f"{m}.{n}", _home(m, n)} & stated) == []
+
+
+def _home(module: str, name: str) -> str:
+    """The dotted name of what a module exports where it is defined."""
+    value = getattr(importlib.import_module(module), name)
+    return f"{value.__module__}.{value.__qualname__}"
+
+
 def test_the_readme_stays_short() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 120

@@ -68,11 +68,12 @@ def test_endpoint_and_process_agree(served: Served, local: Local) -> None:
     remote = Endpoint(config)
     assert remote.names == ("smollm2-135m", "iso-date") and remote.base == "smollm2-135m"
     prompts = [prompt for prompt, _ in load_task("iso-date").rows("test")[:6]]
+    said = {}
     for name in remote.names:
-        here, there = (m.answers(name, prompts, 12) for m in (local, remote))
+        said[name], there = (m.answers(name, prompts, 8) for m in (local, remote))
         # Greedy ties may break either way in another order of summation.
-        assert sum(a == b for a, b in zip(here, there, strict=True)) >= 5
-    assert local.answers("iso-date", prompts, 12) != local.answers("smollm2-135m", prompts, 12)
+        assert sum(a == b for a, b in zip(said[name], there, strict=True)) >= 5
+    assert said["iso-date"] != said["smollm2-135m"]
 
     kl, ratio = _oracle(served.base_path, ROOT / "adapters" / "iso-date")
     here, there = local.drift("iso-date", TEXTS), remote.drift("iso-date", TEXTS)
@@ -100,22 +101,22 @@ def test_a_report_is_whole(
     served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
-    argv = f"--endpoint {served.url} --model iso-date --tasks iso-date,arithmetic --limit 5".split()
+    argv = f"--endpoint {served.url} --model iso-date --tasks iso-date,capitals --limit 3".split()
     argv += ["--no-retention", "--out", str(out)]
     assert main(argv) == 0
     facts = json.loads((out / "results.json").read_text())
     assert facts["models"] == ["smollm2-135m", "iso-date"]
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * 2 * 5
-    for task in ("iso-date", "arithmetic"):
+    assert len(lines) == 2 * 2 * 3
+    for task in ("iso-date", "capitals"):
         for model in facts["models"]:
             right = [x["right"] for x in lines if (x["task"], x["model"]) == (task, model)]
             assert facts["tasks"][task]["scores"][model]["right"] == sum(right)
-            assert facts["tasks"][task]["scores"][model]["n"] == 5
+            assert facts["tasks"][task]["scores"][model]["n"] == 3
     assert facts["tasks"]["iso-date"]["against_base"]["iso-date"]["p"] <= 1
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    assert "| iso-date (test, n = 5) |" in text and text in capsys.readouterr().out
+    assert "| iso-date (test, n = 3) |" in text and text in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
     assert main(argv) == 2 and "--overwrite" in capsys.readouterr().err
 

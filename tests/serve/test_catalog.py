@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +287,25 @@ def test_slots_take_at_most_a_twentieth_of_the_memory(fits, slots, monkeypatch):
     free = 16 * 2**30
     monkeypatch.setattr(memory, "available_memory", lambda: free)
     assert memory.default_cached(1000, free // 20 // fits) == slots
+
+
+@pytest.mark.parametrize("hidden", ["", "adapter_config.json", "adapter_model.safetensors"])
+def test_what_may_not_be_read_is_named_and_the_others_are_served(hidden, folder, base, monkeypatch):
+    """The tests may run as root, who may read everything: so the system's answer is put in."""
+    random_adapter(base, folder / "secret", r=4, seed=2)
+    closed = folder / "secret" / hidden
+
+    # A file that is closed can be looked at, what is in a closed folder cannot.
+    def guarded(real):
+        def call(self, *args, **options):
+            if closed in (self if hidden else None, *self.parents):
+                raise PermissionError(13, "Permission denied", str(self))
+            return real(self, *args, **options)
+
+        return call
+
+    for method in ("open",) if hidden else ("open", "stat"):
+        monkeypatch.setattr(Path, method, guarded(getattr(Path, method)))
+    good, secret = scan(folder, Checkpoint(base)).entries
+    assert good.name == "good" and good.error is None
+    assert secret.name == "secret" and "Permission denied" in str(secret.error)

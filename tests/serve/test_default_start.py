@@ -22,7 +22,7 @@ from secura_serve.bases import cache_root
 from tests.support import ROOT, oracle
 from tests.support.engines import free_port, serving
 
-TOKENS = 16
+TOKENS = 12
 _DATES = (
     "3 March 1987", "the 21st of June 2024", "October 5, 1999",
     "12 Sep. 2018", "the 2nd of February 2040", "Friday, August 13, 2032",
@@ -92,14 +92,14 @@ def _hold_against_transformers(served, prompts):
 
     answers = asyncio.run(ask())
     for name, texts in prompts.items():
-        exact = oracle.adapted(served.base_path, served.path(name))
-        coarse = oracle.adapted(served.base_path, served.path(name), torch.bfloat16)
+        choices = [answers[name, text].choices[0] for text in texts]
+        asked = [(encode(text), list(c.token_ids)) for text, c in zip(texts, choices, strict=True)]
+        model = oracle.adapted(served.base_path, served.path(name))
+        exact = [oracle.logprobs(model, *one) for one in asked]
+        model.to(torch.bfloat16)
+        coarse = [oracle.logprobs(model, *one) for one in asked]
         equal, served_error, noise = 0, [], []
-        for text in texts:
-            choice = answers[name, text].choices[0]
-            tokens = list(choice.token_ids)
-            want = oracle.logprobs(exact, encode(text), tokens)
-            rough = oracle.logprobs(coarse, encode(text), tokens)
+        for (_, tokens), choice, want, rough in zip(asked, choices, exact, coarse, strict=True):
             equal += tokens in (want.argmax(-1).tolist(), rough.argmax(-1).tolist())
             for i, token in enumerate(tokens):
                 served_error.append(abs(choice.logprobs.token_logprobs[i] - want[i, token].item()))

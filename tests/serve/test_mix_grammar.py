@@ -26,6 +26,7 @@ from secura_serve.serve.app.adapters.content.snapshots import Snapshot
 from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.mixes import grammar
+from secura_serve.serve.app.adapters.mixes.canonical_mix import canonical_mix_of
 from secura_serve.serve.app.adapters.mixes.grammar import (
     MAX_PARTS,
     Part,
@@ -34,7 +35,6 @@ from secura_serve.serve.app.adapters.mixes.grammar import (
     parts_of_field,
     spell,
 )
-from secura_serve.serve.app.adapters.mixes.meaning import meaning_of
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes, asked_mix
 from secura_serve.serve.app.http.adapters_field import take_adapters
 from secura_serve.serve.mix_path import is_mix_path, split_mix_path
@@ -208,7 +208,7 @@ def test_order_blanks_and_spelling_do_not_make_a_new_mix(library, parts):
         " + ".join(f"{model} * {weight:.17e}".replace("e+", "e") for model, weight in shuffled),
         "+".join(f"{model}*{repr(weight).upper()}" for model, weight in reversed(parts)),
     ]
-    means = [meaning_of(text, library) for text in texts]
+    means = [canonical_mix_of(text, library) for text in texts]
     assert len({m.path for m in means}) == len({m.engine_name for m in means}) == 1
     sums: dict[str, Fraction] = defaultdict(Fraction)
     for model, weight in parts:
@@ -216,29 +216,29 @@ def test_order_blanks_and_spelling_do_not_make_a_new_mix(library, parts):
     assert {v.name: w for v, w in means[0].parts} == {
         name: float(weight) for name, weight in sums.items() if float(weight)
     }
-    assert not means[0].parts or meaning_of(means[0].shown, library).path == means[0].path
+    assert not means[0].parts or canonical_mix_of(means[0].shown, library).path == means[0].path
     assert split_mix_path(means[0].path) == [(str(v.snapshot.path), w) for v, w in means[0].parts]
 
 
 def test_what_a_mix_comes_down_to(library):
     for text in ("a*0", "a+b-2-", "a*2+a*-2", "a*0+prod*0"):
         if text != "a+b-2-":
-            assert meaning_of(text, library).nothing
-    assert meaning_of("a*1", library).alone is library.find("a")
-    assert meaning_of("a*0.5 + a*0.5 + 7*0", library).alone is library.find("a")
-    assert meaning_of("a*0.5", library).alone is None
+            assert canonical_mix_of(text, library).nothing
+    assert canonical_mix_of("a*1", library).alone is library.find("a")
+    assert canonical_mix_of("a*0.5 + a*0.5 + 7*0", library).alone is library.find("a")
+    assert canonical_mix_of("a*0.5", library).alone is None
     with pytest.raises(MixError, match="no adapter 'zz'") as refused:
-        meaning_of("a+zz", library)
+        canonical_mix_of("a+zz", library)
     assert refused.value.status == 404
     with pytest.raises(MixError, match="the weights of a add up"):
-        meaning_of("a*600+a*600", library)
+        canonical_mix_of("a*600+a*600", library)
 
 
 def test_versions_are_told_apart_and_shown_where_they_must_be(library):
-    new, old = meaning_of("a+7*2", library), meaning_of("a@01ab01+7*2", library)
+    new, old = canonical_mix_of("a+7*2", library), canonical_mix_of("a@01ab01+7*2", library)
     assert new.path != old.path and new.engine_name != old.engine_name
     assert new.shown == old.shown == "7*2+a"
-    assert meaning_of("a+a@01ab01", library).shown == "a@01ab01ab01ab+a@99ff99ff99ff"
+    assert canonical_mix_of("a+a@01ab01", library).shown == "a@01ab01ab01ab+a@99ff99ff99ff"
     assert is_mix_path(new.path) and not is_mix_path(str(library.find("a").snapshot.path))
     assert new.engine_name.rpartition("@")[0] == new.shown
 
@@ -268,7 +268,7 @@ class TestMixes:
 
         return read()
 
-    async def tell(self, name, path):
+    async def register_mix(self, name, path):
         parts = "+".join(part.rpartition("/")[2] for part, _ in split_mix_path(path))
         self.calls.append(("tell", parts))
         await asyncio.sleep(0)
@@ -399,7 +399,7 @@ class TestMixes:
 
 
 def test_paths_are_json_that_holds_every_bit(library):
-    path = meaning_of("a*0.1+7*1e-300", library).path
+    path = canonical_mix_of("a*0.1+7*1e-300", library).path
     assert json.loads(path.removeprefix("mix:"))[0][1] == 1e-300
     assert {w for _, w in split_mix_path(path)} == {0.1, 1e-300}
     assert grammar.LONGEST > 0

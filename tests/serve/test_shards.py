@@ -242,11 +242,11 @@ def test_a_weight_that_the_file_holds_transposed(base):
                 linear.weight.weight_loader(linear.weight, tensor.t())
 
     W = sharded.whole(base)[ALL[3]].float()
-    (place,) = compat.find_places(Model(), [("w", W.T.contiguous(), True)]).values()
-    assert (place.rows, place.cols) == (slice(0, 64), slice(64, 128))
-    assert place.held.data_ptr() == linear.weight.data_ptr()
+    (param,) = compat.find_param_shards(Model(), [("w", W.T.contiguous(), True)]).values()
+    assert (param.rows, param.cols) == (slice(0, 64), slice(64, 128))
+    assert param.held.data_ptr() == linear.weight.data_ptr()
     # Taken for one that is not, it would be square and wrong; here it is in another order.
-    assert not compat.find_places(Model(), [("w", W.T.contiguous(), False)])
+    assert not compat.find_param_shards(Model(), [("w", W.T.contiguous(), False)])
 
 
 JOURNALS = """

@@ -15,7 +15,7 @@ import torch
 from secura_serve.errors import AdapterFormatError, StorageError
 from secura_serve.serve.app.adapters.content import snapshots
 from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
-from secura_serve.serve.engine.mapped import map_tensors
+from secura_serve.serve.engine.mmap_tensors import map_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

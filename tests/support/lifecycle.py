@@ -153,7 +153,7 @@ def serving_app(parts: House) -> Iterator[Any]:
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-    from secura_serve.serve.app.adapters.serving import serve_adapters
+    from secura_serve.serve.app.adapters.attach_to_engine import attach_to_engine
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http import adapters
     from secura_serve.serve.app.http.access import Keys
@@ -173,7 +173,7 @@ def serving_app(parts: House) -> Iterator[Any]:
     init_exception_handler(app)
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.portal is not None
-        client.portal.call(serve_adapters, context, engine, models)
+        client.portal.call(attach_to_engine, context, engine, models)
         yield SimpleNamespace(client=client, models=models, folding=folding, context=context)
 
 

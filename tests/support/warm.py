@@ -8,8 +8,8 @@ differs in what libraries read when they are imported, and on systems other than
 ``sys.executable``.
 
 What runs is the same code in a process of its own. How a command starts from nothing is left to
-tests/serve/test_default_start.py, test_stop.py, tests/attack/test_processes.py and
-tests/package/test_cli.py, which do not use this.
+tests/serve/test_default_start.py, test_stop.py, tests/package/test_cli.py and most of
+tests/attack/test_processes.py, which do not use this.
 """
 
 from __future__ import annotations
@@ -49,10 +49,17 @@ GROUPS = {
         ),
     },
     "tools": {
-        "train": ("secura_serve.train.run", "secura_serve.train.trainer", "peft", "datasets"),
-        "eval": ("secura_serve.evaluate.main", "secura_serve.evaluate", "peft", "transformers"),
+        "train": (
+            *("secura_serve.train.run", "secura_serve.train.trainer", "peft", "datasets"),
+            *("matplotlib.backends.backend_agg", "matplotlib.figure"),
+        ),
+        "eval": (
+            *("secura_serve.evaluate.main", "secura_serve.evaluate", "peft", "transformers"),
+            *("matplotlib.backends.backend_agg", "matplotlib.figure", "openai"),
+        ),
         "merge": ("secura_serve.merge.main", "secura_serve.merge"),
         "demo": ("gradio", "openai"),
+        "openai": ("openai", "openai.types.chat", "openai.resources.chat"),
         "peft": ("peft",),
         "transformers": ("transformers",),
         "": ("torch", "numpy", "safetensors.torch", "secura_serve"),
@@ -160,6 +167,12 @@ def commands() -> str:
     return str(folder)
 
 
+def pid(process: subprocess.Popen[Any]) -> int:
+    """Return the id of the process that runs a command, once that has begun."""
+    file = _real(Path(process.args[0]), process.pid)  # type: ignore[index]
+    return int(file.read_text()) if file.exists() else process.pid
+
+
 def kill(process: subprocess.Popen[Any]) -> None:
     """Kill -9 a command and wait until it is gone: it is passed on a moment later."""
     process.kill()
@@ -207,8 +220,22 @@ def _import(group: str, command: str) -> None:
         if word in command:
             for name in names:
                 importlib.import_module(name)
+            if group == "serve":
+                _sleep_while_waiting()
     # Not written to by a collection, so that it stays shared.
     gc.freeze()
+
+
+def _sleep_while_waiting() -> None:
+    """Have vLLM's processes wait for each other in small sleeps.
+
+    Between two requests, or two steps, a worker asks for its next step without a pause for up to a
+    second, and the engine for the end of the step that runs: the tests beside them would lack
+    these cores.
+    """
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    shm_broadcast.sched_yield = lambda: time.sleep(0.0003)
 
 
 def _receive(made: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -290,6 +317,9 @@ def _run(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    # It finds what `ps` shows beside the environment, as long as nothing has changed that.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()
     _Environment.before = dict(os.environ)
     # Nothing of what was imported is taken apart at the end of a command.
     exit_without_collecting()

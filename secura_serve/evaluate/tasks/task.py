@@ -50,9 +50,13 @@ class Task:
         data of the adapters in this repository, their test rows were not.
 
         Raises:
+            ConfigError: there is no such split.
             DataError: the package that carries them is not installed.
         """
-        return list(self.load()[split])
+        splits = self.load()
+        if split not in splits:
+            raise ConfigError(f"no split {split!r}; allowed: {', '.join(splits)}")
+        return list(splits[split])
 
     def right(self, answers: Sequence[str], wanted: Sequence[str]) -> list[bool]:
         """Say of each answer whether it is right."""

@@ -49,7 +49,7 @@ def _wide_times(a, b, total, SPLIT: tl.constexpr):
 @triton.jit
 def _read_journal(journal, m, j, inside, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                   BITS: tl.constexpr):  # fmt: skip
-    """The distances of a tile; with 4 bits a byte holds two columns, the even one below."""
+    """Return the distances of a tile; of two columns in a byte, the even one has the low 4 bits."""
     if BITS == 8:
         place = journal + m[:, None].to(tl.int64) * width + j[None, :]
         return tl.load(place, mask=inside, other=0).to(tl.int16)

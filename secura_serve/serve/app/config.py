@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from secura_serve.addresses import port_problem
-from secura_serve.config import option
+from secura_serve.config import not_among_choices, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["FROM_ENVIRONMENT", "ServeConfig"]
@@ -114,11 +115,13 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = not_among_choices(self)
         if self.adapters == "":
             problems.append("adapters: is empty; name a folder, or leave it out")
         if self.keys == "":
             problems.append("keys: is empty; name a file, or leave it out")
+        if self.state and Path(self.state).expanduser().is_dir():
+            problems.append(f"state: {self.state} is a folder; name a file, or a new one")
         if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
             problems.append(f"reserve_rank: got {self.reserve_rank}, must be 0 to 1024")
         if self.resident is not None and not 0 <= self.resident <= 1024:

@@ -130,8 +130,11 @@ class Folding:
         return self._one_at_a_time.locked()
 
     def status(self, model: str) -> str:
-        """``ready``, ``folded`` (answers, at base cost), ``unfolded`` (must be folded to answer)
-        or ``blocked`` (another adapter is folded)."""
+        """Return whether a model answers now, in one word.
+
+        ``ready``: it does. ``folded``: it does, at the base's cost. ``unfolded``: only once it is
+        folded. ``blocked``: not while another adapter is folded.
+        """
         if self.folded is not None:
             return "folded" if model == self.folded else "blocked"
         version = self.library.find(model)

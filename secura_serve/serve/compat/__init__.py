@@ -47,7 +47,7 @@ from __future__ import annotations
 
 from secura_serve.serve.compat.gated import gated_activation, take_activation
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
-from secura_serve.serve.compat.places import Place, find_places
+from secura_serve.serve.compat.param_shards import ParamShard, find_param_shards
 from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
@@ -70,6 +70,7 @@ from secura_serve.serve.compat.workers import (
     check_layer,
     check_manager,
     check_worker,
+    gather_rank_errors,
     install,
     is_last_rank,
     kv_head_copies,
@@ -81,7 +82,6 @@ from secura_serve.serve.compat.workers import (
     registered_adapter,
     registered_adapters,
     resident,
-    said_by_ranks,
     skip_stock_lora,
     slot_of,
     token_slots,
@@ -93,7 +93,7 @@ __all__ = [
     "NAMES",
     "SUPPORTED",
     "ListedModel",
-    "Place",
+    "ParamShard",
     "ServedModels",
     "adapters_in_slots",
     "apply_stock_lora",
@@ -106,7 +106,7 @@ __all__ = [
     "check_worker",
     "device_type",
     "install",
-    "find_places",
+    "find_param_shards",
     "first_token_seconds",
     "gated_activation",
     "is_last_rank",
@@ -122,7 +122,7 @@ __all__ = [
     "registered_adapter",
     "registered_adapters",
     "resident",
-    "said_by_ranks",
+    "gather_rank_errors",
     "show_adapters_as",
     "skip_stock_lora",
     "slot_of",

@@ -126,7 +126,7 @@ def background_tasks(state: Any) -> Callable[[], Iterable[Any]]:
 
 
 def yields_deltas(sampling_params: Any) -> bool:
-    """Return whether a request's answers each hold what is new, instead of all until then."""
+    """Return whether each part of an answer holds the new text only, not all text so far."""
     from vllm.sampling_params import RequestOutputKind
 
     return bool(sampling_params.output_kind == RequestOutputKind.DELTA)

@@ -20,7 +20,7 @@ __all__ = [
     "adapters_in_slots",
     "registered_adapters",
     "resident",
-    "said_by_ranks",
+    "gather_rank_errors",
     "lora_request",
     "worker_adapters",
     "apply_stock_lora",
@@ -98,9 +98,9 @@ def check_worker(worker: Any) -> None:
     require("ModelRunner", worker.model_runner, ("model_config", "get_model", "device"))
 
 
-def said_by_ranks(said: str | None) -> set[str]:
-    """Return what the ranks of this engine have to say; each of them has to call this."""
-    every = set() if said is None else {said}
+def gather_rank_errors(error: str | None) -> set[str]:
+    """Return the errors of all ranks of this engine; each of them has to call this."""
+    every = set() if error is None else {error}
     for kind in ("tp", "pcp", "pp"):
         group = find(f"vllm.distributed.parallel_state:get_{kind}_group")()
         heard = [every] * group.world_size

@@ -17,7 +17,7 @@ __all__ = ["step_"]
 def step_(
     y: Tensor, x: Tensor, slots: Tensor, plain: Tensor, A: list[Tensor], B: list[Tensor]
 ) -> None:
-    """In place; scale is inside B.
+    """Add B_i·A_i·x of each token's own LoRA to ``y``, in place; B holds the scale.
 
     Args:
         y: ``(T, out)``, the outputs of n packed linears side by side.

@@ -26,12 +26,12 @@ from secura_serve.errors import UnservableError
 from secura_serve.serve import compat
 from secura_serve.serve.basis import SharedBasis, base_id, refuse_full_rank
 from secura_serve.serve.engine.bank import Bank
-from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, BatchKinds
+from secura_serve.serve.engine.batch_flags import CUR, DELTA, KINDS, LORA, BatchFlags
 from secura_serve.serve.engine.deltas import DeltaModel, ResidentDeltas
 from secura_serve.serve.engine.gated import take_activations
 from secura_serve.serve.engine.layers import CURLinearMixin
-from secura_serve.serve.engine.mapped import map_tensors
 from secura_serve.serve.engine.mixing import KeptRow, check_mix, mixed_row
+from secura_serve.serve.engine.mmap_tensors import map_tensors
 from secura_serve.serve.mix_path import is_mix_path, split_mix_path
 from secura_serve.serve.names import CONFIG_KEY
 
@@ -62,7 +62,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         """The adapters that leave a slot only if a batch needs every other one."""
         self.in_batch: frozenset[int] = frozenset()
         """The adapters of the step that is being prepared, which must not leave theirs."""
-        self.kinds = BatchKinds()
+        self.flags = BatchFlags()
         self.lora: torch.Tensor | None = None
         if ours["plain_lora"]:
             self.lora = torch.zeros(slots + 1, dtype=torch.bool)
@@ -79,7 +79,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
                 compat.write_slots_only(wrapper)
         wanted = {_vllm_name(model, m): basis for m, basis in self.shared_basis.modules.items()}
         layers, places = [], []
-        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device, self.kinds[DELTA])
+        self.deltas = ResidentDeltas(ours.get("resident"), slots, self.device, self.flags[DELTA])
         resident = {_vllm_name(model, m): m for m in self.deltas.modules}
         for name, layer in self.modules.items():
             if isinstance(layer, CURLinearMixin):
@@ -95,7 +95,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         self.bank = Bank(self.lora_slots, places, self.lora_config.lora_dtype, self.device)
         for i, layer in enumerate(layers):
             layer.bank, layer.ranks = self.bank.part(i), self.bank.ranks
-            layer.active = self.kinds[CUR]
+            layer.active = self.flags[CUR]
         # A quantised base may quantise in its activation, which it then has to do itself.
         plain = vllm_config.quant_config is None
         taken = take_activations(model, self.modules) if plain else 0
@@ -179,7 +179,7 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
 
     A folder is read once, when its adapter is registered: there an error fails that call alone.
     Whenever vLLM asks for the adapter again, in the middle of a batch, it is made from what was
-    kept of it (:mod:`secura_serve.serve.engine.mapped`).
+    kept of it (:mod:`secura_serve.serve.engine.mmap_tensors`).
     """
 
     model_manager = CURModelManager
@@ -196,9 +196,9 @@ class CURWorkerManager(LRUCacheWorkerLoRAManager):
         manager = compat.model_manager(self)
         manager.in_batch = frozenset(request.lora_int_id for request in requests if request)
         super().set_active_adapters(requests, mapping)
-        manager.kinds.set(kind for n in manager.in_batch for kind in manager.kinds_of(n))
+        manager.flags.set(kind for n in manager.in_batch for kind in manager.kinds_of(n))
         plain = manager.lora is not None and manager.device.type == "cuda"
-        if plain and not manager.kinds[LORA]:
+        if plain and not manager.flags[LORA]:
             compat.skip_stock_lora(manager)
 
     def load_adapter(self, lora_request: Any) -> LoRAModel:

@@ -33,13 +33,13 @@ def on_every_rank(
         try:
             answer = method(worker, *args, **kwargs)
         except Exception as error:
-            compat.said_by_ranks(str(error) or repr(error))
+            compat.gather_rank_errors(str(error) or repr(error))
             if compat.is_last_rank(worker):
                 raise
             logger.exception("%s failed on this rank", method.__name__)
             return None
-        if (said := compat.said_by_ranks(None)) and compat.is_last_rank(worker):
-            raise ServeError("; ".join(sorted(said)))
+        if (errors := compat.gather_rank_errors(None)) and compat.is_last_rank(worker):
+            raise ServeError("; ".join(sorted(errors)))
         return answer
 
     return together

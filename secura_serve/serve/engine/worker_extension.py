@@ -40,7 +40,7 @@ _THREADS = 4
 def with_siblings(
     modules: Iterable[str], packed: dict[str, list[str]], held: Iterable[str]
 ) -> list[str]:
-    """``modules`` and whatever the engine packs into one linear with any of them.
+    """Return ``modules`` and all that the engine packs into one linear with any of them.
 
     vLLM takes a reloaded linear as complete once it has seen as many numbers as it holds, so q
     and v without k would leave the memory of k as it happens to be.

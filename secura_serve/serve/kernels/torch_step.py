@@ -17,12 +17,12 @@ _GATHER_LIMIT = 1 << 20
 
 
 def mix(bank: Tensor, slots: Tensor, g: Tensor) -> Tensor:
-    """``h[t, s] = bank[slots[t], s] @ g[t, s]`` for every token t and slice s.
+    """Multiply each token's g by the U of its slot: ``h[t, s] = bank[slots[t], s] @ g[t, s]``.
 
     Args:
         bank: ``(n_slots + 1, n, r, r)``; the last slot is all zero and serves index −1.
         slots: ``(T,)`` int64.
-        g: ``(T, n, r)``.
+        g: ``(T, n, r)``, for every token t and slice s.
 
     Returns:
         ``(T, n, r)`` in g's dtype; sums run in float32 at least.
@@ -44,7 +44,7 @@ def mix(bank: Tensor, slots: Tensor, g: Tensor) -> Tensor:
 
 
 def adapter_step(y: Tensor, g: Tensor, slots: Tensor, *, bank: Tensor, C_t: Tensor) -> Tensor:
-    """y + C·(U_i·g), a pure expression that torch.compile traces.
+    """Return y + C·(U_i·g) as a new tensor; torch.compile can trace it.
 
     Args:
         y: ``(T, out)``, the base linear's output, bias included.

@@ -75,7 +75,7 @@ def core_grouped(
     n: tl.constexpr, r: tl.constexpr, BIASED: tl.constexpr,
     T: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same for T tokens at once: one product for each adapter among them.
+    """Compute h like :func:`core`, but for T tokens at once: one product for each adapter in them.
 
     The tokens of a prompt are neighbours, so that U is read once for most tiles.
     """

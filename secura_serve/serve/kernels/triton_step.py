@@ -132,7 +132,7 @@ def launch(
     active: Tensor,
     align: int,
 ) -> None:
-    """y += C·(U_slot·(source − offset)[rows]) in place.
+    """Add C·(U_slot·(source − offset)[rows]) to ``y`` in place.
 
     Args:
         y: ``(T, out)``.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.atomic import place_problem
-from secura_serve.config import option
+from secura_serve.config import not_among_choices, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["BasisConfig"]
@@ -50,7 +50,7 @@ class BasisConfig:
             ("length", self.length >= 2, ">= 2"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
         ]
-        problems = [
+        problems = not_among_choices(self) + [
             f"{name}: got {getattr(self, name)!r}, must be {bound}"
             for name, fine, bound in bounds
             if not fine

@@ -53,7 +53,7 @@ class Residency:
         return self.workers.preparation(version)
 
     def admit(self, model: str, version: Version) -> AbstractContextManager[None]:
-        """Return the context in which a request runs that ``model`` stands for ``version`` in."""
+        """Return the context of a request: in it ``model`` means ``version``, which stays put."""
         if version.image is None or self.places is None:
             return nullcontext()
         return self.places.admit(model, version)

@@ -61,8 +61,8 @@ class AdapterTable(dict[str, Any]):
             raise KeyError(model)
         [found] = asked
         if isinstance(found, Mix):
-            meaning = found.meaning
-            return lora_request(meaning.engine_name, found.number, found.engine_path)
+            canonical = found.canonical
+            return lora_request(canonical.engine_name, found.number, found.engine_path)
         return None if found is None else self._request(found)
 
     def _version(self, model: object) -> Version | None:

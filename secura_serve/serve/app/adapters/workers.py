@@ -100,9 +100,10 @@ class Workers:
         self._read.discard(path)
         self._prepared.pop(version.number, None)
 
-    async def tell(self, name: str, path: str) -> str | None:
-        """Have every worker make a mix of adapters that it has read; return why one refuses it, or
-        None.
+    async def register_mix(self, name: str, path: str) -> str | None:
+        """Have every worker make a mix of adapters that it has read.
+
+        Return why one refuses it, or None.
 
         Args:
             path: see :func:`~secura_serve.serve.mix_path.mix_path`.

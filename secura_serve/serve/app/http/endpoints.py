@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from secura_serve.errors import ConfigError, FoldError
-from secura_serve.serve.app.adapters.serving import serve_adapters
+from secura_serve.serve.app.adapters.attach_to_engine import attach_to_engine
 from secura_serve.serve.app.folding import DEFAULT_TIMEOUT, Folding
 from secura_serve.serve.app.http import adapters
 from secura_serve.serve.app.http.admission import AdmissionMiddleware, Refusal
@@ -165,6 +165,6 @@ class AdminPlugin:
         background_tasks(state)
         if context.metrics is not None:
             count_requests(engine_client, context.metrics, context.folding.base_label)
-        await serve_adapters(context, engine_client, models)
+        await attach_to_engine(context, engine_client, models)
         if context.fold_at_start is not None:
             await context.folding.change(context.fold_at_start)

@@ -207,7 +207,7 @@ class _Answer:
             self._task.cancel()
 
     async def give(self) -> None:
-        """Run the application, and say what is to be said if it was cut."""
+        """Run the application; where its answer was cut, tell the client why."""
         self._shutdown.running.add(self)
         self._task = asyncio.current_task()
         try:

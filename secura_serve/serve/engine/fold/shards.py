@@ -6,7 +6,7 @@ this order, the journal that a fold with ``bounded`` leaves in the device's memo
 room, the part's pinned copy, and the base's files. From one adapter to the next both ways are taken
 in the same two launches.
 
-Which part a rank holds is asked of vLLM (:func:`~secura_serve.serve.compat.find_places`) and
+Which part a rank holds is asked of vLLM (:func:`~secura_serve.serve.compat.find_param_shards`) and
 believed once the parameter, with the base in it, has been compared with the files bit for bit. All
 else goes through vLLM's reload, and so does everything where a mode needs to see all of W.
 """
@@ -35,7 +35,7 @@ from secura_serve.merge import (
     undo_shard,
 )
 from secura_serve.serve import compat
-from secura_serve.serve.engine.fold.lanes import Lanes
+from secura_serve.serve.engine.fold.copy_streams import CopyStreams
 from secura_serve.serve.engine.fold.pristine import PristineCopies, file_stamp
 
 __all__ = ["Shards"]
@@ -48,10 +48,10 @@ _COMPARED_BYTES = 16 << 20
 class _Shard:
     """One linear: where it lies, and how its W comes back."""
 
-    place: compat.Place | None
+    param: compat.ParamShard | None
     """None: not in one piece, or not as it was thought; vLLM's reload has to do it."""
     known: bool = False
-    """The place was compared with the files."""
+    """The parameter was compared with the files."""
     moved: bool = False
     """What lies there may be anything but W."""
     journal: Journal | None = None
@@ -109,15 +109,15 @@ class Shards:
             return 0
         targets = {t.module: t for t in plan.targets.values() if t.module in set(modules)}
         gathered = self._gather(base, plan, targets)
-        device = self._place(modules[0]).held.device
+        device = self._param(modules[0]).held.device
         flags = torch.zeros(len(modules), 2, dtype=torch.int32, device=device)
         kept: dict[str, Journal | None] = {}
-        lanes = Lanes(device)
+        streams = CopyStreams(device)
         for module, flag in zip(modules, flags, strict=True):
             shard, target = self._shards[module], targets.get(module)
-            held, old = self._place(module).held, shard.journal
+            held, old = self._param(module).held, shard.journal
             if shard.moved and old is None:
-                lanes.copy(held, self._pristine(base, module))
+                streams.copy(held, self._pristine(base, module))
             # Whatever happens from here on, what lies there does not go with a journal.
             shard.moved, shard.journal = True, None
             if target is not None:
@@ -130,7 +130,7 @@ class Shards:
         # The one time that this waits for the device.
         found = dict(zip(modules, flags.tolist(), strict=True))
         if bad := [m for m, (infinite, _) in found.items() if infinite and m in targets]:
-            dtype = self._place(bad[0]).held.dtype
+            dtype = self._param(bad[0]).held.dtype
             raise MergeError(
                 "the fold was abandoned; use the base that the adapter was trained on, undamaged, "
                 "and a weight and a dtype that can hold the result:",
@@ -139,7 +139,7 @@ class Shards:
         for module, (_, too_narrow) in found.items():
             self._shards[module].moved = module in targets
             self._shards[module].journal = None if too_narrow else kept.get(module)
-        return sum(self._place(m).held.nbytes for m in modules)
+        return sum(self._param(m).held.nbytes for m in modules)
 
     def reloaded(self, modules: Iterable[str], moved: Iterable[str]) -> None:
         """Say what vLLM's reload has written, and which of it is not the base."""
@@ -159,31 +159,31 @@ class Shards:
     def _find(self, base: Checkpoint, modules: Sequence[str]) -> None:
         """Ask vLLM where linears lie."""
         weights = ((base.tensor_name(m), W, base.is_conv1d(m)) for m, W in _weights(base, modules))
-        places = compat.find_places(self._model, weights)
-        self._shards |= {m: _Shard(places.get(base.tensor_name(m))) for m in modules}
+        params = compat.find_param_shards(self._model, weights)
+        self._shards |= {m: _Shard(params.get(base.tensor_name(m))) for m in modules}
 
     def _compare(self, base: Checkpoint, modules: Iterable[str]) -> None:
         """Compare with the files what holds the base and was not compared yet; keep a copy."""
         new = [m for m in modules if not (self._shards[m].known or self._shards[m].moved)]
-        for module, tensor in _weights(base, [m for m in new if self._shards[m].place]):
+        for module, tensor in _weights(base, [m for m in new if self._shards[m].param]):
             shard = self._shards[module]
-            assert shard.place is not None
-            W = _part(base, module, tensor, shard.place)
-            if _same_bits(shard.place.held, W):
+            assert shard.param is not None
+            W = _part(base, module, tensor, shard.param)
+            if _same_bits(shard.param.held, W):
                 shard.known, (shard.pinned,) = True, self._copies.lend(W) or (None,)
             else:
-                shard.place = None
+                shard.param = None
 
-    def _place(self, module: str) -> compat.Place:
-        place = self._shards[module].place
-        assert place is not None, module
-        return place
+    def _param(self, module: str) -> compat.ParamShard:
+        param = self._shards[module].param
+        assert param is not None, module
+        return param
 
     def _pristine(self, base: Checkpoint, module: str) -> Tensor:
         if (pinned := self._shards[module].pinned) is not None:
             return pinned
         ((_, tensor),) = _weights(base, [module])
-        return _part(base, module, tensor, self._place(module))
+        return _part(base, module, tensor, self._param(module))
 
     def _gather(
         self, base: Checkpoint, plan: FoldPlan, targets: dict[str, Target]
@@ -194,8 +194,8 @@ class Shards:
         ]
         fresh, problems = dict[object, Gathered](), list[str]()
         for module, tensor in _weights(base, missing):
-            target, place = targets[module], self._place(module)
-            got, faults = gather_shard(tensor, target, place.rows, place.cols, checked=plan.checked)
+            target, param = targets[module], self._param(module)
+            got, faults = gather_shard(tensor, target, param.rows, param.cols, checked=plan.checked)
             problems += faults
             if not faults:
                 for part, C, R in zip(target.parts, *got, strict=True):
@@ -239,9 +239,9 @@ def _weights(base: Checkpoint, modules: Sequence[str]) -> Iterator[tuple[str, Te
     return ((names[name], W) for name, W in base.tensors(modules) if name in names)
 
 
-def _part(base: Checkpoint, module: str, tensor: Tensor, place: compat.Place) -> Tensor:
+def _part(base: Checkpoint, module: str, tensor: Tensor, param: compat.ParamShard) -> Tensor:
     W = tensor.T if base.is_conv1d(module) else tensor
-    return W[place.rows, place.cols].contiguous()
+    return W[param.rows, param.cols].contiguous()
 
 
 def _key(module: str, part: Part) -> object:

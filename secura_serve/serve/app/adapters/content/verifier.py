@@ -104,6 +104,12 @@ class Verifier:
             SecuraError: why the adapter cannot be served.
             StorageError: the copy cannot be written.
         """
+        try:
+            return self._examine(path)
+        except OSError as error:
+            raise AdapterFormatError(f"{path.name} cannot be read: {error.strerror}") from error
+
+    def _examine(self, path: Path) -> Entry:
         if is_fine_tune(path):
             return self._fine_tune(path)
         complete = all((path / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from secura_serve.errors import MixError
 from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.adapters.mixes.canonical_mix import CanonicalMix, canonical_mix_of
 from secura_serve.serve.app.adapters.mixes.grammar import is_expression
-from secura_serve.serve.app.adapters.mixes.meaning import Meaning, meaning_of
 from secura_serve.serve.app.adapters.resident.slots import Occupant, ResidentSlots
 from secura_serve.serve.app.adapters.workers import Workers
 
@@ -33,7 +33,7 @@ LEAVING = 4096
 class Mix:
     """One mix that the engine knows, or is being told of."""
 
-    meaning: Meaning
+    canonical: CanonicalMix
     number: int
     """What vLLM knows it by (``lora_int_id``); nothing else of this process has it."""
     told: asyncio.Future[str | None] | None = None
@@ -46,7 +46,7 @@ class Mix:
     @property
     def engine_path(self) -> str:
         """By what the engine knows its content."""
-        return self.meaning.path if self.occupant is None else str(self.occupant.image)
+        return self.canonical.path if self.occupant is None else str(self.occupant.image)
 
 
 _ASKED: ContextVar[tuple[str, Version | Mix | None] | None] = ContextVar(
@@ -111,14 +111,14 @@ class Mixes:
             MixError: it means nothing.
         """
         workers = self._workers()
-        meaning = meaning_of(text, self._library)
-        if meaning.nothing or workers is None:
+        canonical = canonical_mix_of(text, self._library)
+        if canonical.nothing or workers is None:
             return None
-        if meaning.alone is not None:
-            if meaning.alone.image is not None and self.resident is not None:
-                return self.resident.preparation(Occupant.of(meaning.alone))
-            return workers.preparation(meaning.alone)
-        if (mix := self._get(meaning)) is None:
+        if canonical.alone is not None:
+            if canonical.alone.image is not None and self.resident is not None:
+                return self.resident.preparation(Occupant.of(canonical.alone))
+            return workers.preparation(canonical.alone)
+        if (mix := self._get(canonical)) is None:
             return _too_many()
         if mix.occupant is not None and self.resident is not None:
             return self.resident.preparation(mix.occupant)
@@ -134,10 +134,10 @@ class Mixes:
         if model is None or not self.means_mix(model):
             yield
             return
-        meaning = meaning_of(model, self._library)
-        found: Version | Mix | None = meaning.alone
-        if found is None and not meaning.nothing:
-            found = self._known[meaning.path]
+        canonical = canonical_mix_of(model, self._library)
+        found: Version | Mix | None = canonical.alone
+        if found is None and not canonical.nothing:
+            found = self._known[canonical.path]
         before = _ASKED.set((model, found))
         try:
             with self._held(found):
@@ -155,21 +155,21 @@ class Mixes:
     def drop(self, versions: Iterable[Version]) -> None:
         """Forget the mixes of versions that nobody can ask for any more."""
         gone = {version.engine_name for version in versions}
-        for path in [p for p, mix in self._known.items() if mix.meaning.has_any(gone)]:
+        for path in [p for p, mix in self._known.items() if mix.canonical.has_any(gone)]:
             self._let_go(path)
 
-    def _get(self, meaning: Meaning) -> Mix | None:
-        """Return the mix of a meaning, the most recently asked from now on; None if too many other
-        ones cannot be forgotten yet."""
-        path = meaning.path
+    def _get(self, canonical: CanonicalMix) -> Mix | None:
+        """Return the mix, the most recently asked from now on; None if too many others cannot be
+        forgotten yet."""
+        path = canonical.path
         # One that is asked for again before it is gone stays: the engine must not have the same
         # mix under two numbers.
         mix = self._known.get(path) or self._leaving.pop(path, None)
         if mix is None:
             if len(self._leaving) >= LEAVING:
                 return None
-            mix = Mix(meaning, self._number())
-            if meaning.full_rank and self.resident is not None:
+            mix = Mix(canonical, self._number())
+            if canonical.full_rank and self.resident is not None:
                 mix.occupant = self._occupant(mix, self.resident)
         self._known[path] = mix
         self._known.move_to_end(path)
@@ -179,23 +179,23 @@ class Mixes:
 
     def _occupant(self, mix: Mix, resident: ResidentSlots) -> Occupant:
         """Return what stands for a mix in a place: a fold of the sum, made anew each time."""
-        meaning = mix.meaning
+        canonical = mix.canonical
         image = resident.images.own_folder(mix.number)
-        specs = tuple(f"{v.snapshot.path}*{weight!r}" for v, weight in meaning.parts)
-        return Occupant(mix.number, meaning.shown, image, specs, kept=False)
+        specs = tuple(f"{v.snapshot.path}*{weight!r}" for v, weight in canonical.parts)
+        return Occupant(mix.number, canonical.shown, image, specs, kept=False)
 
     async def _tell(self, mix: Mix, workers: Workers) -> str | None:
         """Have every worker make a mix from its parts; return why one refuses, or None."""
-        for version, _ in mix.meaning.parts:
+        for version, _ in mix.canonical.parts:
             reading = workers.preparation(version)
             if reading is not None and (why := await reading) is not None:
                 return f"{version}: {why}"
-        return await workers.tell(mix.meaning.engine_name, mix.meaning.path)
+        return await workers.register_mix(mix.canonical.engine_name, mix.canonical.path)
 
     async def _answer(self, mix: Mix, told: asyncio.Future[str | None]) -> str | None:
         why = await asyncio.shield(told)
         # A part may have gone meanwhile: the request is then judged again, by what is there now.
-        return why if self._known.get(mix.meaning.path) is mix else None
+        return why if self._known.get(mix.canonical.path) is mix else None
 
     def _let_go(self, path: str) -> None:
         self._leaving[path] = mix = self._known.pop(path)
@@ -213,10 +213,10 @@ class Mixes:
             gone = [
                 mix
                 for mix, departures in leaving
-                if mix.departures == departures and mix.meaning.path in self._leaving
+                if mix.departures == departures and mix.canonical.path in self._leaving
             ]
             for mix in gone:
-                del self._leaving[mix.meaning.path]
+                del self._leaving[mix.canonical.path]
             workers, places = self._workers(), self.resident
             for mix in gone:
                 if mix.occupant is not None and places is not None:
@@ -224,7 +224,7 @@ class Mixes:
             rows = [mix for mix in gone if mix.occupant is None]
             if rows and workers is not None:
                 await workers.release(
-                    [mix.number for mix in rows], [mix.meaning.path for mix in rows]
+                    [mix.number for mix in rows], [mix.canonical.path for mix in rows]
                 )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from secura_serve.errors import MixError
 from secura_serve.serve.app.adapters.library import Version
+from secura_serve.serve.app.adapters.mixes.canonical_mix import combine
 from secura_serve.serve.app.adapters.mixes.grammar import parse
-from secura_serve.serve.app.adapters.mixes.meaning import combine
 from secura_serve.serve.app.http.admission import Refusal
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def refuse_mix(folding: Folding, text: str) -> Refusal | None:
         for part in parts:
             if (refusal := _unknown(folding, text, part.model)) is not None:
                 return refusal
-        meaning = combine(parts, folding.library)
+        canonical = combine(parts, folding.library)
     except MixError as error:
         return Refusal(error.status, str(error))
-    if meaning.nothing and not folding.may_ask(None):
+    if canonical.nothing and not folding.may_ask(None):
         return Refusal(404, folding.unknown(folding.names[0]))
     if folding.folded is not None:
         return folding.blocked(text[:_SHOWN])
@@ -46,9 +46,9 @@ def refuse_mix(folding: Folding, text: str) -> Refusal | None:
             f"{text[:_SHOWN]}: this engine takes no adapters per request, and so no mixes; merge "
             "them into a checkpoint with secura-merge",
         )
-    if meaning.alone is not None:
-        return folding.refusal(str(meaning.alone))
-    return _uncombinable(text, [version for version, _ in meaning.parts])
+    if canonical.alone is not None:
+        return folding.refusal(str(canonical.alone))
+    return _uncombinable(text, [version for version, _ in canonical.parts])
 
 
 def _unknown(folding: Folding, text: str, model: str) -> Refusal | None:

@@ -172,7 +172,7 @@ class ResidentSlots:
 
     @contextmanager
     def admit(self, model: str, version: Version) -> Iterator[None]:
-        """Keep a version in its place for a request, and have ``model`` stand for it there."""
+        """Keep a version in its place during a request, for which ``model`` means that version."""
         before = ADMITTED.set((model, version))
         try:
             with self.held(version.number):

@@ -20,11 +20,11 @@ from secura_serve.serve.app.adapters.mixes.grammar import (
 )
 from secura_serve.serve.mix_path import mix_path
 
-__all__ = ["Meaning", "combine", "meaning_of"]
+__all__ = ["CanonicalMix", "combine", "canonical_mix_of"]
 
 
 @dataclass(frozen=True)
-class Meaning:
+class CanonicalMix:
     """A mix in canonical form: every version once, by engine name, none with weight 0.
 
     Two expressions mean the same if their :attr:`path` is the same.
@@ -74,7 +74,7 @@ class Meaning:
         return not {version.engine_name for version, _ in self.parts}.isdisjoint(engine_names)
 
 
-def meaning_of(text: str, library: Library) -> Meaning:
+def canonical_mix_of(text: str, library: Library) -> CanonicalMix:
     """Return what an expression stands for now.
 
     Raises:
@@ -84,7 +84,7 @@ def meaning_of(text: str, library: Library) -> Meaning:
     return combine(parse(text), library)
 
 
-def combine(parts: Iterable[Part], library: Library) -> Meaning:
+def combine(parts: Iterable[Part], library: Library) -> CanonicalMix:
     """Return the sum of parts. Weights of one version are added, whatever it was called.
 
     Raises:
@@ -106,4 +106,4 @@ def combine(parts: Iterable[Part], library: Library) -> Meaning:
             raise MixError(400, f"the weights of {versions[name].name} add up: {problem}")
         if weight != 0:
             found.append((versions[name], weight))
-    return Meaning(tuple(found))
+    return CanonicalMix(tuple(found))

@@ -1,15 +1,15 @@
-"""Two lanes of a device: weights come over the bus on one while the other folds what has come."""
+"""Copies beside the folds: one stream of a device brings weights, another folds what has come."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Lanes"]
+__all__ = ["CopyStreams"]
 
 
-class Lanes:
-    """Queues copies beside the work of the current stream; on a CPU there is one lane, the caller.
+class CopyStreams:
+    """Queues copies beside the work of the current stream; on a CPU the caller copies.
 
     What a copy overwrites must not be in use: making this waits for all that the device was told.
     """

@@ -15,10 +15,10 @@ from secura_serve.serve.compat import ListedModel, ServedModels
 if TYPE_CHECKING:
     from secura_serve.serve.app.http.context import ServerContext
 
-__all__ = ["prepare_all", "serve_adapters"]
+__all__ = ["prepare_all", "attach_to_engine"]
 
 
-async def serve_adapters(context: ServerContext, engine: Any, models: Any) -> None:
+async def attach_to_engine(context: ServerContext, engine: Any, models: Any) -> None:
     """Have vLLM answer to the library's names, and follow the folder from now on.
 
     The workers prepare the adapters one after the other, while the server answers already; a

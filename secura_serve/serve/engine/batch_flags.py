@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["CUR", "DELTA", "KINDS", "LORA", "BatchKinds"]
+__all__ = ["CUR", "DELTA", "KINDS", "LORA", "BatchFlags"]
 
 CUR, LORA, DELTA = "cur", "lora", "delta"
 KINDS = (CUR, LORA, DELTA)
 
 
-class BatchKinds:
+class BatchFlags:
     """One ``()`` bool for each kind. All are set until the first batch says otherwise."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from secura_serve.serve.engine.fold import lanes
+from secura_serve.serve.engine.fold import copy_streams
 
 
 def test_copies_run_beside_the_folds_that_wait_for_them(monkeypatch):
@@ -44,8 +44,8 @@ def test_copies_run_beside_the_folds_that_wait_for_them(monkeypatch):
         def copy_(self, source, non_blocking=False):
             said.append(f"copy, non-blocking: {non_blocking}")
 
-    monkeypatch.setattr(lanes.torch, "cuda", Cuda)
-    lanes.Lanes(torch.device("cuda")).copy(Held(), Held())
+    monkeypatch.setattr(copy_streams.torch, "cuda", Cuda)
+    copy_streams.CopyStreams(torch.device("cuda")).copy(Held(), Held())
     assert said == [
         *("all wait", "on bus", "copy, non-blocking: True", "bus marks", "off bus"),
         "main waits for mark",

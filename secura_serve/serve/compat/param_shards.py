@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secura_serve.serve.compat.names import find
 
-__all__ = ["Place", "find_places"]
+__all__ = ["ParamShard", "find_param_shards"]
 
 _OFFLOADER = "vllm.model_executor.offloader.base"
 
 
-class Place(NamedTuple):
+class ParamShard(NamedTuple):
     """One rank's part of a weight W ``(out, in)``."""
 
     held: Tensor
@@ -32,8 +32,10 @@ class Place(NamedTuple):
     cols: slice
 
 
-def find_places(model: Any, weights: Iterable[tuple[str, Tensor, bool]]) -> dict[str, Place]:
-    """Return the place of each weight that lies in one piece in a plain linear, by its name.
+def find_param_shards(
+    model: Any, weights: Iterable[tuple[str, Tensor, bool]]
+) -> dict[str, ParamShard]:
+    """Return this rank's shard of each weight that lies in one piece in a plain linear, by name.
 
     Left out is what is quantised, offloaded, an expert's or another rank's, held in another dtype
     or by two modules (which may keep something that was made of it), cut, joined or reordered, and
@@ -43,9 +45,9 @@ def find_places(model: Any, weights: Iterable[tuple[str, Tensor, bool]]) -> dict
         weights: name and tensor as the checkpoint has them (no number of it is read), and whether
             it is W as ``(in, out)``.
     """
-    plain, places = _plain_storages(model), dict[str, Place]()
+    plain, shards = _plain_storages(model), dict[str, ParamShard]()
     if not plain:
-        return places
+        return shards
     for name, tensor, transposed in weights:
         stand_in = torch.empty_like(tensor, device="meta")
         with _Copies() as caught:
@@ -60,8 +62,8 @@ def find_places(model: Any, weights: Iterable[tuple[str, Tensor, bool]]) -> dict
         slices = _slices(part, stand_in.T if transposed else stand_in)
         fits = held.dtype == tensor.dtype and held.shape == part.shape and held.is_contiguous()
         if slices and fits and held.untyped_storage().data_ptr() in plain:
-            places[name] = Place(held, *slices)
-    return places
+            shards[name] = ParamShard(held, *slices)
+    return shards
 
 
 class _Copies(TorchDispatchMode):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from secura_serve.serve.engine.batch_kinds import CUR, DELTA, KINDS, LORA, BatchKinds
+from secura_serve.serve.engine.batch_flags import CUR, DELTA, KINDS, LORA, BatchFlags
 from secura_serve.serve.engine.manager import CURModelManager, CURWorkerManager, _packed
 
 
@@ -26,7 +26,7 @@ def manager():
             3: _packed(3, 8, torch.zeros(4), 0),
         },
         punica_wrapper_mapping={"model": SimpleNamespace(token_mapping_meta=meta)},
-        kinds=BatchKinds(),
+        flags=BatchFlags(),
         lora=torch.zeros(4, dtype=torch.bool),
         device=torch.device("cuda"),
     )
@@ -40,7 +40,7 @@ def manager():
 )
 def test_the_flags_of_a_batch(numbers, kinds, manager, monkeypatch):
     monkeypatch.setattr(CURWorkerManager.__base__, "set_active_adapters", lambda *args: None)
-    flags = {kind: manager.kinds[kind] for kind in KINDS}
+    flags = {kind: manager.flags[kind] for kind in KINDS}
     requests = [SimpleNamespace(lora_int_id=number) for number in numbers]
     # super() needs an instance of the class; none is made without an engine.
     worker = CURWorkerManager.__new__(CURWorkerManager)
@@ -52,6 +52,6 @@ def test_the_flags_of_a_batch(numbers, kinds, manager, monkeypatch):
 
 
 def test_all_steps_run_until_a_batch_says_otherwise():
-    kinds = BatchKinds()
-    assert all(kinds[kind] for kind in (CUR, LORA, DELTA))
-    assert all(kinds[kind].device.type == "cpu" and kinds[kind].shape == () for kind in KINDS)
+    flags = BatchFlags()
+    assert all(flags[kind] for kind in (CUR, LORA, DELTA))
+    assert all(flags[kind].device.type == "cpu" and flags[kind].shape == () for kind in KINDS)
