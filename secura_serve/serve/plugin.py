@@ -21,7 +21,7 @@ def register() -> None:
     Raises:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
-    from secura_serve.garbage import collect_as_usual
+    from secura_serve.garbage_collection import collect_as_usual
     from secura_serve.serve.children import prepare
     from secura_serve.serve.loader import register_loader
 

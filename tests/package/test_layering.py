@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "addresses": set(),
     "errors": set(),
     "lazy": set(),
-    "garbage": set(),
+    "garbage_collection": set(),
     "host_memory": set(),
     "os_errors": set(),
     "page_module": set(),
@@ -54,9 +54,9 @@ ALLOWED["train"] = ALLOWED["adapter"] | {
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {
-    *("adapter", "garbage", "host_memory", "merge", "page_module", "registry"),
+    *("adapter", "garbage_collection", "host_memory", "merge", "page_module", "registry"),
 }
-ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage", "page_module", "serve"}
+ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage_collection", "page_module", "serve"}
 # It names everything public; only type checkers follow that.
 ALLOWED["__init__"] = ALLOWED["cli"] | {"train", "merge", "adapter", "method", "serve", "lazy"}
 # Two processes of one server: neither may import the other's room.

@@ -236,14 +236,14 @@ def broken(folder, kind):
         config.write_bytes(b"\xff\xfe")
     elif kind == "deep config":
         config.write_text("[" * 100_000)
-    elif kind == "garbage":
+    elif kind == "garbage_collection":
         weights.write_bytes(os.urandom(500))
 
 
 KINDS = (
     "weights are a folder", "config is a folder", "weights lead nowhere", "no weights",
     "weights lead to themselves", "no config", "empty config", "config is no text",
-    "deep config", "garbage",
+    "deep config", "garbage_collection",
 )  # fmt: skip
 
 

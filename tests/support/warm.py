@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from secura_serve.garbage import exit_without_collecting
+from secura_serve.garbage_collection import exit_without_collecting
 
 # What is imported at the first command that has the word in it.
 GROUPS = {

@@ -11,7 +11,7 @@ from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup
 from vllm.platforms import current_platform
 
 from secura_serve.errors import ConfigError, FoldError, ServeError
-from secura_serve.garbage import collect_as_usual
+from secura_serve.garbage_collection import collect_as_usual
 from secura_serve.os_errors import reason
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.config import ServeConfig
