@@ -13,16 +13,65 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, field
-from typing import Any, TypeVar
+from math import inf
+from typing import Any, NamedTuple, TypeVar
 
 from secura_serve.errors import ConfigError
 from secura_serve.suggest import did_you_mean, near_names
 
-__all__ = ["add_flags", "build", "current_names", "not_among_choices", "option"]
+__all__ = [
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "SEED",
+    "SHARE",
+    "Bound",
+    "add_flags",
+    "at_least",
+    "between",
+    "build",
+    "current_names",
+    "not_allowed",
+    "option",
+]
 
 T = TypeVar("T")
+
+
+class Bound(NamedTuple):
+    """What a setting must be beside its type."""
+
+    holds: Callable[[Any], bool]
+    text: str
+    """What an error says that it must be, such as ``>= 1``."""
+
+    def allows(self, value: Any) -> bool:
+        """Return whether a value holds the bound; one of another type does not."""
+        try:
+            return self.holds(value)
+        except TypeError:
+            return False
+
+
+def at_least(least: int) -> Bound:
+    """Return the bound of a number that must not be below ``least``."""
+    return Bound(lambda n: n >= least, f">= {least}")
+
+
+def between(least: int, most: int) -> Bound:
+    """Return the bound of a number from ``least`` to ``most``, both included."""
+    return Bound(lambda n: least <= n <= most, f"{least} to {most}")
+
+
+POSITIVE = Bound(lambda x: 0 < x < inf, "> 0 and finite")
+"""Of rates, weights and times that cannot be 0."""
+NOT_NEGATIVE = Bound(lambda x: 0 <= x < inf, ">= 0 and finite")
+"""Of weights that 0 turns off."""
+SHARE = Bound(lambda x: 0 <= x < 1, "in [0, 1)")
+"""Of a part of a whole that cannot be all of it."""
+SEED = Bound(lambda n: 0 <= n < 2**32, "in [0, 2**32)")
+"""Of what seeds random numbers."""
 
 
 def option(
@@ -33,20 +82,22 @@ def option(
     *,
     metavar: str | None = None,
     split: bool = True,
+    bound: Bound | None = None,
 ) -> Any:
     """Return a dataclass field with its ``--help`` line.
 
     Args:
         help: what ``--help`` says; the default is added to it.
         default: the value where none is given; without it the setting must be given.
-        choices: the allowed values, where only some are; see :func:`not_among_choices`.
+        choices: the allowed values, where only some are; see :func:`not_allowed`.
         aliases: old names, as flags (``"old-name"``) or keys (``"old_name"``); still accepted.
         metavar: what ``--help`` calls the value.
         split: whether a list may be given as one text with commas.
+        bound: what a value must be beside its type; see :func:`not_allowed`.
     """
     names = tuple(alias.lstrip("-").replace("-", "_") for alias in aliases)
-    facts = {"help": help, "choices": choices, "aliases": names, "metavar": metavar, "split": split}
-    return field(default=default, metadata=facts)
+    facts = {"help": help, "choices": choices, "aliases": names, "metavar": metavar}
+    return field(default=default, metadata=facts | {"split": split, "bound": bound})
 
 
 def _flag(name: str) -> str:
@@ -180,24 +231,31 @@ def _aliases(item: dataclasses.Field[Any]) -> tuple[str, ...]:
     return names
 
 
-def _choice_problem(item: dataclasses.Field[Any], value: Any) -> list[str]:
-    allowed = item.metadata.get("choices")
-    if not allowed or value is None or value in allowed:
+def _problem(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    """Return what is wrong with a value; None is left to its type."""
+    allowed, bound = item.metadata.get("choices"), item.metadata.get("bound")
+    if value is None:
         return []
-    # From Python it may be anything.
-    hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
-    return [f"{item.name}: got {value!r}, allowed: {', '.join(allowed)}{hint}"]
+    if allowed and value not in allowed:
+        # From Python it may be anything.
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        return [f"{item.name}: got {value!r}, allowed: {', '.join(allowed)}{hint}"]
+    return (
+        []
+        if bound is None or bound.allows(value)
+        else [f"{item.name}: got {value!r}, must be {bound.text}"]
+    )
 
 
-def not_among_choices(settings: Any) -> list[str]:
-    """Return a problem for each field of a settings object that has none of its allowed values.
+def not_allowed(settings: Any) -> list[str]:
+    """Return a problem for each field of a settings object outside its choices or its bound.
 
     For ``__post_init__``: whoever makes the object in Python has not come through :func:`build`.
     """
     return [
         problem
         for item in dataclasses.fields(settings)
-        for problem in _choice_problem(item, getattr(settings, item.name))
+        for problem in _problem(item, getattr(settings, item.name))
     ]
 
 
@@ -230,7 +288,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if not right:
             problems.append(f"{name}: got {value!r}, expected {type_.__name__}")
         else:
-            problems += _choice_problem(item, value)
+            problems += _problem(item, value)
         good[name] = value
     if problems:
         raise ConfigError("the settings are not valid:", problems)

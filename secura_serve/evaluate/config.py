@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from secura_serve.addresses import url_problem
-from secura_serve.config import not_among_choices, option
+from secura_serve.config import POSITIVE, Bound, at_least, not_allowed, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["EvalConfig"]
@@ -15,7 +15,9 @@ __all__ = ["EvalConfig"]
 class EvalConfig:
     """One run of ``secura-eval``; stored in full in ``results.json``."""
 
-    tasks: tuple[str, ...] = option("tasks by name, joined by commas (see --list)")
+    tasks: tuple[str, ...] = option(
+        "tasks by name, joined by commas (see --list)", bound=Bound(bool, "at least one name")
+    )
     out: str = option("folder to write: results.json, answers.jsonl, report.md, report.png")
     endpoint: str | None = option(
         "an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1", None
@@ -30,7 +32,9 @@ class EvalConfig:
     )
     adapter: tuple[str, ...] = option("with --base: adapter folders, joined by commas", ())
     split: str = option("rows to ask of the offline tasks", "test", ("test", "validation"))
-    limit: int = option("first items of each task to ask; 0 asks all", 200, aliases=("items",))
+    limit: int = option(
+        "first items of each task to ask; 0 asks all", 200, aliases=("items",), bound=at_least(0)
+    )
     task_data: tuple[str, ...] = option(
         "TASK=PATH: local data of a harness task in the layout of its data set: a file, or a "
         "folder of <split>.jsonl (.json, .parquet, .csv)",
@@ -40,12 +44,14 @@ class EvalConfig:
         "examples before each question of a harness task (default: the task's own number)",
         None,
         aliases=("shots",),
+        bound=at_least(0),
     )
     retention: bool = option("measure what each model keeps of the base", True)
     kl_texts: int = option(
         "with --endpoint: neutral texts, of up to 64 tokens, to measure KL on; two requests and "
         "megabytes for each token, from a server with --max-logprobs -1",
         0,
+        bound=at_least(0),
     )
     api: str = option(
         "with --endpoint: how the offline tasks are asked; completions is for a base without a "
@@ -58,9 +64,9 @@ class EvalConfig:
         "the folder that the server names)",
         None,
     )
-    concurrency: int = option("requests on their way at a time", 16)
-    timeout: float = option("seconds to wait for one answer", 120.0)
-    retries: int = option("times a request that failed is sent again", 2)
+    concurrency: int = option("requests on their way at a time", 16, bound=at_least(1))
+    timeout: float = option("seconds to wait for one answer", 120.0, bound=POSITIVE)
+    retries: int = option("times a request that failed is sent again", 2, bound=at_least(0))
     dtype: str = option(
         "with --base: dtype of the model", "bfloat16", ("bfloat16", "float16", "float32")
     )
@@ -68,19 +74,7 @@ class EvalConfig:
     overwrite: bool = option("replace an existing --out", False)
 
     def __post_init__(self) -> None:
-        problems = not_among_choices(self) + [
-            f"{name}: got {getattr(self, name)!r}, must be {bound}"
-            for name, fine, bound in (
-                ("tasks", bool(self.tasks), "at least one name"),
-                ("limit", self.limit >= 0, ">= 0"),
-                ("num_fewshot", (self.num_fewshot or 0) >= 0, ">= 0"),
-                ("concurrency", self.concurrency >= 1, ">= 1"),
-                ("timeout", self.timeout > 0, "> 0"),
-                ("kl_texts", self.kl_texts >= 0, ">= 0"),
-                ("retries", self.retries >= 0, ">= 0"),
-            )
-            if not fine
-        ]
+        problems = not_allowed(self)
         if self.endpoint is not None and (problem := url_problem(self.endpoint)):
             problems.append(f"endpoint: {problem}")
         if (self.endpoint is None) == (self.base is None):

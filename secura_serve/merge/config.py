@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secura_serve.config import not_among_choices, option
+from secura_serve.config import Bound, at_least, not_allowed, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["METHODS", "MergeConfig"]
@@ -38,7 +38,11 @@ class MergeConfig:
         "linear",
         METHODS,
     )
-    density: float | None = option("with ties and dare_*: share of each U that is kept", None)
+    density: float | None = option(
+        "with ties and dare_*: share of each U that is kept",
+        None,
+        bound=Bound(lambda x: 0 < x < 1, "between 0 and 1"),
+    )
     merge_seed: int = option("of what dare_* drops at random", 0)
     dtype: str = option(
         "dtype of the output; auto keeps the base's (--to-lora: float32)",
@@ -55,7 +59,7 @@ class MergeConfig:
     )
     to_lora: bool = option("write a plain LoRA folder instead: exact for S-MagNorm none", False)
     approximate: bool = option("with --to-lora: the best LoRA of --rank, its error measured", False)
-    rank: int | None = option("rank of --approximate", None)
+    rank: int | None = option("rank of --approximate", None, bound=at_least(1))
 
     def __post_init__(self) -> None:
         tasks = {
@@ -64,7 +68,7 @@ class MergeConfig:
             "--to-base": self.to_base is not None,
             "--to-lora": self.to_lora,
         }
-        problems = not_among_choices(self)
+        problems = not_allowed(self)
         if len(asked := [flag for flag, given in tasks.items() if given]) > 1:
             problems.append(f"{', '.join(asked)}: only one of them at a time")
         if self.to_base:
@@ -78,11 +82,7 @@ class MergeConfig:
             problems.append("--approximate needs --to-lora")
         if (self.merge_method == "linear") != (self.density is None):
             problems.append("--density belongs to --merge-method ties, dare_linear and dare_ties")
-        elif self.density is not None and not 0 < self.density < 1:
-            problems.append(f"density: got {self.density}, must be between 0 and 1")
         if self.merge_seed and not self.merge_method.startswith("dare_"):
             problems.append("--merge-seed belongs to --merge-method dare_linear and dare_ties")
-        if self.rank is not None and self.rank < 1:
-            problems.append(f"rank: got {self.rank}, must be >= 1")
         if problems:
             raise ConfigError("the settings are not valid:", problems)

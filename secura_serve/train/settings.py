@@ -8,13 +8,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import not_among_choices, option
+from secura_serve.config import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    Bound,
+    at_least,
+    not_allowed,
+    option,
+)
 from secura_serve.errors import ConfigError
 from secura_serve.train.checks import (
     contradictions,
     layer_ranges,
+    malformed,
     not_supported,
-    out_of_bounds,
     settings_not_supported_by,
 )
 from secura_serve.train.dtype import fastest_dtype
@@ -73,10 +82,16 @@ class TrainConfig:
     )
     labels: str | None = option("the only completions allowed, joined by commas", None)
     eval_data: str | None = option("held-out data for loss and token accuracy", None)
-    eval_split: float = option("share of --data held out when there is no --eval-data", 0.0)
-    eval_steps: int = option("evaluate every so many steps; 0: only at the end", 0)
+    eval_split: float = option(
+        "share of --data held out when there is no --eval-data", 0.0, bound=SHARE
+    )
+    eval_steps: int = option(
+        "evaluate every so many steps; 0: only at the end", 0, bound=at_least(0)
+    )
     patience: int = option(
-        "stop after so many evaluations without a new lowest loss, and keep the best; 0: off", 0
+        "stop after so many evaluations without a new lowest loss, and keep the best; 0: off",
+        0,
+        bound=at_least(0),
     )
     targets: str = option(
         "modules to adapt: all-linear, names joined by commas, or a regular expression. full: all "
@@ -89,12 +104,18 @@ class TrainConfig:
         "layers to adapt, such as 0,2,8-11 (default: all); needs --targets by name", None
     )
     layers_pattern: str | None = option("name of the layer list, for --layers", None)
-    rank: int = option("curlora, secura: rows and columns of the basis; lora, dora: the rank", 32)
+    rank: int = option(
+        "curlora, secura: rows and columns of the basis; lora, dora: the rank",
+        32,
+        bound=at_least(1),
+    )
     core: str | None = option(
         "u = U itself, ab = U as A·B (CABR) (default: by method)", None, ("u", "ab")
     )
     inner_rank: int | None = option(
-        "inner rank m of core ab; below rank it is the rank of the update (default: rank)", None
+        "inner rank m of core ab; below rank it is the rank of the update (default: rank)",
+        None,
+        bound=at_least(1),
     )
     init: str = option("start of A in core ab", "block", ("block", "svd"))
     magnorm: str | None = option(
@@ -104,7 +125,7 @@ class TrainConfig:
         None,
         metavar="MODE",
     )
-    tau: float = option("bounded: largest relative change of a weight", 0.02)
+    tau: float = option("bounded: largest relative change of a weight", 0.02, bound=POSITIVE)
     magnorm_parameters: str | None = option(
         "other parameters of the S-MagNorm mode, joined by commas (published: scale=6)",
         None,
@@ -131,21 +152,30 @@ class TrainConfig:
         ("plain", "natural"),
     )
     damping: float = option(
-        "coordinates natural: what counts as no quieter, as a share of the mean energy", 0.01
+        "coordinates natural: what counts as no quieter, as a share of the mean energy",
+        0.01,
+        bound=POSITIVE,
     )
     fusion_step: int = option(
-        "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never", 0
+        "core ab: every so many steps A·B is added to a running sum and B is set to 0; 0: never",
+        0,
+        bound=at_least(0),
     )
     dropout: float = option(
-        "dropout on the low-rank intermediate; curlora, secura: with magnorm none only", 0.0
+        "dropout on the low-rank intermediate; curlora, secura: with magnorm none only",
+        0.0,
+        bound=SHARE,
     )
-    lora_alpha: float | None = option("lora, dora: scale numerator (default: twice the rank)", None)
+    lora_alpha: float | None = option(
+        "lora, dora: scale numerator (default: twice the rank)", None, bound=POSITIVE
+    )
     learning_rate: float | None = option(
         "peak learning rate; magnorm bounded needs one about 1/tau times higher (default: "
         + ", ".join(f"{name} {m.defaults['learning_rate']:g}" for name, m in METHODS.items())
         + ")",
         None,
         aliases=("lr",),
+        bound=POSITIVE,
     )
     lr_scheduler_type: str = option(
         "learning-rate schedule after warm-up",
@@ -157,17 +187,29 @@ class TrainConfig:
         "warm-up: a share of the steps below 1; from 1 on, the number of steps",
         0.05,
         aliases=("warmup", "warmup-ratio"),
+        bound=Bound(
+            lambda n: 0 <= n < 1 or (n >= 1 and float(n).is_integer()),
+            "a share in [0, 1) or a whole number of steps",
+        ),
     )
-    weight_decay: float = option("AdamW weight decay of the trainable parameters", 0.0)
-    num_train_epochs: float = option("passes over the data", 1.0, aliases=("epochs",))
-    max_steps: int = option("stop after this many steps; -1: at the end of the last epoch", -1)
+    weight_decay: float = option(
+        "AdamW weight decay of the trainable parameters", 0.0, bound=NOT_NEGATIVE
+    )
+    num_train_epochs: float = option(
+        "passes over the data", 1.0, aliases=("epochs",), bound=POSITIVE
+    )
+    max_steps: int = option(
+        "stop after this many steps; -1: at the end of the last epoch",
+        -1,
+        bound=Bound(lambda n: n == -1 or n >= 1, "-1 or >= 1"),
+    )
     per_device_train_batch_size: int = option(
-        "sequences per batch and device", 8, aliases=("batch-size",)
+        "sequences per batch and device", 8, aliases=("batch-size",), bound=at_least(1)
     )
     gradient_accumulation_steps: int = option(
-        "batches added up per optimiser step", 1, aliases=("accumulate",)
+        "batches added up per optimiser step", 1, aliases=("accumulate",), bound=at_least(1)
     )
-    max_length: int = option("longest sequence in tokens", 512)
+    max_length: int = option("longest sequence in tokens", 512, bound=at_least(8))
     over_long: str = option(
         "a longer example is an error, cut off at its end, or left out",
         "error",
@@ -187,19 +229,23 @@ class TrainConfig:
         "weight of the retention objective, the KL from base to adapted model per token of text "
         "that the base wrote by itself; 0: off",
         0.0,
+        bound=NOT_NEGATIVE,
     )
     retain_data: str = option(
         "text of --retain: self, or a file like --data, whose answers are scored", SELF
     )
-    retain_sequences: int = option("rows of that text; of a file at most so many", 256)
-    retain_length: int = option("tokens that the base writes in each row", 96)
-    retain_batch_size: int = option("rows of that text per batch and device", 4)
+    retain_sequences: int = option(
+        "rows of that text; of a file at most so many", 256, bound=at_least(1)
+    )
+    retain_length: int = option("tokens that the base writes in each row", 96, bound=at_least(1))
+    retain_batch_size: int = option("rows of that text per batch and device", 4, bound=at_least(1))
     device: str = option("where to train", "auto", ("auto", "cpu"))
-    seed: int = option("seed of data order and initialisation", 0)
+    seed: int = option("seed of data order and initialisation", 0, bound=SEED)
     save_steps: int = option(
         "checkpoint every so many steps; 0: only on Ctrl-C. With --patience: at every evaluation; "
         "with --tasks: after each task",
         100,
+        bound=at_least(0),
     )
     run_dir: str | None = option(
         "folder of the checkpoints (default: .NAME.run beside --out)", None
@@ -217,11 +263,13 @@ class TrainConfig:
     push_name: str | None = option(
         "name that the adapter gets there (default: the last part of --out)", None
     )
-    push_every: int = option("push every so many steps, and at the end; 0: only at the end", 10)
+    push_every: int = option(
+        "push every so many steps, and at the end; 0: only at the end", 10, bound=at_least(0)
+    )
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
-        problems = not_among_choices(self) + self._not_supported() + self._out_of_bounds()
+        problems = not_allowed(self) + self._not_supported() + malformed(self)
         for name, value in method.defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -241,9 +289,6 @@ class TrainConfig:
 
     def _not_supported(self) -> list[str]:
         return not_supported(self)
-
-    def _out_of_bounds(self) -> list[str]:
-        return out_of_bounds(self)
 
     def _contradictions(self) -> list[str]:
         return contradictions(self)

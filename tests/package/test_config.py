@@ -53,3 +53,31 @@ def test_a_split_that_a_task_has_not_is_refused_with_those_it_has() -> None:
 def test_a_folder_is_no_state_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="state: .* is a folder"):
         ServeConfig(state=str(tmp_path))
+
+
+BOUNDED = [
+    pytest.param(cls, item, id=f"{cls.__name__}.{item.name}")
+    for cls in NEEDED
+    for item in dataclasses.fields(cls)
+    if item.metadata.get("bound")
+]
+OUTSIDE = (-3, float("nan"), "many", ())
+
+
+@pytest.mark.parametrize("cls, item", BOUNDED)
+def test_a_value_outside_its_bound_is_refused_with_the_bound(
+    cls: type, item: dataclasses.Field[Any]
+) -> None:
+    bound = item.metadata["bound"]
+    for value in [value for value in OUTSIDE if not bound.allows(value)] or pytest.fail("none"):
+        with pytest.raises(ConfigError) as refused:
+            cls(**NEEDED[cls] | {item.name: value})
+        assert f"{item.name}: got {value!r}, must be {bound.text}" in str(refused.value)
+
+
+def test_defaults_are_inside_their_bounds() -> None:
+    assert len(BOUNDED) > 35
+    for parameter in BOUNDED:
+        _, item = parameter.values
+        if item.default not in (None, dataclasses.MISSING):
+            assert item.metadata["bound"].allows(item.default), item.name

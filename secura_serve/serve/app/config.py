@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from secura_serve.addresses import port_problem
-from secura_serve.config import not_among_choices, option
+from secura_serve.config import POSITIVE, between, not_allowed, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["FROM_ENVIRONMENT", "ServeConfig"]
@@ -44,9 +43,13 @@ class ServeConfig:
         "while the server runs; 0 makes none (default: 32 if there is no adapter yet, else 0)",
         None,
         metavar="R",
+        bound=between(0, 1024),
     )
     adapter_versions: int = option(
-        "how many versions of an adapter stay for a rollback", 3, metavar="N"
+        "how many versions of an adapter stay for a rollback",
+        3,
+        metavar="N",
+        bound=between(1, 1000),
     )
     state: str | None = option(
         "file that keeps versions, rollbacks, pins and aliases for the next start (default: below "
@@ -60,6 +63,7 @@ class ServeConfig:
         "the memory holds them)",
         None,
         metavar="K",
+        bound=between(0, 1024),
     )
     resident_dtype: str = option(
         "how a place holds the change of a weight: int8 with a scale for each row, or exactly",
@@ -104,7 +108,10 @@ class ServeConfig:
         False,
     )
     write_timeout: float = option(
-        "drop a client that has not read its answer for so many seconds", 60.0, metavar="SECONDS"
+        "drop a client that has not read its answer for so many seconds",
+        60.0,
+        metavar="SECONDS",
+        bound=POSITIVE,
     )
 
     log_format: str = option(
@@ -115,21 +122,13 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        problems = not_among_choices(self)
+        problems = not_allowed(self)
         if self.adapters == "":
             problems.append("adapters: is empty; name a folder, or leave it out")
         if self.keys == "":
             problems.append("keys: is empty; name a file, or leave it out")
         if self.state and Path(self.state).expanduser().is_dir():
             problems.append(f"state: {self.state} is a folder; name a file, or a new one")
-        if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
-            problems.append(f"reserve_rank: got {self.reserve_rank}, must be 0 to 1024")
-        if self.resident is not None and not 0 <= self.resident <= 1024:
-            problems.append(f"resident: got {self.resident}, must be 0 to 1024")
-        if not 1 <= self.adapter_versions <= 1000:
-            problems.append(f"adapter_versions: got {self.adapter_versions}, must be 1 to 1000")
-        if not (0 < self.write_timeout < math.inf):
-            problems.append(f"write_timeout: got {self.write_timeout:g}, must be > 0 and finite")
         if problem := port_problem(self.ui_port):
             problems.append(f"ui_port: {problem}")
         if problems:

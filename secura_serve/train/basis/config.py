@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.atomic import place_problem
-from secura_serve.config import not_among_choices, option
+from secura_serve.config import SEED, at_least, not_allowed, option
 from secura_serve.errors import ConfigError
 
 __all__ = ["BasisConfig"]
@@ -26,9 +26,9 @@ class BasisConfig:
 
     base: str = option("base model: an alias, a hub id or a local folder")
     out: str = option("file to write, such as basis.safetensors; it appears whole or not at all")
-    sequences: int = option("texts that the base writes", 64)
-    length: int = option("tokens that it writes in each", 96)
-    seed: int = option("seed of the texts, and of the rule that draws columns", 0)
+    sequences: int = option("texts that the base writes", 64, bound=at_least(1))
+    length: int = option("tokens that it writes in each", 96, bound=at_least(2))
+    seed: int = option("seed of the texts, and of the rule that draws columns", 0, bound=SEED)
     rows: str = option(
         "how rows are ranked, smallest first: energy = E[(Wx)_i²], relative = the same over ‖W_i‖²",
         "energy",
@@ -45,17 +45,7 @@ class BasisConfig:
     overwrite: bool = option("replace an existing file", False)
 
     def __post_init__(self) -> None:
-        bounds = [
-            ("sequences", self.sequences >= 1, ">= 1"),
-            ("length", self.length >= 2, ">= 2"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2**32)"),
-        ]
-        problems = not_among_choices(self) + [
-            f"{name}: got {getattr(self, name)!r}, must be {bound}"
-            for name, fine, bound in bounds
-            if not fine
-        ]
-        if problems:
+        if problems := not_allowed(self):
             raise ConfigError("the settings are not valid:", problems)
 
     def check_out(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.config import option
+from secura_serve.config import NOT_NEGATIVE, POSITIVE, SHARE, at_least, option
 from secura_serve.errors import ConfigError
 from secura_serve.train.continual.strategies import STRATEGIES
 from secura_serve.train.settings import TrainConfig
@@ -47,15 +47,20 @@ class SequenceConfig(TrainConfig):
         "seq",
         STRATEGIES,
     )
-    replay: int = option("er, ilora: number of examples in the buffer", 500)
-    replay_share: float = option("er, ilora: replayed examples per new one", 0.2)
-    ewc_lambda: float = option("ewc: weight of the penalty", 1.0)
-    ewc_samples: int = option("ewc: examples per task to compute its Fisher information from", 256)
+    replay: int = option("er, ilora: number of examples in the buffer", 500, bound=at_least(1))
+    replay_share: float = option("er, ilora: replayed examples per new one", 0.2, bound=POSITIVE)
+    ewc_lambda: float = option("ewc: weight of the penalty", 1.0, bound=POSITIVE)
+    ewc_samples: int = option(
+        "ewc: examples per task to compute its Fisher information from", 256, bound=at_least(1)
+    )
     ema_decay: float = option(
         "ilora: share of the slow copy that is kept at each step; use less for tasks of few steps",
         0.99,
+        bound=SHARE,
     )
-    consistency: float = option("ilora: weight of the squared distance between the logits", 0.99)
+    consistency: float = option(
+        "ilora: weight of the squared distance between the logits", 0.99, bound=NOT_NEGATIVE
+    )
     score: str = option(
         "what is called accuracy, measured on each task's test file after each task: exact_match = "
         "share of greedy answers that are right token for token, token_accuracy = share of answer "
@@ -75,21 +80,6 @@ class SequenceConfig(TrainConfig):
             for item in fields(self)
             if item.name in others.difference(supported)
             and getattr(self, item.name) != item.default
-        ]
-
-    def _out_of_bounds(self) -> list[str]:
-        bounds = [
-            ("replay", self.replay >= 1, ">= 1"),
-            ("replay_share", self.replay_share > 0, "> 0"),
-            ("ewc_lambda", self.ewc_lambda > 0, "> 0"),
-            ("ewc_samples", self.ewc_samples >= 1, ">= 1"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
-            ("consistency", self.consistency >= 0, ">= 0"),
-        ]
-        return super()._out_of_bounds() + [
-            f"{name}: got {getattr(self, name)!r}, must be {bound}"
-            for name, fine, bound in bounds
-            if not fine
         ]
 
     def _contradictions(self) -> list[str]:
