@@ -50,8 +50,12 @@ def check_target(target: Path, overwrite: bool, *marks: str) -> None:
 
 def place_problem(target: Path) -> str | None:
     """Return why nothing can be written at ``target``, or None; what is there does not count."""
-    # Not Path.exists(), which raises in a folder that is closed to us.
-    above = next(parent for parent in target.absolute().parents if os.path.exists(parent))
+    # Not Path.exists(), which raises in a folder that is closed to us; nor os.path.exists(), for
+    # which a link that leads nowhere is not there.
+    parents = target.absolute().parents
+    above = next((parent for parent in parents if os.path.lexists(parent)), None)
+    if above is None:
+        return f"{target} is the root of the file system"
     try:
         with tempfile.TemporaryFile(dir=above):
             return None

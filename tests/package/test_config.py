@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from secura_serve.errors import ConfigError
+from secura_serve.atomic import place_problem
+from secura_serve.bases import resolve_base
+from secura_serve.errors import BaseModelError, ConfigError
 from secura_serve.evaluate import EvalConfig, load_task
 from secura_serve.merge.config import MergeConfig
 from secura_serve.serve.app.config import ServeConfig
@@ -53,3 +56,28 @@ def test_a_split_that_a_task_has_not_is_refused_with_those_it_has() -> None:
 def test_a_folder_is_no_state_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="state: .* is a folder"):
         ServeConfig(state=str(tmp_path))
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ``~name`` as it is where there is no such user."""
+    monkeypatch.chdir(tmp_path)
+    assert ServeConfig(state="~no.such.user/state")
+    with pytest.raises(BaseModelError, match="no base model '~no.such.user/base'"):
+        resolve_base("~no.such.user/base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    with pytest.raises(BaseModelError, match=f"no config.json.*{tmp_path}/base"):
+        resolve_base("~/base")
+
+
+def test_what_cannot_be_an_output_is_told_before_the_work(tmp_path: Path) -> None:
+    assert "root of the file system" in str(place_problem(Path("/")))
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    assert "No such file" in str(place_problem(tmp_path / "astray/out"))
+    (tmp_path / "file").touch()
+    assert "Not a directory" in str(place_problem(tmp_path / "file/out"))
+    for fine in ("astray", "file", "new", "new/deep/er"):
+        assert place_problem(tmp_path / fine) is None
+    assert sorted(os.listdir(tmp_path)) == ["astray", "file"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from secura_serve.addresses import port_problem
 from secura_serve.config import not_among_choices, option
@@ -120,7 +120,7 @@ class ServeConfig:
             problems.append("adapters: is empty; name a folder, or leave it out")
         if self.keys == "":
             problems.append("keys: is empty; name a file, or leave it out")
-        if self.state and Path(self.state).expanduser().is_dir():
+        if self.state and os.path.isdir(os.path.expanduser(self.state)):
             problems.append(f"state: {self.state} is a folder; name a file, or a new one")
         if self.reserve_rank is not None and not 0 <= self.reserve_rank <= 1024:
             problems.append(f"reserve_rank: got {self.reserve_rank}, must be 0 to 1024")
