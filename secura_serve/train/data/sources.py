@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _readable(file: Path) -> Path:
     try:
+        # Opening a pipe would wait for whoever writes to it; a folder is told by open().
+        if not file.is_dir() and not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{file}: cannot be read: it is no regular file", wrong_use=True)
         file.open("rb").close()
     except OSError as error:
         raise _unreadable(file, error) from error
