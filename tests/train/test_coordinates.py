@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from secura_serve import adapter
@@ -224,6 +226,24 @@ def test_a_file_of_moments_serves_its_base_and_basis_and_smaller_ranks(
     ):
         file.write_bytes(damaged)
         assert read() is None
+    module = next(iter(layers))
+    for part, value in (
+        ("inputs", torch.full((8, 8), torch.nan)),
+        ("gradients", torch.full((8, 8), torch.inf)),
+        ("inputs", torch.ones(1, 1)),
+        ("gradients", torch.ones(8)),
+        ("inputs", torch.ones(())),
+        ("rows", torch.tensor(3)),
+    ):
+        file.write_bytes(whole)
+        tensors = load_file(file) | {f"{module}.{part}": value}
+        with safe_open(file, "pt") as opened:
+            facts = opened.metadata()
+        save_file(tensors, file, facts)
+        assert read() is None
+    for nonsense in ("[]", "7", "null", "{", "[" * 100_000):
+        save_file(tensors, file, {"fingerprints": nonsense})
+        assert read() is None
     file.unlink()
     assert read() is None
 
@@ -252,6 +272,31 @@ def test_those_of_the_embedded_base_are_shipped(
     model = prepare(settings).model
     assert not measured and len(adapter_layers(model, "default")) == 210
     assert any(".secura_left." in name for name in checkpoint_tensors(model))
+
+
+def test_what_is_shipped_serves_no_other_base_of_that_name(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fine-tune with the same weights in the layers that are trained writes other text."""
+    original, name = tiny_base("llama"), "smollm2-135m"
+    layers = adapter_layers(prepared(original, data, tmp_path / "o").model, "default")
+    wrong = {module: Moments(torch.eye(8), torch.eye(8)) for module in layers}
+    (tmp_path / f"{name}.safetensors").write_bytes(encode_moments(wrong, layers, "default"))
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.SHIPPED", tmp_path)
+    shutil.copytree(original, fine_tune := tmp_path / "mine" / name)
+    weights = load_file(fine_tune / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, fine_tune / "model.safetensors", {"format": "pt"})
+    measured: list[int] = []
+
+    def measure(*_: object) -> dict[str, Moments]:
+        measured.append(1)
+        return {module: Moments(covariance(8, 1), covariance(8, 2)) for module in layers}
+
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.measure_moments", measure)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    prepare(config(fine_tune, data, tmp_path / "o"))
+    assert measured
 
 
 def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path: Path) -> None:
