@@ -27,6 +27,7 @@ from secura_serve.errors import ConfigError
 from secura_serve.method import Coordinates, natural_coordinates
 from secura_serve.train import adapter_layers
 from secura_serve.train.basis.energies import weight_of
+from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.coordinates import Moments, measure_moments
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.data import BaseText
@@ -312,7 +313,7 @@ def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path:
         {"selection": "calibrated"},
     ):
         assert default(**more) == "plain"
-    assert default(method="lora") is None and default(coordinates="plain") == "plain"
+    assert default(method="lora") == "plain" and default(coordinates="plain") == "plain"
 
 
 def test_a_recipe_from_before_means_plain_coordinates(data: Path, tmp_path: Path) -> None:
@@ -329,6 +330,35 @@ def test_a_recipe_from_before_means_plain_coordinates(data: Path, tmp_path: Path
         assert parsed(["--config", str(file)]).coordinates == now
     (file := tmp_path / "recipe.yaml").write_text(json.dumps(old))
     assert parsed(["--config", str(file)]).coordinates == "natural"
+
+
+def test_another_methods_recipe_takes_no_damping_along(data: Path, tmp_path: Path) -> None:
+    settings = {"base": "x", "data": str(data), "out": "o", "method": "curlora", "damping": 0.1}
+    (file := tmp_path / "train.json").write_text(
+        json.dumps({"config": settings | {"coordinates": "natural"}})
+    )
+    assert parsed(["--config", str(file)]).damping == 0.1
+    for method in ("secura", "lora", "full"):
+        now = parsed(["--config", str(file), "--method", method])
+        assert (now.coordinates, now.damping) == ("plain", 0.01)
+
+
+@pytest.mark.parametrize("method", ["secura", "lora", "full"])
+@pytest.mark.parametrize("written", [{}, {"coordinates": "plain"}])
+def test_a_run_from_before_goes_on(
+    method: str, written: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    """A method that trains as it did: with the same flags, its run is the same run."""
+    now = TrainConfig(
+        base="x", data=str(data), out=str(tmp_path / "o"), method=method, resume="auto"
+    )
+    folder = RunFolder(now)
+    with folder.locked():
+        folder.open({})
+        facts = json.loads((folder.path / "run.json").read_text())
+        del facts["coordinates"]
+        (folder.path / "run.json").write_text(json.dumps(facts | written))
+        folder._check_same_run(folder.path / "run.json", facts | {"coordinates": now.coordinates})
 
 
 @pytest.mark.long
