@@ -30,7 +30,7 @@ from secura_serve.train.basis.energies import weight_of
 from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.coordinates import Moments, measure_moments
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
-from secura_serve.train.data import BaseText
+from secura_serve.train.data import BaseText, sample_base_text
 from secura_serve.train.fit import Interrupted
 from secura_serve.train.main import main
 from secura_serve.train.main import settings as parsed
@@ -298,6 +298,20 @@ def test_what_is_shipped_serves_no_other_base_of_that_name(
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
     prepare(config(fine_tune, data, tmp_path / "o"))
     assert measured
+
+
+def test_a_chat_template_may_begin_with_the_message(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_base("llama"), base := tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    )
+    model = prepare(config(base, data, tmp_path / "o"))
+    assert any(".secura_left." in name for name in checkpoint_tensors(model.model))
+    text = sample_base_text(model.model, model.tokenizer, sequences=2, length=3)
+    assert text.start == 1 and (text.tokens[:, 0] == model.tokenizer.bos_token_id).all()
 
 
 def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path: Path) -> None:
