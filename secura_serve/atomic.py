@@ -38,8 +38,14 @@ def check_target(target: Path, overwrite: bool, *marks: str) -> None:
     if os.path.lexists(target):
         if not overwrite:
             raise ConfigError(f"{target} exists; choose another --out or give --overwrite")
-        ours = target.is_dir() and any((target / mark).is_file() for mark in marks)
-        if not ours and not (target.is_dir() and not any(target.iterdir())):
+        try:
+            ours = target.is_dir() and any((target / mark).is_file() for mark in marks)
+            empty = target.is_dir() and not any(target.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"{target} cannot be looked into: {reason(error)}; choose another --out"
+            ) from error
+        if not ours and not empty:
             raise ConfigError(
                 f"{target} holds none of {', '.join(marks)}, so it is not replaced: choose another "
                 "--out, or remove it yourself"

@@ -36,7 +36,7 @@ def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
         return _csv_rows(file, _DELIMITERS[file.suffix])
     if file.suffix == ".parquet":
         return _parquet_rows(_readable(file))
-    if file.is_file() or file.suffix in (".jsonl", ".json"):
+    if os.path.isfile(file) or file.suffix in (".jsonl", ".json"):
         return json_rows(file)
     return _hub_rows(source)
 
@@ -132,7 +132,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
             "or a hub id[:config][:split]",
             # Without the hub, only a name with an owner can be one that is there.
             wrong_use=isinstance(error, faults.DatasetNotFoundError)
-            or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
+            or not (os.path.exists(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
         ) from error
     finally:
         if not bars:
