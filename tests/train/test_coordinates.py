@@ -184,9 +184,37 @@ def test_a_checkpoint_holds_them_and_a_cache_keeps_the_moments(
     tensors = {name: value.clone() for name, value in kept.items()}
     for name, value in checkpoint_tensors(second.model).items():
         assert torch.equal(value, tensors[name]), name
+
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # A cache that others have filled and that this user may read.
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.only_writer", closed)
+    prepare(settings)
+    assert not measured
     plain = prepare(config(tiny_base("llama"), data, tmp_path / "o", coordinates="plain"))
     restore(plain.model, tensors)
     assert torch.equal(checkpoint_tensors(plain.model)[name], tensors[name])
+
+
+@pytest.mark.parametrize("fails", ["only_writer", "write_whole"])
+def test_a_cache_that_cannot_be_written_costs_one_measurement(
+    fails: str, tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def measure(_: object, __: object, layers: Any, ___: object) -> dict[str, Moments]:
+        measured.append(1)
+        return {module: Moments(covariance(8, 1), covariance(8, 2)) for module in layers}
+
+    measured: list[int] = []
+    natural = "secura_serve.train.coordinates.natural"
+    monkeypatch.setattr(f"{natural}.measure_moments", measure)
+    monkeypatch.setattr(f"{natural}.{fails}", full)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    prepare(config(tiny_base("llama"), data, tmp_path / "o"))
+    assert len(measured) == 1
 
 
 def prepared(base: Path | str, data: Path, out: Path, **more: Any) -> PreparedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,13 +58,16 @@ def set_natural_coordinates(prepared: PreparedModel, damping: float) -> None:
 
 def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[str, Moments]:
     """Return the moments that are shipped or in the cache; measure them where they are neither."""
+    file = cache_root() / "moments" / f"{_key(prepared, layers)}.safetensors"
+    places = [file]
     if prepared.model_id == EMBEDDED:
         # Whatever the dtype and the machine of this run. For no other base: a fine-tune of it may
         # have the same weights in these layers, and other moments.
-        kept = read_moments(SHIPPED / f"{EMBEDDED}.safetensors", layers, _NAME)
-        if kept is not None:
+        places.insert(0, SHIPPED / f"{EMBEDDED}.safetensors")
+    for place in places:
+        # Without a lock, which takes a folder that can be written.
+        if (kept := read_moments(place, layers, _NAME)) is not None:
             return kept
-    file = cache_root() / "moments" / f"{_key(prepared, layers)}.safetensors"
     try:
         # Several processes of a run need the same ones: one measures, the others wait.
         with only_writer(file, wait=True):
@@ -75,10 +79,11 @@ def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[st
                         file=sys.stderr,
                     )
                 kept = _measure(prepared, layers)
-                write_whole(file, encode_moments(kept, layers, _NAME))
+                with suppress(OSError, SafetensorError):
+                    write_whole(file, encode_moments(kept, layers, _NAME))
             return kept
-    # A cache that cannot be written costs the minutes again, and nothing else.
-    except (OSError, SafetensorError):
+    # A cache that cannot be written costs the next run the minutes again, and nothing else.
+    except OSError:
         return _measure(prepared, layers)
 
 
