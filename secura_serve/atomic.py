@@ -38,8 +38,14 @@ def check_target(target: Path, overwrite: bool, *marks: str) -> None:
     if os.path.lexists(target):
         if not overwrite:
             raise ConfigError(f"{target} exists; choose another --out or give --overwrite")
-        ours = target.is_dir() and any((target / mark).is_file() for mark in marks)
-        if not ours and not (target.is_dir() and not any(target.iterdir())):
+        try:
+            ours = target.is_dir() and any((target / mark).is_file() for mark in marks)
+            empty = target.is_dir() and not any(target.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"{target} cannot be looked into: {reason(error)}; choose another --out"
+            ) from error
+        if not ours and not empty:
             raise ConfigError(
                 f"{target} holds none of {', '.join(marks)}, so it is not replaced: choose another "
                 "--out, or remove it yourself"
@@ -50,8 +56,12 @@ def check_target(target: Path, overwrite: bool, *marks: str) -> None:
 
 def place_problem(target: Path) -> str | None:
     """Return why nothing can be written at ``target``, or None; what is there does not count."""
-    # Not Path.exists(), which raises in a folder that is closed to us.
-    above = next(parent for parent in target.absolute().parents if os.path.exists(parent))
+    # Not Path.exists(), which raises in a folder that is closed to us; nor os.path.exists(), for
+    # which a link that leads nowhere is not there.
+    parents = target.absolute().parents
+    above = next((parent for parent in parents if os.path.lexists(parent)), None)
+    if above is None:
+        return f"{target} is the root of the file system"
     try:
         with tempfile.TemporaryFile(dir=above):
             return None

@@ -61,7 +61,7 @@ def resolve_base(name: str) -> ResolvedBase:
     model_id = ALIASES.get(name.lower(), name)
     if model_id == EMBEDDED:
         return ResolvedBase(name, EMBEDDED, _embedded())
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if model_id == name and os.path.exists(folder):
         return ResolvedBase(name, str(folder.resolve()), _checked(folder.resolve(), name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_id):
@@ -75,7 +75,7 @@ def resolve_base(name: str) -> ResolvedBase:
 
 def cache_root() -> Path:
     """Return where converted bases live: ``$SECURA_CACHE``, else ``~/.cache/secura-serve``."""
-    return Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
+    return Path(os.path.expanduser(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve"))
 
 
 def _checked(folder: Path, name: str) -> Path:

@@ -125,7 +125,9 @@ def run_command(
         tell(f"\n{prog}: {detail}")
         return 130
     try:
-        sys.stdout.flush()
+        # Started with its output closed (`>&-`), a process has none.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
         _drop_output()
         tell(f"{prog}: error: done, but the result cannot be printed: {described(error)}")

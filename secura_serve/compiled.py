@@ -63,7 +63,7 @@ def compiled(
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     includes = [f"-I{folder}" for folder in sorted({str(file.parent) for file in headers})]
     # As in secura_serve.bases, which the rooms that compile may not import.
-    root = Path(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve").expanduser()
+    root = Path(os.path.expanduser(os.environ.get("SECURA_CACHE") or "~/.cache/secura-serve"))
     file = root / "native" / f"{key}.so"
     if not file.is_file() or file.stat().st_uid not in (0, os.getuid()):
         file.parent.mkdir(parents=True, exist_ok=True)

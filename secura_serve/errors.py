@@ -28,6 +28,7 @@ ConfigError, and any other with ``wrong_use``, is the caller's: a command then e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -138,6 +139,10 @@ class _StatusError(SecuraError):
     def __init__(self, status: int, message: str) -> None:
         self.status = status
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied, and pass between processes, with the status that comes first."""
+        return type(self), (self.status, str(self)), self.__dict__
 
 
 class LifecycleError(_StatusError):

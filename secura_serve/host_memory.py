@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -48,8 +49,11 @@ def available_memory(root: Path = Path("/")) -> int:
 def _left_in_groups(root: Path) -> Iterator[int]:
     groups = ""
     with suppress(OSError):
-        groups = (root / "proc/self/cgroup").read_text()
-    for line in groups.splitlines():
+        # A group may have any name.
+        groups = os.fsdecode((root / "proc/self/cgroup").read_bytes())
+    for line in groups.split("\n"):
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if not controllers or "memory" in controllers.split(","):
             files = _V1 if controllers else _V2

@@ -45,13 +45,17 @@ SHARE_A_SERVER = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test that uses a running server, so that `-m "not engine"` leaves it out.
 
-    Files with such tests come first: the short ones at the end keep both processes busy.
+    Files with such tests come first, then those that train or compile for long: the short ones at
+    the end keep both processes busy.
     """
     for item in items:
         if ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
-    long = {item.path for item in items if item.get_closest_marker("engine")}
-    items.sort(key=lambda item: item.path not in long)
+    marked = {
+        mark: {item.path for item in items if item.get_closest_marker(mark)}
+        for mark in ("engine", "long")
+    }
+    items.sort(key=lambda item: [item.path not in paths for paths in marked.values()])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:

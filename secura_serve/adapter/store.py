@@ -163,8 +163,12 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         AdapterFormatError: with every problem found.
     """
     folder = Path(path).absolute()
-    if not folder.is_dir():
+    try:
         fault = "a file, not a folder" if folder.is_file() else "no such folder"
+        fault = "" if folder.is_dir() else fault
+    except OSError as error:
+        fault = f"cannot be read: {reason(error)}"
+    if fault:
         raise AdapterFormatError(
             f"{os.fspath(path)}: {fault}; give the folder of an adapter", wrong_use=True
         )

@@ -8,6 +8,7 @@ beyond their data. No data set is part of this repository.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -161,7 +162,7 @@ def prepare(name: str, config: EvalConfig) -> Any:
 
 def _local(name: str, path: Path) -> dict[str, Any]:
     """Return the settings by which the harness reads ``path`` in place of its data set."""
-    if path.is_file():
+    if os.path.isfile(path):
         files = dict.fromkeys(("train", "validation", "test"), path)
     else:
         files = {f.stem: f for f in sorted(path.glob("*")) if f.suffix in _SUFFIXES}
@@ -170,7 +171,7 @@ def _local(name: str, path: Path) -> dict[str, Any]:
         raise DataError(
             f"{name}: --task-data {path} must be a file, or a folder of <split> files of one kind, "
             f"in {', '.join(_SUFFIXES)}",
-            wrong_use=not path.exists(),
+            wrong_use=not os.path.exists(path),
         )
     return {
         "dataset_path": kinds.pop(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -95,7 +96,7 @@ def _missing_files(recipe: dict[str, Any], over: Mapping[str, Any]) -> list[str]
         if key not in over
         and isinstance(name := recipe.get(key), str)
         and name.endswith(_SUFFIXES)
-        and not Path(name).exists()
+        and not os.path.exists(name)
     ]
 
 

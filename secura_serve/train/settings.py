@@ -52,7 +52,7 @@ NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
 _SET_BY_METHOD = (
     *("core", "inner_rank", "init", "magnorm", "tau", "magnorm_parameters", "fusion_step"),
-    *("coordinates", "learning_rate"),
+    *("coordinates", "damping", "learning_rate"),
 )
 
 
@@ -275,10 +275,11 @@ class TrainConfig:
                 object.__setattr__(self, name, value)
         if self.basis and self.selection == "inverse_sampled":
             object.__setattr__(self, "selection", "calibrated")
-        if self.coordinates is None and method.is_cur:
+        if self.coordinates is None:
             # What has been measured to keep more of the base at an equal score, and no more.
             measured = ("u", "none", "inverse_sampled")
-            natural = (self.core, self.magnorm, self.selection) == measured
+            natural = (self.core, self.magnorm, self.selection) == measured and method.is_cur
+            # Also where it means nothing: earlier versions wrote it there, into runs that go on.
             object.__setattr__(self, "coordinates", "natural" if natural else "plain")
         problems += self._contradictions()
         if problems:

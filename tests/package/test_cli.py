@@ -254,6 +254,13 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
         run_command("secura-x", _raiser(ZeroDivisionError()), [])
 
 
+def test_a_command_without_an_output_ends_as_it_would() -> None:
+    code = "from secura_serve.cli import evaluate; evaluate()"
+    shell = f"{sys.executable} -c '{code}' --list >&-"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     code = "from secura_serve.cli import evaluate; evaluate()"
     shell = f"{sys.executable} -c '{code}' --list | head -c 1"

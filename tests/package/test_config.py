@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from secura_serve.errors import ConfigError
+from secura_serve.adapter import load
+from secura_serve.atomic import check_target, place_problem
+from secura_serve.bases import resolve_base
+from secura_serve.errors import AdapterFormatError, BaseModelError, ConfigError, DataError
 from secura_serve.evaluate import EvalConfig, load_task
 from secura_serve.merge.config import MergeConfig
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.train import SequenceConfig, TrainConfig
 from secura_serve.train.basis.config import BasisConfig
+from secura_serve.train.data import read
 
 NEEDED: dict[type, dict[str, Any]] = {
     BasisConfig: {"base": "b", "out": "o"},
@@ -81,3 +86,52 @@ def test_defaults_are_inside_their_bounds() -> None:
         _, item = parameter.values
         if item.default not in (None, dataclasses.MISSING):
             assert item.metadata["bound"].allows(item.default), item.name
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves ``~name`` as it is where there is no such user."""
+    monkeypatch.chdir(tmp_path)
+    assert ServeConfig(state="~no.such.user/state")
+    with pytest.raises(BaseModelError, match="no base model '~no.such.user/base'"):
+        resolve_base("~no.such.user/base")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    with pytest.raises(BaseModelError, match=f"no config.json.*{tmp_path}/base"):
+        resolve_base("~/base")
+
+
+def test_what_cannot_be_an_output_is_told_before_the_work(tmp_path: Path) -> None:
+    assert "root of the file system" in str(place_problem(Path("/")))
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    assert "No such file" in str(place_problem(tmp_path / "astray/out"))
+    (tmp_path / "file").touch()
+    assert "Not a directory" in str(place_problem(tmp_path / "file/out"))
+    for fine in ("astray", "file", "new", "new/deep/er"):
+        assert place_problem(tmp_path / fine) is None
+    assert sorted(os.listdir(tmp_path)) == ["astray", "file"]
+
+
+def test_a_closed_folder_is_a_wrong_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests may run as root, who may read everything: so the system's answer is put in."""
+    (closed := tmp_path / "closed").mkdir()
+    look = os.stat
+
+    def guarded(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, (str, Path)) and closed in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    with pytest.raises(ConfigError, match="closed cannot be looked into: Permission denied"):
+        check_target(closed, True, "train.json")
+    with pytest.raises(AdapterFormatError, match="one: cannot be read: Permission denied") as told:
+        load(closed / "one")
+    assert told.value.wrong_use
+    for name in ("x.jsonl", "x.csv", "x.parquet"):
+        with pytest.raises(DataError, match="cannot be read") as refused:
+            read(str(closed / name))
+        assert refused.value.wrong_use
+    with pytest.raises(ConfigError, match="tasks: a: no file"):
+        SequenceConfig(**NEEDED[SequenceConfig] | {"tasks": f"a={closed}/b:{closed}/c"})

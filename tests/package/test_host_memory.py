@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import psutil
 import pytest
 
@@ -76,3 +78,32 @@ def test_a_path_of_the_host_means_the_mount(root):
     where = root("4:memory:/docker/0123", "0::/")
     write_group(where / "sys/fs/cgroup/memory", 16 * MIB, MIB, version=1)
     assert available_memory(where) == 15 * MIB
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\n\n", b"nonsense\n", b"0:\n", b"0::\n", b"0::/../../other\n", b"0::/a\0b\n"),
+        *(b"0::/caf\xe9\n", "0::/a\x85b\u2028c\n".encode(), b"0::/" + b"deep/" * 5000 + b"\n"),
+    ],
+)
+def test_whatever_the_system_says_of_groups_is_no_error(root, content):
+    where = root()
+    (where / "proc/self/cgroup").write_bytes(content)
+    assert available_memory(where) == free()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "a\x85b\u2028c".encode(), b"a:b:c"])
+def test_a_group_may_have_any_name(root, name):
+    where = root()
+    (where / "proc/self/cgroup").write_bytes(b"0::/" + name + b"\n")
+    write_group(where / "sys/fs/cgroup" / os.fsdecode(name), 64 * MIB, 40 * MIB)
+    assert available_memory(where) == 24 * MIB
+
+
+@pytest.mark.parametrize("stat", ["", "inactive_file\n", "inactive_file x\n", "a b c\n", "\xe9"])
+def test_a_group_whose_files_make_no_sense_counts_for_nothing(root, stat):
+    where = root("0::/a")
+    write_group(where / "sys/fs/cgroup/a", "9" * 5000, "-3")
+    (where / "sys/fs/cgroup/a/memory.stat").write_text(stat, encoding="latin-1")
+    assert available_memory(where) == free()

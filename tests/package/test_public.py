@@ -7,8 +7,10 @@ Needs the training dependencies (SecuraConfig is a PEFT class) and hatchling; no
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -64,6 +66,15 @@ def test_every_error_is_public() -> None:
 
 def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     assert not hasattr(secura_serve, "no_such_name")
+
+
+def test_an_error_passes_between_processes() -> None:
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        before = kind(409, "why") if issubclass(kind, errors._StatusError) else kind("why")
+        before.problems = ("a", "b")
+        for after in (pickle.loads(pickle.dumps(before)), copy.copy(before)):
+            assert type(after) is kind and str(after) == "why" and vars(after) == vars(before)
 
 
 ROOMS = ("", "client", "evaluate", "merge", "train")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -49,6 +50,23 @@ def test_what_any_engine_refuses_is_refused_and_no_other_keeps_it():
         assert await workers.fill(0, Path("image"), 0, 1) == "full"
 
     asyncio.run(work())
+
+
+def test_what_is_put_into_a_place_does_not_answer_for_what_was_there():
+    """A rank may have kept what it was told to forget, where the call failed there."""
+    cache = pytest.importorskip("vllm.utils.cache")
+    from secura_serve.serve.engine import adapter_calls
+    from secura_serve.serve.engine.deltas import DeltaModel
+
+    registered = cache.LRUCache(8)
+    for number, place in ((1, 0), (2, 1), (3, None), (4, 1)):
+        registered[number] = SimpleNamespace() if place is None else DeltaModel(number, place)
+    manager = SimpleNamespace(_registered_adapters=registered)
+    worker = SimpleNamespace(_adapter_manager=manager, remove_adapter=registered.pop)
+    adapter_calls._vacate(worker, 1)
+    assert list(registered.order) == [1, 3]
+    adapter_calls._vacate(worker, 1)
+    assert list(registered.order) == [1, 3]
 
 
 def test_slots_are_those_of_all_engines_and_of_one_rank_of_each():

@@ -333,11 +333,12 @@ def test_a_version_that_met_a_full_disk_is_served_once_there_is_room(
     parts, made, monkeypatch, quick
 ):
     monkeypatch.setattr(watching, "_FULL_DISK_S", 0.3)
-    take, full = parts.updates.verifier.store.take, [True]
+    take, full, tries = parts.updates.verifier.store.take, [True], []
 
     def take_if_room(source):
         if full[0]:
-            raise StorageError("no space left")
+            tries.append(source)
+            raise StorageError(f"no space left for draft {len(tries)}")
         return take(source)
 
     monkeypatch.setattr(parts.updates.verifier.store, "take", take_if_room)
@@ -347,6 +348,7 @@ def test_a_version_that_met_a_full_disk_is_served_once_there_is_room(
             put(made / "one", parts.folder / "x")
             await asyncio.sleep(1.5)
             warnings = [line for line in parts.said if "no space left" in line]
+            assert len(tries) > 1
             assert len(warnings) == 1 and "tried again" in warnings[0]
             full[0] = False
             await until(lambda: digest(parts, "x") == digest_of(made / "one"), 3)

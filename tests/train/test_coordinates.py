@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from secura_serve import adapter
@@ -25,9 +27,10 @@ from secura_serve.errors import ConfigError
 from secura_serve.method import Coordinates, natural_coordinates
 from secura_serve.train import adapter_layers
 from secura_serve.train.basis.energies import weight_of
+from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.coordinates import Moments, measure_moments
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
-from secura_serve.train.data import BaseText
+from secura_serve.train.data import BaseText, sample_base_text
 from secura_serve.train.fit import Interrupted
 from secura_serve.train.main import main
 from secura_serve.train.main import settings as parsed
@@ -181,9 +184,37 @@ def test_a_checkpoint_holds_them_and_a_cache_keeps_the_moments(
     tensors = {name: value.clone() for name, value in kept.items()}
     for name, value in checkpoint_tensors(second.model).items():
         assert torch.equal(value, tensors[name]), name
+
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # A cache that others have filled and that this user may read.
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.only_writer", closed)
+    prepare(settings)
+    assert not measured
     plain = prepare(config(tiny_base("llama"), data, tmp_path / "o", coordinates="plain"))
     restore(plain.model, tensors)
     assert torch.equal(checkpoint_tensors(plain.model)[name], tensors[name])
+
+
+@pytest.mark.parametrize("fails", ["only_writer", "write_whole"])
+def test_a_cache_that_cannot_be_written_costs_one_measurement(
+    fails: str, tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def measure(_: object, __: object, layers: Any, ___: object) -> dict[str, Moments]:
+        measured.append(1)
+        return {module: Moments(covariance(8, 1), covariance(8, 2)) for module in layers}
+
+    measured: list[int] = []
+    natural = "secura_serve.train.coordinates.natural"
+    monkeypatch.setattr(f"{natural}.measure_moments", measure)
+    monkeypatch.setattr(f"{natural}.{fails}", full)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    prepare(config(tiny_base("llama"), data, tmp_path / "o"))
+    assert len(measured) == 1
 
 
 def prepared(base: Path | str, data: Path, out: Path, **more: Any) -> PreparedModel:
@@ -224,6 +255,24 @@ def test_a_file_of_moments_serves_its_base_and_basis_and_smaller_ranks(
     ):
         file.write_bytes(damaged)
         assert read() is None
+    module = next(iter(layers))
+    for part, value in (
+        ("inputs", torch.full((8, 8), torch.nan)),
+        ("gradients", torch.full((8, 8), torch.inf)),
+        ("inputs", torch.ones(1, 1)),
+        ("gradients", torch.ones(8)),
+        ("inputs", torch.ones(())),
+        ("rows", torch.tensor(3)),
+    ):
+        file.write_bytes(whole)
+        tensors = load_file(file) | {f"{module}.{part}": value}
+        with safe_open(file, "pt") as opened:
+            facts = opened.metadata()
+        save_file(tensors, file, facts)
+        assert read() is None
+    for nonsense in ("[]", "7", "null", "{", "[" * 100_000):
+        save_file(tensors, file, {"fingerprints": nonsense})
+        assert read() is None
     file.unlink()
     assert read() is None
 
@@ -254,6 +303,45 @@ def test_those_of_the_embedded_base_are_shipped(
     assert any(".secura_left." in name for name in checkpoint_tensors(model))
 
 
+def test_what_is_shipped_serves_no_other_base_of_that_name(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fine-tune with the same weights in the layers that are trained writes other text."""
+    original, name = tiny_base("llama"), "smollm2-135m"
+    layers = adapter_layers(prepared(original, data, tmp_path / "o").model, "default")
+    wrong = {module: Moments(torch.eye(8), torch.eye(8)) for module in layers}
+    (tmp_path / f"{name}.safetensors").write_bytes(encode_moments(wrong, layers, "default"))
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.SHIPPED", tmp_path)
+    shutil.copytree(original, fine_tune := tmp_path / "mine" / name)
+    weights = load_file(fine_tune / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, fine_tune / "model.safetensors", {"format": "pt"})
+    measured: list[int] = []
+
+    def measure(*_: object) -> dict[str, Moments]:
+        measured.append(1)
+        return {module: Moments(covariance(8, 1), covariance(8, 2)) for module in layers}
+
+    monkeypatch.setattr("secura_serve.train.coordinates.natural.measure_moments", measure)
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    prepare(config(fine_tune, data, tmp_path / "o"))
+    assert measured
+
+
+def test_a_chat_template_may_begin_with_the_message(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_base("llama"), base := tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    )
+    model = prepare(config(base, data, tmp_path / "o"))
+    assert any(".secura_left." in name for name in checkpoint_tensors(model.model))
+    text = sample_base_text(model.model, model.tokenizer, sequences=2, length=3)
+    assert text.start == 1 and (text.tokens[:, 0] == model.tokenizer.bos_token_id).all()
+
+
 def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path: Path) -> None:
     def default(**more: Any) -> str | None:
         return TrainConfig(base="x", data=str(data), out=str(tmp_path / "o"), **more).coordinates
@@ -267,7 +355,7 @@ def test_natural_is_the_default_where_it_has_been_measured(data: Path, tmp_path:
         {"selection": "calibrated"},
     ):
         assert default(**more) == "plain"
-    assert default(method="lora") is None and default(coordinates="plain") == "plain"
+    assert default(method="lora") == "plain" and default(coordinates="plain") == "plain"
 
 
 def test_a_recipe_from_before_means_plain_coordinates(data: Path, tmp_path: Path) -> None:
@@ -284,6 +372,35 @@ def test_a_recipe_from_before_means_plain_coordinates(data: Path, tmp_path: Path
         assert parsed(["--config", str(file)]).coordinates == now
     (file := tmp_path / "recipe.yaml").write_text(json.dumps(old))
     assert parsed(["--config", str(file)]).coordinates == "natural"
+
+
+def test_another_methods_recipe_takes_no_damping_along(data: Path, tmp_path: Path) -> None:
+    settings = {"base": "x", "data": str(data), "out": "o", "method": "curlora", "damping": 0.1}
+    (file := tmp_path / "train.json").write_text(
+        json.dumps({"config": settings | {"coordinates": "natural"}})
+    )
+    assert parsed(["--config", str(file)]).damping == 0.1
+    for method in ("secura", "lora", "full"):
+        now = parsed(["--config", str(file), "--method", method])
+        assert (now.coordinates, now.damping) == ("plain", 0.01)
+
+
+@pytest.mark.parametrize("method", ["secura", "lora", "full"])
+@pytest.mark.parametrize("written", [{}, {"coordinates": "plain"}])
+def test_a_run_from_before_goes_on(
+    method: str, written: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    """A method that trains as it did: with the same flags, its run is the same run."""
+    now = TrainConfig(
+        base="x", data=str(data), out=str(tmp_path / "o"), method=method, resume="auto"
+    )
+    folder = RunFolder(now)
+    with folder.locked():
+        folder.open({})
+        facts = json.loads((folder.path / "run.json").read_text())
+        del facts["coordinates"]
+        (folder.path / "run.json").write_text(json.dumps(facts | written))
+        folder._check_same_run(folder.path / "run.json", facts | {"coordinates": now.coordinates})
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def test_faults_are_named_by_row_and_field(tmp_path: Path) -> None:
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="torn.parquet: not a whole parquet file"):
         read(str(tmp_path / "torn.parquet"))
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(DataError, match="pipe.parquet: cannot be read: it is no regular file"):
+        read(str(tmp_path / "pipe.parquet"))
     datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet(tmp_path / "e.parquet")
     with pytest.raises(DataError, match="e.parquet: no examples"):
         read(str(tmp_path / "e.parquet"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from secura_serve.addresses import port_problem
 from secura_serve.config import POSITIVE, between, not_allowed, option
@@ -127,7 +127,7 @@ class ServeConfig:
             problems.append("adapters: is empty; name a folder, or leave it out")
         if self.keys == "":
             problems.append("keys: is empty; name a file, or leave it out")
-        if self.state and Path(self.state).expanduser().is_dir():
+        if self.state and os.path.isdir(os.path.expanduser(self.state)):
             problems.append(f"state: {self.state} is a folder; name a file, or a new one")
         if problem := port_problem(self.ui_port):
             problems.append(f"ui_port: {problem}")

@@ -76,7 +76,7 @@ def start(config: ServeConfig, vllm_flags: list[str]) -> int:
         _check_settings(config, vllm_flags)
     elif config.keys:
         # Before the adapters are verified, which may take a while.
-        read_keys(Path(config.keys).expanduser())
+        read_keys(Path(os.path.expanduser(config.keys)))
     forked = not config.check and _start_importing(vllm_flags)
     base = resolve_base(config.base)
     names = list(config.served_model_name) or [_default_name(base)]
@@ -151,7 +151,7 @@ def _context(
     from secura_serve.serve.app.metrics import Metrics
 
     metrics = Metrics()
-    root = Path(config.adapters).expanduser().absolute() if config.adapters else None
+    root = Path(os.path.expanduser(config.adapters)).absolute() if config.adapters else None
     library = Library(names, keep=config.adapter_versions)
     folding = Folding(base.path, names, library, per_request=per_request, observer=metrics)
     state = StateFile(_state_path(config, args, root)) if root is not None else None
@@ -186,7 +186,7 @@ def _context(
 
 def _state_path(config: ServeConfig, args: Any, root: Path | None) -> Path:
     if config.state:
-        return Path(config.state).expanduser()
+        return Path(os.path.expanduser(config.state))
     # Servers that share a folder listen on different ports, and each keeps its own decisions.
     where = f"{root and root.resolve()}|{args.uds or args.port}"
     name = hashlib.sha256(where.encode()).hexdigest()[:32]

@@ -294,7 +294,7 @@ def server_keys(args: Any, *, admin: str | None, file: str | None = None) -> Key
             "responses apart by key, so every key of --keys could read and cancel those of the "
             "others; unset it"
         )
-    key_file = KeyFile(Path(file).expanduser(), keys.plain)
+    key_file = KeyFile(Path(os.path.expanduser(file)), keys.plain)
     return Keys(keys.user, admin, key_file, internal=secrets.token_urlsafe(32))
 
 

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from secura_serve.errors import SecuraError
 from secura_serve.serve import compat
 from secura_serve.serve.delta_image import DeltaImage
+from secura_serve.serve.engine.deltas import DeltaModel
 from secura_serve.serve.engine.ranks import on_every_rank
 
 __all__ = ["AdapterCalls"]
@@ -77,8 +78,11 @@ class AdapterCalls:
         Returns:
             None, or why it cannot be done.
         """
-        manager = compat.model_manager(compat.worker_adapters(self.model_runner))
+        worker_manager = compat.worker_adapters(self.model_runner)
+        manager = compat.model_manager(worker_manager)
         try:
+            if first == 0:
+                _vacate(worker_manager, place)
             manager.deltas.fill(place, DeltaImage.open(Path(path)), first, last)
         except Exception as error:
             return _reason(error)
@@ -116,6 +120,16 @@ class AdapterCalls:
             return _reason(error)
         manager.pinned.add(number)
         return None
+
+
+def _vacate(worker_manager: Any, place: int) -> None:
+    """Unregister whatever still stands for a place: where the call that was to forget it did not
+    get through to every rank, it would be answered with the next update in there."""
+    manager = compat.model_manager(worker_manager)
+    for number in list(compat.registered_adapters(manager).order):
+        model = compat.registered_adapter(manager, number)
+        if isinstance(model, DeltaModel) and model.place == place:
+            worker_manager.remove_adapter(number)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -130,7 +131,7 @@ class SequenceConfig(TrainConfig):
             problems += [
                 f"tasks: {name}: no file {path}"
                 for path in (train, test)
-                if not Path(path).is_file()
+                if not os.path.isfile(path)
             ]
             tasks.append(SequenceTask(name, train, test))
         names = [task.name for task in tasks]

@@ -58,9 +58,12 @@ def read_moments(
                 )
                 if not same or prints[module] != _fingerprint(layer.pristine, basis):
                     return None
-                parts = (opened.get_tensor(f"{module}.{key}") for key in ("inputs", "gradients"))
-                moments[module] = Moments(*(part[:r, :r].double() for part in parts))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+                read = (opened.get_tensor(f"{module}.{key}") for key in ("inputs", "gradients"))
+                parts = [part[:r, :r].double() for part in read]
+                if not all(part.shape == (r, r) and part.isfinite().all() for part in parts):
+                    return None
+                moments[module] = Moments(*parts)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
         return None
     return moments
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from secura_serve.atomic import only_writer, write_whole
-from secura_serve.bases import cache_root
+from secura_serve.bases import EMBEDDED, cache_root
 from secura_serve.errors import ConfigError
 from secura_serve.method import gather, natural_coordinates
 from secura_serve.train.base_digest import base_digest
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["set_natural_coordinates"]
 
 SHIPPED = Path(__file__).parent
-"""Holds, for each embedded base, what the first run of rank 32 in float32 kept in its cache."""
+"""Holds, for the embedded base, what the first run of rank 32 in float32 kept in its cache."""
 _TEXT = {"sequences": 64, "length": 96, "seed": 0}
 """As for a calibrated basis."""
 _NAME = "default"
@@ -57,11 +58,16 @@ def set_natural_coordinates(prepared: PreparedModel, damping: float) -> None:
 
 def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[str, Moments]:
     """Return the moments that are shipped or in the cache; measure them where they are neither."""
-    # Whatever the dtype and the machine of this run.
-    shipped = SHIPPED / f"{Path(prepared.model_id).name}.safetensors"
-    if (kept := read_moments(shipped, layers, _NAME)) is not None:
-        return kept
     file = cache_root() / "moments" / f"{_key(prepared, layers)}.safetensors"
+    places = [file]
+    if prepared.model_id == EMBEDDED:
+        # Whatever the dtype and the machine of this run. For no other base: a fine-tune of it may
+        # have the same weights in these layers, and other moments.
+        places.insert(0, SHIPPED / f"{EMBEDDED}.safetensors")
+    for place in places:
+        # Without a lock, which takes a folder that can be written.
+        if (kept := read_moments(place, layers, _NAME)) is not None:
+            return kept
     try:
         # Several processes of a run need the same ones: one measures, the others wait.
         with only_writer(file, wait=True):
@@ -73,10 +79,11 @@ def _moments(prepared: PreparedModel, layers: dict[str, SecuraLayer]) -> dict[st
                         file=sys.stderr,
                     )
                 kept = _measure(prepared, layers)
-                write_whole(file, encode_moments(kept, layers, _NAME))
+                with suppress(OSError, SafetensorError):
+                    write_whole(file, encode_moments(kept, layers, _NAME))
             return kept
-    # A cache that cannot be written costs the minutes again, and nothing else.
-    except (OSError, SafetensorError):
+    # A cache that cannot be written costs the next run the minutes again, and nothing else.
+    except OSError:
         return _measure(prepared, layers)
 
 

@@ -75,11 +75,13 @@ def sample_base_text(
 
 def _beginning(tokenizer: Any) -> Tensor:
     """Return the tokens ``(1, n)`` in front of a user's message, or the first token of a text."""
+    ids: list[int] = []
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": _MARK}]
         before = tokenizer.apply_chat_template(turn, tokenize=False).partition(_MARK)[0]
         ids = tokenizer(before, add_special_tokens=False)["input_ids"]
-    else:
+    # A template may begin with the message itself, as DialoGPT's does.
+    if not ids:
         first = tokenizer.bos_token_id
         ids = [tokenizer.eos_token_id if first is None else first]
     return torch.tensor([ids], dtype=torch.int64)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
         return _csv_rows(file, _DELIMITERS[file.suffix])
     if file.suffix == ".parquet":
         return _parquet_rows(_readable(file))
-    if file.is_file() or file.suffix in (".jsonl", ".json"):
+    if os.path.isfile(file) or file.suffix in (".jsonl", ".json"):
         return json_rows(file)
     return _hub_rows(source)
 
@@ -131,7 +132,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
             "or a hub id[:config][:split]",
             # Without the hub, only a name with an owner can be one that is there.
             wrong_use=isinstance(error, faults.DatasetNotFoundError)
-            or not (Path(name).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
+            or not (os.path.exists(name) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)),
         ) from error
     finally:
         if not bars:
@@ -142,6 +143,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _readable(file: Path) -> Path:
     try:
+        # Opening a pipe would wait for whoever writes to it; a folder is told by open().
+        if not file.is_dir() and not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{file}: cannot be read: it is no regular file", wrong_use=True)
         file.open("rb").close()
     except OSError as error:
         raise _unreadable(file, error) from error

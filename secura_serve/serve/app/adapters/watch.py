@@ -36,7 +36,7 @@ _ROOT_MS = 5000
 _RETRY_S = 5.0
 _PATIENCE_S = 600.0
 _FULL_DISK_S = 30.0
-"""When a copy that could not be written is tried again."""
+"""When a copy that could not be written is tried again, at the soonest."""
 
 
 class FolderWatch:
@@ -100,21 +100,25 @@ class FolderWatch:
 
     async def _follow(self, name: str) -> None:
         """Bring one adapter up to date, again if its folder changes meanwhile."""
-        shown, told = printable(name), ""
+        shown, told = printable(name), False
         try:
             while name in self._changed:
                 self._changed.discard(name)
+                begin = time.monotonic()
                 try:
                     await self._count(self.sync(name))
                 except StorageError as error:
-                    if told != (told := str(error)):
+                    # Once: what the error says is another each time, such as how much is free.
+                    if not told:
                         self._say(
                             f"warning: {shown} is not served as its folder is now: {error}; it is "
-                            f"tried again every {_FULL_DISK_S:g} s"
+                            "tried again until there is room"
                         )
-                    # Nothing reports that the disk has room again.
+                    told = True
+                    # Nothing reports that the disk has room again. To compare a whole fine-tune
+                    # takes long, and requests are answered meanwhile.
                     self._changed.add(name)
-                    await asyncio.sleep(_FULL_DISK_S)
+                    await asyncio.sleep(max(_FULL_DISK_S, 2 * (time.monotonic() - begin)))
                 except SecuraError as error:
                     self._say(f"warning: {shown} is not served as its folder is now: {error}")
                     # If its folder is gone, it goes once it is unfolded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ def scan(
         StorageError: the copies cannot be written.
         UnservableError: the base is quantised.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         fault = "is a file, not a folder" if root.exists() else "does not exist"
         raise ConfigError(

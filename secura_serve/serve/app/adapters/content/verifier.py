@@ -11,6 +11,7 @@ from secura_serve.adapter import Adapter
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, SecuraError, UnservableError
+from secura_serve.os_errors import reason
 from secura_serve.serve.app.adapters.content.fine_tune import FineTune, is_fine_tune
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
@@ -107,7 +108,7 @@ class Verifier:
         try:
             return self._examine(path)
         except OSError as error:
-            raise AdapterFormatError(f"{path.name} cannot be read: {error.strerror}") from error
+            raise AdapterFormatError(f"{path.name} cannot be read: {reason(error)}") from error
 
     def _examine(self, path: Path) -> Entry:
         if is_fine_tune(path):
