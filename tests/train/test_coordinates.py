@@ -433,3 +433,20 @@ def test_the_setting_is_for_cur_methods_alone(tmp_path: Path) -> None:
         config(tmp_path, tmp_path, tmp_path, method="lora")
     with pytest.raises(ConfigError, match="damping: needs --coordinates natural"):
         config(tmp_path, tmp_path, tmp_path, coordinates="plain", damping=0.1)
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ("{{ raise_exception('a system message is wanted') }}", "a system message is wanted"),
+        ("{{ messages[0]['content'] }}", "no token that begins a text"),
+    ],
+)
+def test_a_base_that_cannot_begin_a_text_is_told_what_to_do(
+    tiny_base: TinyBase, data: Path, tmp_path: Path, template: str, said: str
+) -> None:
+    model = prepared(tiny_base("llama"), data, tmp_path / "o")
+    model.tokenizer.chat_template = template
+    model.tokenizer.bos_token = model.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match=f"{said}.*--coordinates plain"):
+        sample_base_text(model.model, model.tokenizer, sequences=1, length=1)

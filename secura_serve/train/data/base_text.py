@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from secura_serve.errors import ConfigError
+
 __all__ = ["BaseText", "sample_base_text"]
 
 _MARK = "\ue000"
+_WITHOUT = "train with --coordinates plain, and --retain with --retain-data FILE"
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,29 @@ def sample_base_text(
 
 
 def _beginning(tokenizer: Any) -> Tensor:
-    """Return the tokens ``(1, n)`` in front of a user's message, or the first token of a text."""
+    """Return the tokens ``(1, n)`` in front of a user's message, or the first token of a text.
+
+    Raises:
+        ConfigError: the base's template takes no message of a user alone, or no token begins a
+            text.
+    """
     ids: list[int] = []
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": _MARK}]
-        before = tokenizer.apply_chat_template(turn, tokenize=False).partition(_MARK)[0]
+        try:
+            before = tokenizer.apply_chat_template(turn, tokenize=False).partition(_MARK)[0]
+        except TemplateError as error:
+            raise ConfigError(
+                f"the base cannot write text by itself: its chat template says {error}; {_WITHOUT}"
+            ) from error
         ids = tokenizer(before, add_special_tokens=False)["input_ids"]
     # A template may begin with the message itself, as DialoGPT's does.
     if not ids:
-        first = tokenizer.bos_token_id
-        ids = [tokenizer.eos_token_id if first is None else first]
+        firsts = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+        if not firsts:
+            raise ConfigError(
+                "the base cannot write text by itself: its tokenizer has no token that begins a "
+                f"text (bos_token, eos_token); {_WITHOUT}"
+            )
+        ids = firsts[:1]
     return torch.tensor([ids], dtype=torch.int64)
