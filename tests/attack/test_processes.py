@@ -170,7 +170,8 @@ class Load:
         seen: list[str] = []
 
         def stream() -> str:
-            asked = {"model": "base", "stream": True} | LONG | body
+            # Few enough that a busy client still reads all of it before it is cut.
+            asked = {"model": "base", "stream": True} | LONG | body | {"n": 8}
             with httpx.stream(
                 "POST", f"{server.url}/v1/completions", json=asked, timeout=120
             ) as answer:
