@@ -273,6 +273,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems = _unknown([str(key) for key in values if key not in fields], fields)
     good: dict[str, Any] = {}
+    outside: list[str] = []
     for name, item in fields.items():
         if name not in values:
             if item.default is MISSING:
@@ -288,8 +289,17 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         if not right:
             problems.append(f"{name}: got {value!r}, expected {type_.__name__}")
         else:
-            problems += _problem(item, value)
+            outside += _problem(item, value)
         good[name] = value
-    if problems:
-        raise ConfigError("the settings are not valid:", problems)
-    return cls(**good)
+    if not problems:
+        try:
+            made = cls(**good)
+        except ConfigError as error:
+            if not outside:
+                raise
+            # What it says of itself, told together with what contradicts another setting.
+            problems = [problem for problem in error.problems if problem not in outside]
+        else:
+            if not outside:
+                return made
+    raise ConfigError("the settings are not valid:", problems + outside)
