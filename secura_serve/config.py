@@ -240,11 +240,9 @@ def _problem(item: dataclasses.Field[Any], value: Any) -> list[str]:
         # From Python it may be anything.
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
         return [f"{item.name}: got {value!r}, allowed: {', '.join(allowed)}{hint}"]
-    return (
-        []
-        if bound is None or bound.allows(value)
-        else [f"{item.name}: got {value!r}, must be {bound.text}"]
-    )
+    if bound is not None and not bound.allows(value):
+        return [f"{item.name}: got {value!r}, must be {bound.text}"]
+    return []
 
 
 def not_allowed(settings: Any) -> list[str]:

@@ -163,12 +163,13 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         AdapterFormatError: with every problem found.
     """
     folder = Path(path).absolute()
+    fault = None
     try:
-        fault = "a file, not a folder" if folder.is_file() else "no such folder"
-        fault = "" if folder.is_dir() else fault
+        if not folder.is_dir():
+            fault = "a file, not a folder" if folder.is_file() else "no such folder"
     except OSError as error:
         fault = f"cannot be read: {reason(error)}"
-    if fault:
+    if fault is not None:
         raise AdapterFormatError(
             f"{os.fspath(path)}: {fault}; give the folder of an adapter", wrong_use=True
         )
@@ -183,7 +184,7 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         weights.open("rb").close()
     except OSError as error:
         raise AdapterFormatError(
-            f"{folder.name}: {WEIGHTS_NAME} cannot be opened: {error.strerror}"
+            f"{folder.name}: {WEIGHTS_NAME} cannot be opened: {reason(error)}"
         ) from error
     try:
         with safe_open(weights, framework="pt") as file:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secura_serve.train.settings import TrainConfig
 
 __all__ = [
+    "BEFORE_COORDINATES",
     "contradictions",
     "layer_ranges",
     "not_supported",
@@ -23,7 +24,8 @@ __all__ = [
     "settings_not_supported_by",
 ]
 
-_MEANS_NOTHING = {"coordinates": "plain"}
+BEFORE_COORDINATES = {"coordinates": "plain"}
+"""What a recipe means that was written before there were others."""
 
 
 def settings_not_supported_by(method: str) -> set[str]:
@@ -39,7 +41,7 @@ def not_supported(config: TrainConfig) -> list[str]:
         for item in fields(config)
         if item.name in unsupported
         # Earlier versions wrote what means nothing for a method into its recipes as well.
-        and getattr(config, item.name) not in (item.default, _MEANS_NOTHING.get(item.name))
+        and getattr(config, item.name) not in (item.default, BEFORE_COORDINATES.get(item.name))
     ]
 
 

@@ -20,6 +20,7 @@ from secura_serve.config import (
 )
 from secura_serve.errors import ConfigError
 from secura_serve.train.checks import (
+    BEFORE_COORDINATES,
     contradictions,
     layer_ranges,
     malformed,
@@ -30,7 +31,6 @@ from secura_serve.train.dtype import fastest_dtype
 from secura_serve.train.methods.registry import METHODS
 
 __all__ = [
-    "BEFORE_COORDINATES",
     "NO_PUSHES",
     "REMOVED",
     "REPRODUCTION_ONLY",
@@ -45,8 +45,6 @@ SELF = "self"
 """The ``retain_data`` that the base writes itself."""
 REMOVED = {"accumulation": "it never changed anything: m1 and m2 are the same sum here"}
 """Settings of earlier versions, which old recipes still hold, and why they are ignored."""
-BEFORE_COORDINATES = {"coordinates": "plain"}
-"""What a recipe means that was written before there were others."""
 NO_PUSHES = {"push_to": None, "push_name": None, "push_every": 10}
 """What a recipe says of pushes: whom a run was pushed to does not change what it makes."""
 # What a method sets by itself, and what depends on it: not taken over from another method's recipe.
