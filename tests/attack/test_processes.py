@@ -32,13 +32,12 @@ from tests.support import warm
 from tests.support.engines import SERVE, free_port, random_adapter
 
 FLAGS = (
-    *("--enforce-eager", "--max-model-len", "2048", "--write-timeout", "3"),
-    *("--hf-overrides", '{"max_position_embeddings": 2048}'),
+    *("--enforce-eager", "--max-model-len", "8192", "--write-timeout", "3"),
+    *("--hf-overrides", '{"max_position_embeddings": 8192}'),
 )
 LEAKS = ("leaked", "resource_tracker", "nanobind", "Traceback", "ASGI callable")
-# Long enough to be running when the signal comes, also where the server tells late that it has
-# both requests: 1,500 tokens of 64 answers.
-LONG = {"prompt": "hi", "max_tokens": 1500, "ignore_eos": True, "n": 64}
+# Longer than a stop waits, on a fast machine too: 8,000 tokens of 64 answers.
+LONG = {"prompt": "hi", "max_tokens": 8000, "ignore_eos": True, "n": 64}
 
 
 @dataclass
@@ -337,7 +336,7 @@ def _assert_death(server: Server, load: Load, cause: str) -> None:
 def test_a_signal_to_the_whole_group_lets_running_requests_finish(number, start):
     """Ctrl-C in a terminal reaches every process, and so does a service manager's SIGTERM."""
     server = start("--no-ui", "--shutdown-timeout", "60")
-    load = Load.on(server, n=4)
+    load = Load.on(server, n=4, max_tokens=1500)
     os.killpg(server.process.pid, number)
     assert load.plain.result(90).status_code == 200
     assert load.stream.result(90).rstrip().endswith("[DONE]")
