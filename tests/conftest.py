@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from secura_serve.garbage_collection import (
-    collect_as_usual,
-    collect_rarely,
-    exit_without_collecting,
-)
+from secura_serve.garbage_collection import collect_rarely, exit_without_collecting
 from tests.support.bases import write_model, write_tokenizer
 
 if TYPE_CHECKING:
@@ -36,15 +33,28 @@ if (process := os.environ.get("PYTEST_XDIST_WORKER", "")).startswith("gw"):
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
-# A process of tests imports all that the package uses: a quarter of the time until its first test
-# would be the collector's.
+# A test process imports all that the package uses. Without the following the collector takes a
+# third of its time: it would go through the imports while they are made, and through all of them
+# again in every training run, which transformers' Trainer begins with a collection.
 collect_rarely()
 exit_without_collecting()
+_frozen_modules = 0
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()
-    collect_as_usual()
+    gc.set_threshold(7_000, 10, 10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_imports() -> Iterator[None]:
+    """Exempt what a file's tests have imported from later collections."""
+    global _frozen_modules
+    yield
+    if len(sys.modules) > _frozen_modules + 200:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
 
 
 # Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.

@@ -11,7 +11,7 @@ from ..answer import Answer, summary
 from .conversation import Conversation
 from .difference import ADDED, MISSING, difference
 
-__all__ = ["COLUMNS", "LABELS", "differences", "figures", "nothing", "redrawn", "step"]
+__all__ = ["COLUMNS", "LABELS", "buttons", "differences", "figures", "nothing", "redrawn", "step"]
 
 COLUMNS = 4
 TIMES = (
@@ -42,8 +42,6 @@ def step(
     conversations: list[Conversation],
     answers: dict[int, Answer],
     drawn: dict[int, tuple[Any, ...]],
-    *,
-    running: bool,
 ) -> list[Any]:
     """Return prompt, buttons, chats, figures and differences; what has not changed is skipped."""
     bots: list[Any] = [gr.skip()] * COLUMNS
@@ -57,10 +55,14 @@ def step(
             bots[i], drawn[i] = conversations[i].shown(), state
             lines[i] = figures(answer) if asked else ""
     prompt = gr.update(value="") if first else gr.skip()
-    send, stop = gr.update(interactive=not running), gr.update(interactive=running)
-    buttons = [send, stop] if first or not running else [gr.skip(), gr.skip()]
+    shown = buttons(running=True) if first else [gr.skip(), gr.skip()]
     hide = [gr.update(visible=False) if first else gr.skip() for _ in range(COLUMNS - 1)]
-    return [prompt, *buttons, *bots, *lines, *hide]
+    return [prompt, *shown, *bots, *lines, *hide]
+
+
+def buttons(*, running: bool) -> list[Any]:
+    """Return Send and Stop, of which one can be pressed."""
+    return [gr.update(interactive=not running), gr.update(interactive=running)]
 
 
 def nothing() -> list[Any]:

@@ -13,7 +13,7 @@ from ..compare import Comparison, Settings
 from ..endpoint import encodable
 from ..server import Server
 from .conversation import Conversation
-from .display import COLUMNS, differences, nothing, redrawn, step
+from .display import COLUMNS, buttons, differences, nothing, redrawn, step
 from .safe_text import without_joiners
 
 __all__ = ["Chat", "Handler"]
@@ -121,6 +121,13 @@ class Chat:
         if comparison := self.running.get(request.session_hash):
             comparison.stop()
 
+    def ended(self, request: gr.Request) -> list[Any]:
+        """Return Send and Stop as they are once a handler has ended; another may still run.
+
+        While one has not ended, Gradio drops what is sent, so Send waits for this.
+        """
+        return buttons(running=request.session_hash in self.running)
+
     async def clear(self, request: gr.Request, conversations: list[Conversation]) -> list[Any]:
         """Forget all turns; what is still answered is stopped."""
         await self.stop(request)
@@ -187,18 +194,18 @@ class Chat:
         self.running[request.session_hash] = comparison
         drawn: dict[int, tuple[Any, ...]] = {}
         try:
-            yield step(conversations, answers, drawn, running=True)
+            yield step(conversations, answers, drawn)
             at = 0.0
             async for _ in comparison:
                 # A browser that redraws after every token is slower than the model.
                 await asyncio.sleep(max(0.0, at + REDRAW_S - time.monotonic()))
                 at = time.monotonic()
-                yield step(conversations, answers, drawn, running=True)
+                yield step(conversations, answers, drawn)
             marks = [gr.skip()] * (COLUMNS - 1)
             if marked:
                 # Words are compared for a while; others are not to wait for that.
                 marks = await asyncio.to_thread(differences, conversations, COLUMNS)
-            last = step(conversations, answers, drawn, running=False)
+            last = step(conversations, answers, drawn)
             yield [*last[: -(COLUMNS - 1)], *marks]
         finally:
             # Also reached when the browser has gone.

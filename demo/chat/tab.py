@@ -133,15 +133,19 @@ def build_chat(chat: Chat) -> ChatTab:
     state = [conversations, columns, marked, system, *settings, *models]
     shown = [prompt, send, stop, *bots, *lines, *marks]
     running: dict[str, Any] = {**QUIET, "concurrency_limit": None, "trigger_mode": "once"}
-    gr.on([send.click, prompt.submit], chat.send, [prompt, *state], shown, **running)
-    again.click(chat.retry, state, shown, **running)
+    asking = [
+        gr.on([send.click, prompt.submit], chat.send, [prompt, *state], shown, **running),
+        again.click(chat.retry, state, shown, **running),
+    ]
     stop.click(chat.stop, queue=False, **QUIET)
     clear.click(chat.clear, [conversations], shown, queue=False, **QUIET)
     marked.change(chat.mark, [conversations, columns, marked], marks, queue=False, **QUIET)
     for i, bot in enumerate(bots):
-        bot.retry(chat.retry_one(i), state, shown, **running)
-        bot.edit(chat.edit(i), state, shown, **running)
+        asking.append(bot.retry(chat.retry_one(i), state, shown, **running))
+        asking.append(bot.edit(chat.edit(i), state, shown, **running))
         bot.clear(chat.clear_one(i), [conversations], shown, queue=False, **QUIET)
+    for event in asking:
+        event.then(chat.ended, None, [send, stop], queue=False, **QUIET)
     # One for each of the two events, which come in any order.
     before, last = gr.State(2), gr.State(2)
     columns.change(

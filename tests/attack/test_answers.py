@@ -181,7 +181,7 @@ def test_a_client_that_does_not_read_cannot_hold_a_fold(http, client, truth):
         "/v1/completions",
         json={
             "model": "base",
-            "prompt": ["Once upon"] * 64,
+            "prompt": ["Once upon"] * 24,
             "max_tokens": 480,
             "logprobs": 20,
             "stream": True,

@@ -20,6 +20,9 @@ from tests.support.fake_server import BASE, FakeServer, Script, adapter_card
 pytestmark = pytest.mark.long
 TABS = ("Chat", "Adapters", "Retention", "Live")
 PANELS = ("settings", "mix", "share", "changes")
+# A colour that is still fading in has no contrast yet.
+STILL = """() => document.getAnimations().every((a) => a.playState !== 'running'
+  || a.effect.getComputedTiming().endTime === Infinity)"""
 
 
 @windows("390 dark", "1280 light")
@@ -143,7 +146,8 @@ def test_no_tab_has_a_serious_finding_or_is_cut(
             button = page.locator(f"#{panel} > button")
             if button.count() and button.is_visible():
                 button.click()
-        page.wait_for_timeout(1500)
+        page.wait_for_timeout(300)
+        page.wait_for_function(STILL)
         for finding in axe.run(page).response["violations"]:
             if finding["impact"] in ("serious", "critical"):
                 found += [

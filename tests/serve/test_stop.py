@@ -22,10 +22,10 @@ from tests.support.engines import SERVE, free_port, random_adapter
 FLAGS = ("--enforce-eager", "--max-model-len", "256")
 
 
-def _start(base, log, *flags):
+def _start(command, base, log, *flags):
     with log.open("w") as out:
         return subprocess.Popen(
-            [*SERVE, "--base", str(base), "--no-ui", *FLAGS, *flags],
+            [*command, "--base", str(base), "--no-ui", *FLAGS, *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -64,14 +64,17 @@ def _shared(processes):
 def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     log = tmp_path / "log"
-    process = _start(tiny_base("llama"), log, "--port", str(free_port()))
+    # The earliest moment on a command that starts from nothing, the later ones after its imports.
+    command = SERVE if moment.startswith("starting") else _warm()
+    process = _start(command, tiny_base("llama"), log, "--port", str(free_port()))
     _wait_for(moment, log, process)
-    family = psutil.Process(process.pid).children(recursive=True)
+    server = psutil.Process(warm.pid(process))
+    family = server.children(recursive=True)
     if status:
         # The start waits for them here, and does not end while the files below are looked for.
         for worker in (p for p in family if "Worker" in p.name()):
             worker.suspend()
-    shared = _shared([psutil.Process(process.pid), *family])
+    shared = _shared([server, *family])
     process.send_signal(number)
     assert process.wait(timeout=60) == status, log.read_text()[-3000:]
     _, alive = psutil.wait_procs(family, timeout=30)
@@ -84,7 +87,7 @@ def test_a_signal_ends_every_process(number, moment, status, tiny_base, tmp_path
 
 
 def _warm():
-    """The command, for the cases that end before an engine starts."""
+    """The command with vLLM imported."""
     return [warm.python("serve"), SERVE[1]]
 
 

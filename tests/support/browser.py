@@ -49,7 +49,7 @@ def running_page(endpoint: str, log: Path, *flags: str) -> Iterator[str]:
         deadline = time.monotonic() + 180
         while "http://" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+            time.sleep(0.05)
         # The first visit compiles templates.
         build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/", timeout=30).close()
         yield f"http://127.0.0.1:{port}/"

@@ -158,7 +158,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
+            time.sleep(0.1)
     tail = log.read_text(errors="replace")[-6000:]
     raise RuntimeError(f"the server did not start (exit {process.poll()}):\n{tail}")
 

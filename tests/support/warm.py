@@ -8,7 +8,7 @@ differs in what libraries read when they are imported, and on systems other than
 ``sys.executable``.
 
 What runs is the same code in a process of its own. How a command starts from nothing is left to
-tests/serve/test_default_start.py, test_stop.py, tests/package/test_cli.py and most of
+tests/serve/test_default_start.py, tests/package/test_cli.py, one case of test_stop.py and most of
 tests/attack/test_processes.py, which do not use this.
 """
 
