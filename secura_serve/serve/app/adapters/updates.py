@@ -28,16 +28,16 @@ from secura_serve.errors import (
     StorageError,
     UnservableError,
 )
-from secura_serve.serve.app.adapters.content.card import read_card
-from secura_serve.serve.app.adapters.content.snapshots import Snapshot, files_of
+from secura_serve.serve.app.adapters.content.snapshots import files_of
 from secura_serve.serve.app.adapters.content.uploaded import (
     check_uploaded,
     remove_folder,
     write_folder,
 )
 from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
-from secura_serve.serve.app.adapters.library import Library, Origin, Version
+from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.mixes.mixes import Mixes
+from secura_serve.serve.app.adapters.publisher import Publisher
 from secura_serve.serve.app.adapters.pushed import with_new_cores
 from secura_serve.serve.app.adapters.residency import Residency
 from secura_serve.serve.app.adapters.retirement import Retirement
@@ -98,28 +98,19 @@ class AdapterUpdates:
         versions."""
         self._numbers = itertools.count(1)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._saving = asyncio.Lock()
         self.mixes = Mixes(library, lambda: self.residency.workers, self._numbers.__next__, ended)
         self.retirement = Retirement(
             library, self.residency, self.mixes, verifier.store, self._locks, ended
         )
-
-    def make_version(
-        self, snapshot: Snapshot, *, origin: Origin, created: float, entry: Entry | None = None
-    ) -> Version:
-        """Return a version of a copy in the store, checked. Raises SecuraError."""
-        entry = entry or self.verifier.examine_copy(snapshot)
-        image = self.residency.image_folder(entry)
-        if entry.fine_tune is not None and image is None:
-            raise UnservableError(
-                f"{entry.name} is a whole fine-tune, and this server has no place for the linears "
-                "that it changes: restart it with the folder there, and with --resident above 0"
-            )
-        # Requests may still run on the same content, and the engine must not have it under two
-        # numbers: it tells adapters apart by name in one place and by number in another.
-        number = self.retirement.number(snapshot.path) or next(self._numbers)
-        card = read_card(snapshot.source) | {"lora_size": self.verifier.lora_size(entry)}
-        return Version(entry, number, origin, created, card, image)
+        self._publisher = Publisher(
+            library,
+            verifier,
+            self.residency,
+            self.retirement,
+            self._numbers.__next__,
+            state,
+            self.say,
+        )
 
     def fill(self, entries: Iterable[Entry]) -> None:
         """Take what the adapters folder held at the start, and what an earlier run decided."""
@@ -139,7 +130,7 @@ class AdapterUpdates:
             except OSError:  # It went after it was copied.
                 created = time.time()
             try:
-                version = self.make_version(
+                version = self._publisher.make_version(
                     entry.snapshot, origin="folder", created=created, entry=entry
                 )
             except UnservableError as error:
@@ -149,7 +140,9 @@ class AdapterUpdates:
                 continue
             self.library.add(version)
         if self.state is not None and self.verifier.store is not None:
-            for lost in self.state.restore(self.library, self.verifier.store, self.make_version):
+            for lost in self.state.restore(
+                self.library, self.verifier.store, self._publisher.make_version
+            ):
                 self.say(lost)
 
     def stop(self) -> None:
@@ -171,7 +164,7 @@ class AdapterUpdates:
             try:
                 self.library.check_free(name)
                 entry = await asyncio.to_thread(self.verifier.examine, root / name)
-                return await self._publish(entry, "folder")
+                return await self._publisher.publish(entry, "folder")
             except StorageError:
                 raise
             except SecuraError as error:
@@ -203,7 +196,7 @@ class AdapterUpdates:
             finally:
                 await self.retirement.drop(name, copy)
             entry = await asyncio.to_thread(self.verifier.examine, root / name)
-            return await self._publish(entry, "upload")
+            return await self._publisher.publish(entry, "upload")
 
     @_counting_refusals
     async def push(
@@ -232,7 +225,7 @@ class AdapterUpdates:
             copy = await asyncio.to_thread(store.put, name, config, weights)
             try:
                 entry = await asyncio.to_thread(self.verifier.examine_copy, copy)
-                return await self._publish(entry, "push")
+                return await self._publisher.publish(entry, "push")
             except SecuraError:
                 await self.retirement.drop(name, copy)
                 raise
@@ -261,7 +254,7 @@ class AdapterUpdates:
         aliases = ", ".join(self.library.aliases_of(name))
         versions = self.library.remove(name)
         self.retirement.retire(versions)
-        await self._save()
+        await self._publisher.save()
         self.say(f"{name} is served no longer" + (f", nor its alias {aliases}" if aliases else ""))
 
     def is_folded(self, name: str) -> bool:
@@ -300,8 +293,8 @@ class AdapterUpdates:
         """Let a name stand for an older version, see :meth:`Library.rollback`."""
         async with self._locks[name]:
             version = self.library.rollback(name, digest)
-            await self._move_pin(name, self.library.record(name).versions)
-            await self._save()
+            await self._publisher.move_pin(name, self.library.record(name).versions)
+            await self._publisher.save()
             self.say(f"{name} is {version} again")
             return version
 
@@ -318,7 +311,7 @@ class AdapterUpdates:
             await self.residency.pin(record.serving, pinned)
             record.pinned = pinned
             self.library.changed(name)
-            await self._save()
+            await self._publisher.save()
 
     async def set_alias(self, alias: str, target: str | None) -> None:
         """Let an alias stand for a model name; None forgets the alias.
@@ -333,7 +326,7 @@ class AdapterUpdates:
                 self.library.remove_alias(alias)
             else:
                 self.library.set_alias(alias, target)
-            await self._save()
+            await self._publisher.save()
 
     def preparation(self, model: str | None) -> Awaitable[str | None] | None:
         """Return what a request for ``model`` has to wait for before it may run, or None.
@@ -378,52 +371,3 @@ class AdapterUpdates:
                 409, "this server was started without --adapters, so it can take none"
             )
         return self.root
-
-    async def _publish(self, entry: Entry, origin: Origin) -> Version:
-        """Make verified content what its name stands for."""
-        await self.residency.prepare(entry)
-        assert entry.snapshot is not None
-        record = self.library.records.get(entry.name)
-        before = record.serving if record else None
-        version = self.make_version(entry.snapshot, origin=origin, created=time.time(), entry=entry)
-        retired = self.library.add(version)
-        record = self.library.record(entry.name)
-        now = record.serving
-        assert now is not None
-        workers = self.residency.workers
-        if workers is not None and now.image is None:
-            workers.mark_prepared(now)
-            if not self.retirement.is_in_use(entry.name, entry.snapshot.path):
-                # The same content was there already, at a path of its own.
-                await workers.drop(entry.snapshot.path)
-        changed = before is None or before.digest != now.digest
-        if changed:
-            await self._move_pin(entry.name, [*record.versions, *retired])
-        self.retirement.retire(retired)
-        await self._save()
-        if changed:
-            self.say(f"{now.name} is served as {now}" + (f", after {before}" if before else ""))
-        return now
-
-    async def _move_pin(self, name: str, versions: Iterable[Version]) -> None:
-        """Have a pin follow the name; ``versions`` are all that may have it."""
-        record = self.library.record(name)
-        if not record.pinned or self.residency.workers is None or record.serving is None:
-            return
-        for version in versions:
-            if version is not record.serving:
-                await self.residency.pin(version, False)
-        try:
-            await self.residency.pin(record.serving, True)
-        except LifecycleError as error:
-            self.say(f"{name} is not pinned any more: {error}")
-            record.pinned = False
-
-    async def _save(self) -> None:
-        if self.state is not None:
-            async with self._saving:
-                try:
-                    # As it is now: a thread must not read what this one changes.
-                    await asyncio.to_thread(self.state.save, self.state.encode(self.library))
-                except StorageError as error:
-                    self.say(str(error))
