@@ -246,7 +246,8 @@ def restarted(start) -> tuple[Server, dict[str, object]]:
         "roles": roles,
         "took": len(shared),
     }
-    return start("--no-ui", "--shutdown-timeout", "4", port=server.port), left
+    flags = ("--no-ui", "--shutdown-timeout", "4")
+    return start(*flags, port=server.port, cold=False), left
 
 
 def test_a_killed_server_leaves_nothing_behind(restarted):

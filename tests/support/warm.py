@@ -59,6 +59,10 @@ GROUPS = {
         ),
         "merge": ("secura_serve.merge.main", "secura_serve.merge"),
         "demo": ("gradio", "openai"),
+        "StateFile": (
+            *("secura_serve.serve.app.adapters.library", "secura_serve.serve.app.adapters.state"),
+            *("secura_serve.serve.app.adapters.content.uploaded", "tests.support.lifecycle"),
+        ),
         "openai": ("openai", "openai.types.chat", "openai.resources.chat"),
         "peft": ("peft",),
         "transformers": ("transformers",),

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import pytest
 import torch
-import trl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -44,6 +43,8 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
         core=how.partition("-")[0],
         magnorm={"mode": "bounded"} if "bounded" in how else None,
     )
+    import trl
+
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
         processing_class=AutoTokenizer.from_pretrained(base),
@@ -88,6 +89,8 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
 @pytest.mark.long
 @pytest.mark.parametrize("core", ["u", "ab"])
 def test_exact_resume(core: str, tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
+    import trl
+
     def trainer(folder: str, steps: int, *callbacks: TrainerCallback) -> Any:
         torch.manual_seed(0)
         return trl.SFTTrainer(
