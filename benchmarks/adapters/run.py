@@ -88,7 +88,7 @@ RECIPES = {
         steps=50,
         limits="Four fixed keys, one order per message, English, first names only. Both data sets "
         "are made from templates; sentences, names, goods, places and quantities are held out. "
-        "About one answer in ten misspells a rare word: Zurich came back as Zuraco.",
+        "About one answer in ten has a wrong value.",
     ),
     "iso-date": Recipe(
         title="A date in words to YYYY-MM-DD.",
@@ -123,19 +123,24 @@ KEPT: dict[str, Any] = NATURAL | {
 RECIPES |= {
     f"{task}-kept": replace(RECIPES[task], data=task, **KEPT) for task in ("iso-date", "sentiment")
 }
-# Nothing that keeps more of the base has the test score of the plain recipe here. With an objective
-# it copies fewer words from sentences of a new form; on rows kept apart, whose sentences are those
-# of the training data, such adapters score as the plain one does. The rate of natural coordinates
-# is that of the first run of benchmarks/front.
+# The rate is the one that benchmarks/front chose for extract on its validation rows. With an
+# objective it copies fewer words from sentences of a new form; on rows kept apart, whose sentences
+# are those of the training data, such adapters score as the plain one does.
 RECIPES |= {
+    "extract-plain": replace(RECIPES["extract"], data="extract"),
     "extract-float32": replace(RECIPES["extract"], data="extract", dtype="float32"),
-    "extract-natural": replace(
-        RECIPES["extract"],
-        data="extract", coordinates="natural", lrs=(3e-3,), steps=60, dtype="float32",
-    ),
     "extract-kept": replace(RECIPES["extract"], data="extract", **KEPT),
     "extract-retain-1": replace(RECIPES["extract"], data="extract", retain=1.0, dtype="float32"),
     "extract-retain-10": replace(RECIPES["extract"], data="extract", retain=10.0, dtype="float32"),
+}
+RECIPES |= {
+    name: replace(
+        RECIPES["extract"],
+        data="extract", coordinates="natural", lrs=(lr,), steps=60, dtype="float32",
+    )
+    for name, lr in (
+        ("extract-natural", 3e-3), ("extract", 6e-3), ("extract-natural-1.2e-2", 1.2e-2)
+    )
 }  # fmt: skip
 # Small steps, and three times as many: in natural coordinates 100 steps have not learned enough. On
 # 200 rows the rates did not differ by more than chance.
@@ -148,7 +153,8 @@ RECIPES |= {
 }
 NOT_SHIPPED = (
     "iso-date-plain", "sentiment-plain", "sentiment-natural", "iso-date-kept", "sentiment-kept",
-    "extract-float32", "extract-natural", "extract-kept", "extract-retain-1", "extract-retain-10",
+    "extract-plain", "extract-float32", "extract-natural", "extract-natural-1.2e-2",
+    "extract-kept", "extract-retain-1", "extract-retain-10",
 )  # fmt: skip
 
 
