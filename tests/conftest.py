@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from secura_serve.garbage_collection import collect_rarely, exit_without_collecting
+from secura_serve.garbage_collection import (
+    collect_as_usual,
+    collect_rarely,
+    exit_without_collecting,
+)
 from tests.support.bases import write_model, write_tokenizer
 
 if TYPE_CHECKING:
@@ -42,19 +46,23 @@ _frozen_modules = 0
 
 
 def pytest_collection_finish() -> None:
+    _freeze()
+    collect_as_usual()
+
+
+def _freeze() -> None:
+    global _frozen_modules
     gc.freeze()
-    gc.set_threshold(7_000, 10, 10)
+    _frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def freeze_imports() -> Iterator[None]:
     """Exempt what a file's tests have imported from later collections."""
-    global _frozen_modules
     yield
     if len(sys.modules) > _frozen_modules + 200:
         gc.collect()
-        gc.freeze()
-        _frozen_modules = len(sys.modules)
+        _freeze()
 
 
 # Fixtures that start a vLLM engine; a test that starts its own says so: @pytest.mark.engine.

@@ -35,6 +35,8 @@ ROWS = [
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["u", "ab-bounded-checkpointing"])
 def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path) -> None:
+    import trl
+
     base, checkpointing = tiny_base("llama"), "checkpointing" in how
     config = SecuraConfig(
         r=4,
@@ -43,8 +45,6 @@ def test_sft_trainer(how: str, tiny_base: Callable[[str], Path], tmp_path: Path)
         core=how.partition("-")[0],
         magnorm={"mode": "bounded"} if "bounded" in how else None,
     )
-    import trl
-
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
         processing_class=AutoTokenizer.from_pretrained(base),
