@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.runtime.jit import JITFunction
 
-from secura_serve.serve.kernels import triton_code, triton_step
+from secura_serve.serve.kernels import triton_beside, triton_code, triton_step
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
 __all__ = ["ACTIVATIONS", "LLAMA3_8B", "Launch", "caught", "fake", "step_launches"]
@@ -98,12 +98,14 @@ def step_launches(
     early: bool = True,
     adapters: int = 1,
     activation: str | None = None,
+    width: int | None = None,
 ) -> list[Launch]:
     """The launches of the adapter step of one packed linear.
 
     Args:
         outs: the outputs of each of its slices.
         activation: what follows it and takes the step along.
+        width: its inputs, where the step begins beside it; None where all is done after it.
         early: as on a GPU that can start a kernel before the one ahead has ended.
     """
     kernel, n = TritonKernel(), len(outs)
@@ -119,13 +121,19 @@ def step_launches(
     ranks = fake(adapters + 1, dtype=torch.int32)
     known, triton_step.dependent_launch = triton_step.dependent_launch, lambda device: early
     try:
-        with caught(triton_code) as launches:
-            held = (y, None, slots, state.rows, part, ranks, state.C, state.offset)
-            flag = torch.tensor(active)
-            if activation is None:
-                triton_step.launch(*held, state.column_blocks, flag, state.align)
+        with caught(triton_code, triton_beside) as launches:
+            flag, h = torch.tensor(active), None
+            if width is not None and active:
+                x, W = fake(tokens, width, dtype=dtype), fake(starts[-1], width, dtype=dtype)
+                h = triton_beside.begin(x, W, slots, state.rows, part, ranks)
+            table, held = state.column_blocks, (slots, state.rows, part, ranks, state.C)
+            if activation is not None:
+                given = (*held, state.offset, flag, state.align, activation, h)
+                triton_step.launch_activated(y, None, *given)
+            elif h is not None:
+                triton_step.launch_expand(y, h, slots, state.C, table, state.align, joins=True)
             else:
-                triton_step.launch_activated(*held, flag, state.align, activation)
+                triton_step.launch(y, None, *held, state.offset, table, flag, state.align)
     finally:
         triton_step.dependent_launch = known
     return launches

@@ -52,11 +52,12 @@ _GRACE_S = 30
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run the tests' cases; what fails raises."""
-    from tests.support.triton_cases import ACTIVATED, FOLD, SHARD, STEP
+    from tests.support.triton_cases import ACTIVATED, FOLD, LINEAR, SHARD, STEP
 
     device = "cpu" if rehearse else "cuda"
     dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
-    cases = (("step", STEP), ("activated", ACTIVATED), ("fold", FOLD), ("shard", SHARD))
+    steps = (("step", STEP), ("activated", ACTIVATED), ("linear", LINEAR))
+    cases = (*steps, ("fold", FOLD), ("shard", SHARD))
     for (name, code), dtype in itertools.product(cases, dtypes):
         text = code.format(device=device, dtypes=f"(torch.{dtype},)")
         done = subprocess.run(
@@ -86,17 +87,19 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
         for name, (width, outs) in linears.items():
             W = torch.randn(sum(outs), width, device=device).bfloat16()
             x = torch.randn(tokens, width, device=device).bfloat16()
+            batch = (outs, r, tokens, adapters, device)
+            follows = "silu" if name == "gate_up" else None
             calls: dict[str, Callable[[], Any] | None] = {
                 "linear_us": lambda x=x, W=W: torch.nn.functional.linear(x, W),  # type: ignore[misc]
-                "step_us": packed(outs, r, tokens, adapters, device),
-                "no_adapter_us": packed(outs, r, tokens, adapters, device, active=False),
+                "step_us": packed(*batch),
+                "no_adapter_us": packed(*batch, active=False),
+                "linear_and_step_us": packed(*batch, activation=follows, linear=(x, W)),
                 "lora_us": lora_packed(width, outs, r, tokens, adapters, device),
             }
-            if name == "gate_up":
+            if follows is not None:
                 y = torch.randn(tokens, sum(outs), device=device).bfloat16()
-                batch = (outs, r, tokens, adapters, device)
                 calls["activation_us"] = lambda y=y: alone(y, "silu")  # type: ignore[misc]
-                calls["step_in_activation_us"] = packed(*batch, activation="silu")
+                calls["step_in_activation_us"] = packed(*batch, activation=follows)
             row: dict[str, Any] = {"linear": name, "r": r, "tokens": tokens, "adapters": adapters}
             for what, call in calls.items():
                 if call is not None and not (what == "no_adapter_us" and device.type == "cuda"):

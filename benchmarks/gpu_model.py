@@ -4,9 +4,11 @@
 
 The launches are those that the code makes (caught, not run); what each of them reads and writes
 follows from its arguments. Time of a launch = a fixed cost + bytes from memory / bandwidth + bytes
-from the cache / its bandwidth, with nothing overlapped. Of the launch that takes the place of the
-base's activation only C and h count: the base has that launch, and reads and writes the rest, too.
-Every constant is in the report. No GPU is needed; the package ``triton`` is.
+from the cache / its bandwidth. Of the launch that takes the place of the base's activation only C
+and h count: the base has that launch, and reads and writes the rest, too. Two launches beside the
+base linear cost what both take longer together than the linear alone: memory and cache carry the
+bytes of both. To wait for them costs, too. Every constant is in the report. No GPU is needed; the
+package ``triton`` is.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ H100 = {
     # and high: 0.96 µs between two empty kernels (pegainfer-project/pegainfer#569); 0.47 µs of
     # FlashInfer's RMSNorm on an H100 (flashinfer-ai/flashinfer#960).
     "dependent_launch_saves_s": (0.96e-6, 0.47e-6),
+    # What a kernel that waits for two streams costs more than one that waits for one: no figure
+    # was found, so a guess.
+    "join_s": (0.0, 0.5e-6),
 }
+_BESIDE = ("rows_product", "core_of_parts")
 # A gathered number costs the 32 bytes around it.
 _SECTOR = 32
 
@@ -48,7 +54,17 @@ def traffic(launch: Launch, adapters: int) -> tuple[float, float]:
     What no step before it can have left in the cache, C and U, comes from memory once.
     """
     given, name = launch.given, launch.kernel.__name__
+    if name == "rows_product":
+        tokens, width = given["x"].shape
+        # Each tile of tokens reads the rows, each block of rows reads x; then sums of 4 bytes.
+        rows = given["count"] * width * BYTES
+        read = rows * (launch.grid[2] - 1) + tokens * width * BYTES * launch.grid[0]
+        return rows, read + 4 * tokens * given["count"] * launch.grid[1]
     n, r = given.get("n", 2), given["r"]
+    if name == "core_of_parts":
+        tokens, blocks = len(given["slots"]), launch.grid[1] // n
+        U, again = _mixing(n, r, tokens, adapters, reads=tokens, programs=0)
+        return U, again + tokens * n * r * (4 * given["PARTS"] * blocks + BYTES)
     if name in ("core", "core_grouped"):
         tokens, parts = len(given["slots"]), launch.grid[1] // n
         reads = launch.grid[0] * given.get("T", 1) / tokens * min(adapters, tokens)
@@ -108,29 +124,70 @@ def base_seconds(tokens: int) -> float:
     return max(reading, 2 * weights * tokens / H100["flops_per_s"])  # type: ignore[operator]
 
 
-def overhead(r: int, tokens: int, adapters: int, early: bool = True) -> dict[str, Any]:
-    """Return what one decode step has, and its share of the base's time, low and high."""
-    memory: Any = H100["memory_bytes_per_s"]
-    cache: Any = H100["cache_bytes_per_s"]
-    times, moved, count = [0.0, 0.0], [0.0, 0.0], 0
-    for name, (_, outs) in LLAMA3_8B.items():
+def linear_seconds(
+    width: int, outs: tuple[int, ...], tokens: int, beside: tuple[float, float] = (0, 0)
+) -> float:
+    """Return the time of a base linear: its weights are read once, or the product takes longer.
+
+    Args:
+        beside: bytes that are moved from memory and from the cache at the same time.
+    """
+    weights: int = width * sum(outs)
+    H: Any = H100
+    from_memory = weights * BYTES + beside[0]
+    through_cache = weights * BYTES + sum(beside)
+    return max(
+        from_memory / H["memory_bytes_per_s"],
+        through_cache / H["cache_bytes_per_s"],
+        2 * weights * tokens / H["flops_per_s"],
+    )
+
+
+def overhead(
+    r: int, tokens: int, adapters: int, early: bool = True, beside: bool = True
+) -> dict[str, Any]:
+    """Return what one decode step has, and its share of the base's time, low and high.
+
+    Args:
+        early: whether a kernel may start before the one ahead has ended.
+        beside: whether the first half of the step runs beside the linear.
+    """
+    constants: Any = H100
+    memory, cache = constants["memory_bytes_per_s"], constants["cache_bytes_per_s"]
+    times, moved, after, total = [0.0, 0.0], [0.0, 0.0], 0, 0
+    for name, (width, outs) in LLAMA3_8B.items():
         launches = step_launches(
-            outs, r, tokens, early=early, adapters=adapters, activation=ACTIVATIONS.get(name)
-        )
+            outs, r, tokens, early=early, adapters=adapters, activation=ACTIVATIONS.get(name),
+            width=width if beside else None,
+        )  # fmt: skip
+        at_once, chain = (0.0, 0.0), [0.0, 0.0]
         for i, launch in enumerate(launches):
             first, again = traffic(launch, adapters)
-            costs = fixed(launch, early and i > 0)
+            costs, moving = fixed(launch, early and i > 0 and not beside), first / memory
+            moving += again / cache
+            hidden = launch.kernel.__name__ in _BESIDE
+            if hidden:
+                at_once = (at_once[0] + first, at_once[1] + again)
             for bound in (0, 1):
-                times[bound] += LAYERS * (costs[bound] + first / memory + again / cache)
+                chain[bound] += (constants["launch_s"][bound] + moving) * hidden
+                times[bound] += 0 if hidden else LAYERS * (costs[bound] + moving)
             moved[0] += LAYERS * first
             moved[1] += LAYERS * again
-            count += LAYERS * (launch.kernel.__name__ != "expand_activated")
+            total += LAYERS * (launch.kernel.__name__ != "expand_activated")
+            after += LAYERS * (not hidden and launch.kernel.__name__ != "expand_activated")
+        alone = linear_seconds(width, outs, tokens)
+        together = linear_seconds(width, outs, tokens, at_once)
+        for bound in (0, 1) if beside else ():
+            longer = max(together, chain[bound]) - alone
+            times[bound] += LAYERS * (constants["join_s"][bound] + longer)
     base = base_seconds(tokens)
     return {
         "rank": r,
         "tokens": tokens,
         "adapters": adapters,
-        "launches": count,
+        "beside": beside,
+        "launches": total,
+        "launches_after": after,
         "from_memory_mb": round(moved[0] / 1e6, 1),
         "from_cache_mb": round(moved[1] / 1e6, 1),
         "base_ms": round(base * 1e3, 2),
@@ -147,7 +204,8 @@ def main() -> None:
     args = parser.parse_args()
     report = header(("torch", "triton")) | {"model": "Llama-3-8B, bfloat16, H100", "assumed": H100}
     report["steps"] = [
-        overhead(r, tokens, adapters)
+        overhead(r, tokens, adapters, beside=beside)
+        for beside in (True, False)
         for r in args.ranks
         for tokens, adapters in ((1, 1), (8, 8), (16, 16), (64, 64), (256, 1), (256, 256))
     ]

@@ -38,12 +38,15 @@ def packed(
     *,
     active: bool = True,
     activation: str | None = None,
-) -> Callable[[], Any]:
+    linear: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Callable[[], Any] | None:
     """The adapter step of a linear whose outputs are those of several, side by side.
 
     Args:
         active: whether the batch has adapters.
         activation: what follows the linear and takes the step along.
+        linear: x and W of a linear that is to be taken along, too; None is returned where the
+            kernel does not do that.
     """
     kernel, n = choose_kernel(device, DTYPE), len(outs)
     starts = [0, *itertools.accumulate(outs)]
@@ -61,6 +64,13 @@ def packed(
     y = torch.zeros(tokens, starts[-1], dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
     held = (bank.part(0), bank.ranks, state, torch.tensor(active))
+    if linear is not None:
+        if not kernel.takes_linear:
+            return None
+        given = (*linear, None, None, slots, *held)
+        if activation is not None:
+            return lambda: kernel.activated_linear(*given, activation)
+        return lambda: kernel.linear(*given)
     if activation is not None:
         return lambda: kernel.activated_step(y, None, slots, *held, activation)
     return lambda: kernel.step(y, None, slots, *held)

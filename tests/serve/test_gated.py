@@ -7,6 +7,7 @@ Needs vLLM installed; no engine is started.
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from secura_serve.serve.engine.layers import CURLinearMixin
 from secura_serve.serve.kernels import activation
 from secura_serve.serve.kernels.native_kernel import NativeKernel
 from secura_serve.serve.kernels.torch_kernel import TorchKernel
+from tests.support.interpreted import run
 from tests.support.stepping import Linear
 
 WIDTH, IN, TOKENS = 24, 16, 11
@@ -45,9 +47,16 @@ class GateUp(CURLinearMixin, nn.Module):
         self.kernel, self.state, self.active = linear.kernel, linear.state, torch.tensor(True)
         self.bank, self.ranks, self.W = linear.part, linear.ranks, linear.noise(2 * WIDTH, IN)
         self.punica_wrapper = type("Punica", (), {"_token_lora_indices": slots})
+        self.base_layer = SimpleNamespace(gather_output=False, skip_bias_add=False, bias=None)
+
+    def _get_quant_method(self):
+        return self
+
+    def apply(self, base_layer, x, bias):
+        return x @ self.W.T
 
     def forward(self, x):
-        return self.apply_adapter(x, x @ self.W.T), None
+        return self.apply_linear(x), None
 
 
 class Down(nn.Module):
@@ -109,6 +118,42 @@ def test_an_mlp_takes_the_step_in_its_activation(shape):
         torch.testing.assert_close(forward(x.view(shape)).view(want.shape), want)
     # gate and up leave their output to the activation.
     assert torch.equal(mlp.gate_up_proj(x)[0], x @ mlp.gate_up_proj.W.T)
+
+
+BESIDE = """
+import torch
+from secura_serve.serve.kernels.triton_kernel import TritonKernel
+from tests.serve.test_gated import IN, TOKENS, mlp_of, oracle, taken, vllms
+
+calls = []
+
+class Counted(TritonKernel):
+    def linear(self, *given):
+        calls.append("linear")
+        return super().linear(*given)
+
+    def activated_linear(self, *given):
+        calls.append("activated")
+        return super().activated_linear(*given)
+
+for activated, shape in ((True, (TOKENS, IN)), (False, (1, TOKENS, IN))):
+    model, linear = mlp_of(vllms("llama:LlamaMLP"), Counted())
+    mlp = model["mlp"]
+    layer = mlp.gate_up_proj
+    layer.plain_weight = layer.W
+    assert not activated or taken(model) == 1
+    x = linear.noise(TOKENS, IN)
+    want = oracle(model, linear, x).float()
+    got = mlp(x.view(shape)) if activated else 2 * mlp.act_fn(layer(x.view(shape))[0])
+    torch.testing.assert_close(got.view(want.shape), want, rtol=1e-4, atol=1e-4)
+assert calls == ["activated", "linear"]
+"""
+
+
+@pytest.mark.long
+def test_the_kernel_takes_the_linear_along():
+    pytest.importorskip("triton", reason="no triton package")
+    run(BESIDE, interpreted=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from secura_serve.serve.engine.bank import Bank
@@ -76,6 +78,32 @@ class Linear:
         got = self.step(y.clone().to(device), slots.to(device)).cpu()
         self._near(got, want)
         assert torch.equal(got[slots < 0], y[slots < 0])
+
+    def check_linear(self, tokens, width, slots=None, *, activation=None, own_R=False):
+        """The same where the kernel takes the linear along, W·x + b, and R·x comes of x."""
+        _, slots = self._batch(tokens, slots)
+        x, W = self.noise(tokens, width), self.noise(self.out, width) / width**0.5
+        exact = x.double() @ W.double().T
+        exact = exact if self.b is None else exact + self.b.double()
+        y = exact.to(self.dtype)
+        # What is added comes of the exact product, not of the rounded output.
+        want, device = self.wanted(exact.clone(), slots) - exact + y.double(), self.part.device
+        state, R = self.state, None
+        if own_R:
+            R = W[state.rows.flatten().clamp(min=0).long().cpu()].to(device)
+            rows = torch.arange(len(R), dtype=torch.int32, device=device).view_as(state.rows)
+            state = replace(state, rows=rows, offset=None)
+        bias = None if self.b is None else self.b.to(device)
+        batch = (x.to(device), W.to(device), bias, R, slots.to(device))
+        held = (self.part, self.ranks, state, torch.tensor(True))
+        if activation is None:
+            got = self.kernel.linear(*batch, *held).cpu()
+            torch.testing.assert_close(got[slots < 0], y[slots < 0])
+        else:
+            got = self.kernel.activated_linear(*batch, *held, activation).cpu()
+            gate, up = want.chunk(2, dim=1)
+            want = gate / (1 + (-gate).exp()) * up
+        self._near(got, want)
 
     def check_activated(self, tokens, activation, slots=None):
         """The same for the step in the activation after it, which leaves y as it is."""

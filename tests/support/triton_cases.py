@@ -40,6 +40,67 @@ linear.step(y[:0], slots[:0])
 assert torch.equal(linear.step(y.clone(), slots, source, active=False), y)
 """
 
+LINEAR = """
+import itertools, torch
+from secura_serve.serve.kernels import triton_beside, triton_linear
+from secura_serve.serve.kernels.triton_kernel import TritonKernel
+from tests.support.stepping import Linear
+
+device = torch.device({device!r})
+# One chunk of inputs that no tile divides, several, and several that are longer than usual; slices
+# that hold fewer rows than others; ranks in one tile and in two.
+shapes = [((40, 24), (16, 5), (16, 9), 72), ((96, 32, 32), (8, 3), None, 1030),
+          ((201,), (150, 40), None, 520)]
+for (outs, ranks, fill, width), dtype in itertools.product(shapes, {dtypes}):
+    linear = Linear(TritonKernel(), outs, ranks, dtype, True, fill=fill, device=device)
+    triton_beside._PARTS = 32 if width < 1000 else 2
+    for tokens in (1, 7, 67):
+        t = torch.arange(tokens)
+        few = torch.where(t % 9 == 3, t % 2, -1) if tokens > 7 else None
+        linear.check_linear(tokens, width, few, own_R=tokens == 7)
+triton_beside._PARTS = 32
+linear = Linear(TritonKernel(), (72, 72), (16, 5), {dtypes}[-1], False, device=device)
+for tokens in (2, 20):
+    linear.check_linear(tokens, 40, activation="silu", own_R=tokens == 2)
+# A batch that is too large for that takes the step after the linear, and one without adapters none.
+triton_linear.BESIDE = 4
+linear.check_linear(5, 40)
+linear.check_linear(5, 40, own_R=True)
+linear.check_linear(5, 40, activation="silu")
+x, W = linear.noise(3, 40).to(device), linear.noise(144, 40).to(device)
+slots, off = torch.zeros(3, dtype=torch.int64).to(device), torch.tensor(False)
+got = linear.kernel.linear(x, W, None, None, slots, linear.part, linear.ranks, linear.state, off)
+assert torch.equal(got, x @ W.T)
+if device.type == "cuda":
+    # In a CUDA graph, whose second stream is joined in each step, replayed with other inputs.
+    triton_linear.BESIDE = 512
+    linear = Linear(TritonKernel(), (4096,), (32,), {dtypes}[-1], False, device=device)
+    W, x = linear.noise(4096, 4096).to(device) / 64, linear.noise(64, 4096).to(device)
+    slots = torch.arange(64).to(device) % 2 - 1
+    held = (slots, linear.part, linear.ranks, linear.state, torch.tensor(True))
+
+    def model(beside):
+        for _ in range(50):
+            if beside:
+                x.copy_(linear.kernel.linear(x, W, None, None, *held) / 2)
+            else:
+                x.copy_(linear.kernel.step(x @ W.T, None, *held) / 2)
+
+    for _ in range(3):
+        model(True), model(False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(True)
+    for _ in range(20):
+        first = linear.noise(64, 4096).to(device)
+        x.copy_(first)
+        graph.replay()
+        made = x.clone()
+        x.copy_(first)
+        model(False)
+        torch.testing.assert_close(made, x, rtol=2e-2, atol=2e-2)
+"""
+
 ACTIVATED = """
 import itertools, torch
 from secura_serve.serve.kernels import triton_step, use_base_activation

@@ -9,8 +9,8 @@ What is used, and why there is no public way:
 * ``vllm.lora.utils._all_lora_classes``: the table from which LoRA layers are chosen.
 * ``vllm.v1.worker.lora_model_runner_mixin.LRUCacheWorkerLoRAManager``: the name through which
   every model runner (CPU, XPU and both GPU runners) makes its adapter manager.
-* ``BaseLinearLayerWithLoRA._apply_lora_to_output`` and ``_get_quant_method``: the hook after a
-  base linear, and the kernel of that linear.
+* ``BaseLinearLayerWithLoRA._apply_lora_to_output``, ``_apply_sync`` and ``_get_quant_method``: the
+  hook after a base linear, what calls both, and the kernel of that linear.
 * ``WorkerLoRAManager._load_adapter``: adapter folder -> LoRAModel.
 * ``PunicaWrapperBase._token_lora_indices``: token -> adapter slot, in a buffer of fixed address;
   ``update_metadata``, which fills it, is replaced where no LoRA layer of vLLM reads the rest.
@@ -34,7 +34,7 @@ What is used, and why there is no public way:
   that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
 * ``LinearBase.quant_method``, ``UnquantizedLinearMethod``, ``get_offloader`` and the
   ``load_weights`` of models: where a rank holds which part of a weight, so that a GPU's can be
-  folded in place.
+  folded in place, and which weights are plain.
 * ``get_tp_group``, ``get_pcp_group`` and ``get_pp_group``, ``Worker.rank``: what went wrong on any
   rank is said by the one that vLLM hears last.
 * ``AsyncMPClient._call_utility_async`` and ``core_engines``: what each engine of several answers,
@@ -78,6 +78,7 @@ from secura_serve.serve.compat.workers import (
     lora_request,
     model_manager,
     packed_modules,
+    plain_weight,
     quiet_reload,
     registered_adapter,
     registered_adapters,
@@ -118,6 +119,7 @@ __all__ = [
     "model_manager",
     "name_process",
     "packed_modules",
+    "plain_weight",
     "quiet_reload",
     "registered_adapter",
     "registered_adapters",

@@ -38,7 +38,7 @@ def gated_activation(mlp: Any) -> str | None:
 
 
 def take_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Have the forward of an MLP ask its ``gate_up_proj`` to ``activate``; return its own act.
+    """Have the forward of an MLP ask its ``gate_up_proj`` for ``activated``; return its own act.
 
     Its class becomes a subclass, so that whoever asks for its type, torch.compile too, is right.
     """
@@ -54,9 +54,7 @@ def _ours(cls: Any) -> Any:
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    y, _ = self.gate_up_proj(x)
-    z = self.gate_up_proj.activate(x, y)
-    out: Tensor = self.down_proj(z)[0]
+    out: Tensor = self.down_proj(self.gate_up_proj.activated(x))[0]
     return out
 
 

@@ -55,6 +55,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.lora.utils:from_layer": None,
     "vllm.lora.utils:parse_fine_tuned_lora_name": ("name", "weights_mapper"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_lora_to_output": ("x", "output"),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_sync": ("x", "bias"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._get_quant_method": (),
     "vllm.lora.layers:BaseLayerWithLoRA.create_lora_weights": (
         "max_loras",
@@ -84,6 +85,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.model_executor.layers.linear:LinearBase": ("quant_config", "prefix"),
     "vllm.model_executor.layers.linear:QKVParallelLinear": ("total_num_kv_heads",),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod": None,
+    "vllm.model_executor.layers.utils:default_unquantized_gemm": ("x", "weight", "bias"),
     "vllm.model_executor.offloader.base:get_offloader": (),
     "vllm.model_executor.offloader.base:NoopOffloader": None,
     "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": (

@@ -47,9 +47,9 @@ def install(mixin: type, worker_manager: type) -> None:
     """Put our layers and manager in place of LoRA's, in this process; safe to call again.
 
     Args:
-        mixin: has ``create_lora_weights``, ``set_lora``, ``reset_lora`` and ``apply_adapter`` for
+        mixin: has ``create_lora_weights``, ``set_lora``, ``reset_lora`` and what follows for
             every linear LoRA class; ``apply_adapter(x, output)`` becomes the hook after the base
-            linear.
+            linear, and ``apply_linear(x, bias)`` what calls that linear and the hook.
         worker_manager: replaces ``LRUCacheWorkerLoRAManager``; has ``model_manager``, the class of
             its manager of slots, and ``load_adapter(lora_request)``.
     """
@@ -59,10 +59,12 @@ def install(mixin: type, worker_manager: type) -> None:
         return
     layers = importlib.import_module("vllm.lora.layers")
     hooks: Any = mixin
+    ours_instead = {
+        "_apply_lora_to_output": hooks.apply_adapter,
+        "_apply_sync": hooks.apply_linear,
+    }
     ours = {
-        cls: type(
-            f"CUR{cls.__name__}", (mixin, cls), {"_apply_lora_to_output": hooks.apply_adapter}
-        )
+        cls: type(f"CUR{cls.__name__}", (mixin, cls), ours_instead)
         for cls in (getattr(layers, name) for name in LINEARS)
     }
     utils._all_lora_classes = tuple(ours.get(c, c) for c in utils._all_lora_classes)
@@ -238,10 +240,34 @@ def _stock_layer() -> Any:
     return find("vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA")
 
 
-def base_linear(layer: Any, x: Tensor) -> Tensor:
-    """Return W x without the bias, by the base linear's own kernel."""
-    y: Tensor = layer._get_quant_method().apply(layer.base_layer, x, None)
+def base_linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return W x, and the bias if it is given, by the base linear's own kernel."""
+    y: Tensor = layer._get_quant_method().apply(layer.base_layer, x, bias)
     return y
+
+
+def plain_weight(layer: Any) -> Tensor | None:
+    """Return the ``(out, in)`` weight of a base linear that is torch's own ``linear``, no more.
+
+    None where it is anything else: quantised, by another kernel, or not on the layer's device.
+    """
+    linear, plain = layer.base_layer, "vllm.model_executor.layers"
+    method = linear.quant_method
+    if type(method) is not find(f"{plain}.linear:UnquantizedLinearMethod"):
+        return None
+    multiply = getattr(method, "_gemm_impl", None)
+    if multiply is not find(f"{plain}.utils:default_unquantized_gemm") or _batch_invariant():
+        return None
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.stride(1) != 1:
+        return None
+    return weight if weight.device == torch.device(layer.device) else None
+
+
+def _batch_invariant() -> bool:
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def kv_head_copies(layer: Any, s: int) -> int:

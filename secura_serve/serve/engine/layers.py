@@ -49,8 +49,10 @@ class CURLinearMixin(DeltaLinearMixin):
     active: Tensor
     """``()`` bool on the CPU, given by the manager: whether any token has a CUR adapter."""
     activation: str | None = None
-    """What follows this linear and takes its step along (:meth:`activate`); None where the step is
+    """What follows this linear and takes its step along (:meth:`activated`); None where the step is
     taken at once."""
+    plain_weight: Tensor | None = None
+    """``(out, in)``, where the kernel multiplies with it in the base linear's place; else None."""
 
     # Given by the vLLM class that this is mixed into.
     punica_wrapper: Any
@@ -104,6 +106,8 @@ class CURLinearMixin(DeltaLinearMixin):
         else:
             offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
         self.state = self.kernel.prepare(rows, C, offset, starts)
+        weight = compat.plain_weight(self) if self.kernel.takes_linear else None
+        self.plain_weight = weight if weight is not None and weight.dtype == dtype else None
         return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -165,43 +169,64 @@ class CURLinearMixin(DeltaLinearMixin):
         """Fill a slot of plain LoRA: a CUR adapter has no module of any linear's name."""
         super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
 
-    def apply_adapter(self, x: Tensor, output: Tensor) -> Tensor:
+    def apply_linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the base linear's output with each token's adapter applied."""
+        if self.bank is None or self.plain_weight is None or self.activation is not None:
+            return self.apply_adapter(x, compat.base_linear(self, x, bias))
+        into, slots = self._batch(x)
+        given = (into, self.plain_weight, bias, self.R, slots)
+        y = self._apply_others(into, self.kernel.linear(*given, *self._held()), slots)
+        return y.view(*x.shape[:-1], -1)
+
+    def apply_adapter(self, x: Tensor, output: Tensor) -> Tensor:
+        """Return ``output``, what the base linear made of x, with each token's adapter applied."""
         y = output.reshape(-1, output.shape[-1])
-        # The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
-        # by the first one.
-        into = x.reshape(-1, x.shape[-1])
-        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
+        into, slots = self._batch(x)
         if self.bank is not None and self.activation is None:
             y = self.kernel.step(y, self._source(into), slots, *self._held())
-        self.apply_deltas(y, into, slots)
+        return self._apply_others(into, y, slots).view(output.shape)
+
+    def _batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x as ``(T, in)``, and each token's slot.
+
+        The Transformers backend puts a dimension of 1 in front; vLLM's LoRA step sizes its buffer
+        by the first one.
+        """
+        into = x.reshape(-1, x.shape[-1])
+        return into, compat.token_slots(self.punica_wrapper)[: into.shape[0]]
+
+    def _apply_others(self, x: Tensor, y: Tensor, slots: Tensor) -> Tensor:
+        """Return y with full-rank updates and plain LoRA applied."""
+        self.apply_deltas(y, x, slots)
         if self.lora is not None and self.device.type == "cpu":
             A, B = list(self.lora_a_stacked), list(self.lora_b_stacked)
-            torch.ops.secura_lora.step_(y, into, slots, self.lora, A, B)
+            torch.ops.secura_lora.step_(y, x, slots, self.lora, A, B)
         elif self.lora is not None:
-            y = compat.apply_stock_lora(self, into, y)
-        return y.view(output.shape)
+            y = compat.apply_stock_lora(self, x, y)
+        return y
 
     def can_activate(self, activation: str) -> bool:
         """Return whether the step is better taken together with the gated activation after it."""
         pair = self.n_slices == 2 and self.output_slices[0] == self.output_slices[1]
         return self.bank is not None and pair and activation in self.kernel.fuses
 
-    def activate(self, x: Tensor, output: Tensor) -> Tensor:
-        """Return act(gate')·up' of each token's adapted output.
+    def activated(self, x: Tensor) -> Tensor:
+        """Return act(gate')·up' of each token's adapted output for this linear's input x.
 
-        Plain LoRA and full-rank updates are in ``output``; a token has one kind of adapter, and the
-        U of these kinds is zero.
-
-        Args:
-            x: this linear's input.
-            output: what it made of x.
+        Plain LoRA and full-rank updates change the output before that; a token has one kind of
+        adapter, and the U of these kinds is zero.
         """
+        base, (into, slots) = self.base_layer, self._batch(x)
+        alone = self.deltas is None and self.lora is None
+        if self.plain_weight is not None and alone and not base.gather_output:
+            bias = None if base.skip_bias_add else base.bias
+            given = (into, self.plain_weight, bias, self.R, slots, *self._held(), self.activation)
+            made: Tensor = self.kernel.activated_linear(*given)
+            return made.view(*x.shape[:-1], -1)
+        output, _ = self.forward(x)  # type: ignore[attr-defined]
         y = output.reshape(-1, output.shape[-1])
-        slots = compat.token_slots(self.punica_wrapper)[: y.shape[0]]
-        source = self._source(x.reshape(-1, x.shape[-1]))
         held = (*self._held(), self.activation)
-        made: Tensor = self.kernel.activated_step(y, source, slots, *held)
+        made = self.kernel.activated_step(y, self._source(into), slots, *held)
         return made.view(*output.shape[:-1], -1)
 
     def _source(self, x: Tensor) -> Tensor | None:

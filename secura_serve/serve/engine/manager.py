@@ -100,9 +100,11 @@ class CURModelManager(LRUCacheLoRAModelManager):
         plain = vllm_config.quant_config is None
         taken = take_activations(model, self.modules) if plain else 0
         if layers:
+            beside = sum(layer.plain_weight is not None for layer in layers)
             logger.info(
-                "adapters: %d slots, %s kernel, %d of %d steps in the activation that follows",
-                *(self.lora_slots, layers[0].kernel.name, taken, len(layers)),
+                "adapters: %d slots, %s kernel; of %d steps %d are taken in the activation that "
+                "follows, and %d begin beside their linear",
+                *(self.lora_slots, layers[0].kernel.name, len(layers), taken, beside),
             )
         if missing := [*wanted, *resident]:
             raise UnservableError(

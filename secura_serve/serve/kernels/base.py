@@ -32,6 +32,8 @@ class Kernel(ABC, Generic[State]):
     """Whether :meth:`step` reads nothing of a batch without adapters."""
     fuses: ClassVar[frozenset[str]] = frozenset()
     """The activations with which :meth:`activated_step` is better than a step before them."""
+    takes_linear: ClassVar[bool] = False
+    """Whether :meth:`linear` and :meth:`activated_linear` are better than a step after it."""
 
     @classmethod
     @abstractmethod
@@ -104,6 +106,46 @@ class Kernel(ABC, Generic[State]):
         """
         adapted = self.step(y, source, slots, bank, ranks, state, active)
         return gated(adapted, activation)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        R: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: State,
+        active: Tensor,
+    ) -> Tensor:
+        """Return the adapted output of a linear that is not quantised: W·x + b and the step.
+
+        Traced like :meth:`step`, whose arguments the others are.
+
+        Args:
+            x: ``(T, in)``.
+            weight: ``(out, in)``.
+            bias: ``(out,)``.
+            R: ``(n·r, in)``, whose rows are meant by ``rows``; None where those of ``weight`` are.
+        """
+        raise NotImplementedError
+
+    def activated_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        R: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: State,
+        active: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """Return act(gate')·up' of what :meth:`linear` returns; see :meth:`activated_step`."""
+        raise NotImplementedError
 
 
 _KERNELS: Registry[type[Kernel[Any]]] = Registry("kernel")

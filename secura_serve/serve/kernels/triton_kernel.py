@@ -39,6 +39,7 @@ class TritonKernel(Kernel[TritonState]):
     """For CUDA devices, where the package ``triton`` is installed."""
 
     name, priority, skips, fuses = "triton", 20, True, frozenset(ACTIVATIONS)
+    takes_linear = True
 
     @classmethod
     def is_supported(cls, device: torch.device, dtype: torch.dtype) -> bool:
@@ -53,8 +54,10 @@ class TritonKernel(Kernel[TritonState]):
         self, rows: Tensor, C: Tensor, offset: Tensor | None, starts: Sequence[int]
     ) -> TritonState:
         """Return C and the indices in the kernel's own layout; see :class:`Kernel`."""
-        from secura_serve.serve.kernels import triton_step
+        from secura_serve.serve.kernels import triton_beside, triton_linear, triton_step  # noqa: F401
 
+        if C.is_cuda:
+            triton_beside.make_stream(C.device)
         edges = list(starts)
         column_blocks = triton_step.blocks(edges, C.device)
         rows = rows.to(C.device, torch.int32)
@@ -110,5 +113,44 @@ class TritonKernel(Kernel[TritonState]):
             active,
             state.align,
             activation,
+        )
+        return made
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        R: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: TritonState,
+        active: Tensor,
+    ) -> Tensor:
+        """Return the linear's adapted output; see :class:`Kernel`."""
+        made: Tensor = torch.ops.secura_gpu.linear(
+            *(x, weight, bias, R, slots, state.rows, bank, ranks, state.C, state.offset),
+            *(state.column_blocks, active, state.align),
+        )
+        return made
+
+    def activated_linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        R: Tensor | None,
+        slots: Tensor,
+        bank: Tensor,
+        ranks: Tensor,
+        state: TritonState,
+        active: Tensor,
+        activation: str,
+    ) -> Tensor:
+        """Return the activation's output; see :class:`Kernel`."""
+        made: Tensor = torch.ops.secura_gpu.activated_linear(
+            *(x, weight, bias, R, slots, state.rows, bank, ranks, state.C, state.offset),
+            *(active, state.align, activation),
         )
         return made

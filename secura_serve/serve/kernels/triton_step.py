@@ -6,8 +6,7 @@ adapter costs a comparison, a narrow adapter its own rank, a batch without any a
 all: a flag on the CPU says so, and a CUDA graph that was captured for such batches has no step in
 it. Where a gated activation follows and reads the output anyway, the second adds C·h there
 (``secura_gpu::activated``) and takes the place of the base's own launch. Grids depend on shapes
-alone. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by the
-tests).
+alone. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by the tests).
 """
 
 from __future__ import annotations
@@ -23,7 +22,15 @@ from torch import Tensor
 from secura_serve.serve.kernels import triton_code
 from secura_serve.serve.kernels.activation import base_activation
 
-__all__ = ["COLUMNS", "alignment", "blocks", "dependent_launch", "launch", "launch_activated"]
+__all__ = [
+    "COLUMNS",
+    "alignment",
+    "blocks",
+    "dependent_launch",
+    "launch",
+    "launch_activated",
+    "launch_expand",
+]
 
 COLUMNS = 128
 """Columns of y that one program of the second kernel adds to."""
@@ -33,8 +40,7 @@ _TALL, _PROGRAMS = 128, 132
 _WIDEST = 64
 # Batches and ranks for which one launch before an activation is better than two.
 _FEW, _SMALL = 8, 32
-# The largest batch for which vLLM captures a graph: larger ones are mostly prompts, whose tokens
-# share an adapter with their neighbours.
+# Larger batches are mostly prompts, whose tokens share an adapter with their neighbours.
 _DECODE = 512
 # From here on U is worth a matrix product of its own.
 _GROUPED_RANK = 64
@@ -67,9 +73,13 @@ def dependent_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _options(device: torch.device) -> dict[str, Any]:
-    """Return what every launch is given besides its arguments and tiles."""
-    early = dependent_launch(device)
+def _options(device: torch.device, joins: bool = False) -> dict[str, Any]:
+    """Return what every launch is given besides its arguments and tiles.
+
+    Args:
+        joins: whether it waits for two streams, and so for all kernels on them to end.
+    """
+    early = dependent_launch(device) and not joins
     return {"PDL": early, "launch_pdl": True} if early else {"PDL": False}
 
 
@@ -147,14 +157,32 @@ def launch(
         active: ``()`` bool on the CPU: whether any token has an adapter.
         align: see :func:`alignment`.
     """
-    tokens, (n, r) = y.shape[0], rows.shape
-    if not tokens or not active.item():
+    if not y.shape[0] or not active.item():
         return
     h = _core(y if source is None else source, slots, rows, bank, ranks, offset)
+    launch_expand(y, h, slots, C, table, align)
+
+
+def launch_expand(
+    y: Tensor,
+    h: Tensor,
+    slots: Tensor,
+    C: Tensor,
+    table: Tensor,
+    align: int,
+    joins: bool = False,
+) -> None:
+    """Add C·h to ``y`` in place: the second launch of :func:`launch`, whose arguments these are.
+
+    Args:
+        h: ``(T, n, r)``.
+        joins: whether h was made on another stream.
+    """
+    tokens, n, r = h.shape
     tiles = _tiles(tokens, table.shape[0], r, y.dtype)
     triton_code.expand[(triton.cdiv(tokens, tiles["T"]), table.shape[0])](
         y, h, slots, C, table, tokens, y.stride(0), C.shape[1], n, r,
-        COLUMNS=COLUMNS, ALIGN=align, **tiles, **_options(y.device),
+        COLUMNS=COLUMNS, ALIGN=align, **tiles, **_options(y.device, joins),
     )  # fmt: skip
 
 
@@ -170,6 +198,7 @@ def launch_activated(
     active: Tensor,
     align: int,
     activation: str,
+    h: Tensor | None = None,
 ) -> Tensor:
     """Return act(gate')·up' of the adapted output, ``(T, out/2)``, and leave ``y`` as it is.
 
@@ -179,6 +208,7 @@ def launch_activated(
         y: ``(T, out)``, gate and up side by side.
         rows: ``(2, r)`` int32.
         activation: one of :data:`~secura_serve.serve.kernels.activation.ACTIVATIONS`.
+        h: ``(T, 2, r)``, where it was made on another stream.
 
     The others are those of :func:`launch`.
     """
@@ -189,17 +219,17 @@ def launch_activated(
     column_blocks = triton.cdiv(made.shape[1], COLUMNS)
     # It has two sums for each entry, so that tall tiles spill from here on.
     tiles = _tiles(tokens, column_blocks, r, y.dtype, _TALL if r <= _SMALL else 64)
-    h = None
-    if tokens <= _FEW and r <= min(_SMALL, tiles["K"]):
+    joins = h is not None
+    if not joins and tokens <= _FEW and r <= min(_SMALL, tiles["K"]):
         # Each of its programs has the U of all its tokens in registers.
         tiles["num_warps"] = 8
-    else:
+    elif not joins:
         h = _core(given, slots, rows, bank, ranks, offset)
     triton_code.expand_activated[(triton.cdiv(tokens, tiles["T"]), column_blocks)](
         made, y, h, slots, C, given, rows, bank, ranks, offset, tokens, y.stride(0), y.shape[1],
         given.stride(0), bank.stride(0), r,
         BIASED=offset is not None, COLUMNS=COLUMNS, ALIGN=align, TANH=activation == "gelu_tanh",
-        **tiles, **_options(y.device),
+        **tiles, **_options(y.device, joins),
     )  # fmt: skip
     return made
 

@@ -37,6 +37,17 @@ for r, tokens in itertools.product({ranks}, (1, 64, 1024)):
         alone = (r, tokens) == (32, 1)
         assert len(launches) == 2 - alone
         found += faults(launches[-1], target, ("C", "y", "bank") if alone else ("C", "y"))
+# Begun beside the linear: two launches there, one after it, which waits for two streams and so for
+# all of them to end.
+for r, tokens in itertools.product({ranks}, (1, 64, 512)):
+    for target in TARGETS:
+        early = target in ("sm_90", "sm_100")
+        made = step_launches((4096, 1024, 1024), r, tokens, early=early, width=4096)
+        assert [launch.options.get("PDL") for launch in made] == [None, None, False]
+        for launch in made[:2]:
+            found += faults(launch, target, ("bank", "x", "matrix"))
+(_, _, launch) = step_launches((14336, 14336), 32, 64, width=4096, activation="silu")
+assert launch.options["PDL"] is False
 # Numbers of 4 bytes, of which none may be read alone either.
 for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
     found += faults(launch, "sm_90", ("bank", "C", "y"))

@@ -25,20 +25,26 @@ def test_inductor_does_not_copy_y(activation):
     outs = (96, 32, 32) if activation is None else (64, 64)
     linear = Linear(TritonKernel(), outs, (16, 5), torch.bfloat16, biased=False)
     W, active = linear.noise(linear.out, 24), torch.tensor(False)
+    held = (linear.part, linear.ranks, linear.state, active)
 
     def layer(x, slots):
         y = torch.nn.functional.linear(x, W)
         flat = y.reshape(-1, y.shape[-1])
-        held = (linear.part, linear.ranks, linear.state, active)
         if activation is not None:
             batch = (flat, None, slots[: flat.shape[0]])
             return torch.relu(linear.kernel.activated_step(*batch, *held, activation))
         made = linear.kernel.step(flat, None, slots[: flat.shape[0]], *held)
         return torch.relu(made.view(y.shape))
 
+    def whole(x, slots):
+        batch = (x, W, None, None, slots[: x.shape[0]])
+        if activation is not None:
+            return torch.relu(linear.kernel.activated_linear(*batch, *held, activation))
+        return torch.relu(linear.kernel.linear(*batch, *held))
+
     slots = torch.zeros(64, dtype=torch.int64)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     x = linear.noise(9, 24)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     out, (code, *_) = run_and_get_code(compiled, x, slots)
     torch.testing.assert_close(out, layer(x, slots))
     made = re.search(r"extern_kernels\.\w*mm\(.*out=(buf\d+)\)", code)
@@ -46,6 +52,9 @@ def test_inductor_does_not_copy_y(activation):
         r"secura_gpu\.(?:step_|activated)\.default\((?:reinterpret_tensor\()?(buf\d+)", code
     )
     assert made and given and made[1] == given[1], code
+    # Where the linear is in the op, nothing is left around it to be copied.
+    compiled = torch.compile(whole, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(x, slots), out)
 
 
 def test_a_batch_without_adapters_needs_no_gpu_at_all():

@@ -9,12 +9,14 @@ from __future__ import annotations
 import pytest
 
 from tests.support.interpreted import run
-from tests.support.triton_cases import ACTIVATED, STEP
+from tests.support.triton_cases import ACTIVATED, LINEAR, STEP
 
 pytest.importorskip("triton", reason="no triton package")
 
 
-CASES = pytest.mark.parametrize("code", [STEP, ACTIVATED], ids=["step", "activated"])
+CASES = pytest.mark.parametrize(
+    "code", [STEP, ACTIVATED, LINEAR], ids=["step", "activated", "linear"]
+)
 
 
 # The interpreter computes with NumPy, which has no bfloat16. Which dtype comes first decides which

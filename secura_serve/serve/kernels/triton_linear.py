@@ -1,0 +1,130 @@
+"""A base linear and its adapter step on a GPU, as the torch ops ``secura_gpu::linear`` and
+``secura_gpu::activated_linear``.
+
+Up to :data:`BESIDE` tokens, the first half of the step is made beside the linear
+(:mod:`~secura_serve.serve.kernels.triton_beside`). That is why the linear is in the op: whoever
+compiles the model could otherwise move it ahead of the step's beginning, or give the memory of its
+input to somebody while the other stream still reads it. Imported on GPUs only (and, with
+``TRITON_INTERPRET=1``, by the tests).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from secura_serve.serve.kernels import triton_step
+from secura_serve.serve.kernels.triton_beside import begin, join
+
+__all__ = ["BESIDE", "launch_activated_linear", "launch_linear"]
+
+BESIDE = 512
+"""The most tokens for which h is made beside the linear. Larger batches are mostly prompts, which
+keep the GPU busy: they gather R·x from the linear's output rather than read rows of W again."""
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    R: Tensor | None,
+    slots: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    ranks: Tensor,
+    C: Tensor,
+    offset: Tensor | None,
+    table: Tensor,
+    active: Tensor,
+    align: int,
+) -> Tensor:
+    """Return y = W·x + b, ``(T, out)``, with C·(U_slot·R·x) added.
+
+    Args:
+        x: ``(T, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)``.
+        R: ``(n·r, in)``, of which ``rows`` are the rows; None where they are those of ``weight``.
+
+    The others are those of :func:`triton_step.launch`.
+    """
+    h = _begin(x, weight, R, slots, rows, bank, ranks, active)
+    y = linear(x, weight, bias)
+    if h is not None:
+        join(y.device)
+        triton_step.launch_expand(y, h, slots, C, table, align, joins=True)
+        return y
+    held = (slots, rows, bank, ranks, C, offset, table, active, align)
+    triton_step.launch(y, _gathered(x, R, active), *held)
+    return y
+
+
+def launch_activated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    R: Tensor | None,
+    slots: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    ranks: Tensor,
+    C: Tensor,
+    offset: Tensor | None,
+    active: Tensor,
+    align: int,
+    activation: str,
+) -> Tensor:
+    """Return act(gate')·up' of what :func:`launch_linear` returns, ``(T, out/2)``.
+
+    The arguments are its own and those of :func:`triton_step.launch_activated`.
+    """
+    h = _begin(x, weight, R, slots, rows, bank, ranks, active)
+    y = linear(x, weight, bias)
+    if h is not None:
+        join(y.device)
+    source = None if h is not None else _gathered(x, R, active)
+    held = (slots, rows, bank, ranks, C, offset, active, align, activation)
+    return triton_step.launch_activated(y, source, *held, h)
+
+
+def _begin(
+    x: Tensor,
+    weight: Tensor,
+    R: Tensor | None,
+    slots: Tensor,
+    rows: Tensor,
+    bank: Tensor,
+    ranks: Tensor,
+    active: Tensor,
+) -> Tensor | None:
+    """Return the h that is being made; None where nothing was begun."""
+    if not 0 < x.shape[0] <= BESIDE or not active.item():
+        return None
+    return begin(x, weight if R is None else R, slots, rows, bank, ranks)
+
+
+def _gathered(x: Tensor, R: Tensor | None, active: Tensor) -> Tensor | None:
+    """Return what R·x is gathered from, where that is not y."""
+    return torch.mm(x, R.T) if R is not None and active.item() else None
+
+
+_HELD = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? R, Tensor slots, Tensor rows, Tensor bank, "
+    "Tensor ranks, Tensor C, Tensor? offset, "
+)
+_LIBRARY = torch.library.Library("secura_gpu", "FRAGMENT")
+_LIBRARY.define(f"linear({_HELD}Tensor table, Tensor active, int align) -> Tensor")
+_LIBRARY.define(f"activated_linear({_HELD}Tensor active, int align, str activation) -> Tensor")
+for _key in ("CUDA", "CPU"):
+    _LIBRARY.impl("linear", launch_linear, _key)
+    _LIBRARY.impl("activated_linear", launch_activated_linear, _key)
+torch.library.register_fake(
+    "secura_gpu::linear", lambda x, weight, *args: x.new_empty(x.shape[0], weight.shape[0]),
+    lib=_LIBRARY,
+)  # fmt: skip
+torch.library.register_fake(
+    "secura_gpu::activated_linear",
+    lambda x, weight, *args: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    lib=_LIBRARY,
+)
