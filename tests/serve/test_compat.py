@@ -9,6 +9,7 @@ import ast
 import importlib
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +143,29 @@ def test_the_copies_of_a_kv_head_are_not_guessed():
     layer.base_layer = QKVParallelLinear()
     with pytest.raises(IncompatibleVLLMError, match="QKVParallelLinear.num_kv_head_replicas"):
         compat.check_layer(layer)
+
+
+def test_a_weight_is_plain_where_torch_alone_multiplies_with_it(monkeypatch):
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.utils import cpu_unquantized_gemm, default_unquantized_gemm
+
+    method = UnquantizedLinearMethod.__new__(UnquantizedLinearMethod)
+    method._gemm_impl = default_unquantized_gemm
+    base = SimpleNamespace(quant_method=method, weight=torch.zeros(4, 3))
+    layer = SimpleNamespace(base_layer=base, device=torch.device("cpu"))
+    assert compat.plain_weight(layer) is base.weight
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert compat.plain_weight(layer) is None
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT")
+    for name, value in (("weight", torch.zeros(3, 4).T), ("quant_method", object())):
+        with monkeypatch.context() as changed:
+            changed.setattr(base, name, value)
+            assert compat.plain_weight(layer) is None
+    method._gemm_impl = cpu_unquantized_gemm
+    assert compat.plain_weight(layer) is None
+    del method._gemm_impl
+    with pytest.raises(IncompatibleVLLMError, match="UnquantizedLinearMethod._gemm_impl is gone"):
+        compat.plain_weight(layer)
 
 
 def test_attributes_of_instances_that_moved_are_named():

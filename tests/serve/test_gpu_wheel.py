@@ -43,6 +43,7 @@ wanted = [(getattr(layers, name), [n for n in LAYER if n != "output_slices"]) fo
 wanted += [(LRUCacheLoRAModelManager, MANAGER), (PunicaWrapperGPU, PUNICA)]
 wanted += [(LoRAKernelMeta, ("no_lora_flag_cpu",))]
 wanted += [(linear.QKVParallelLinear, BASE_LINEAR + QKV), (linear.RowParallelLinear, BASE_LINEAR)]
+wanted += [(linear.UnquantizedLinearMethod, ("_gemm_impl",))]
 wanted += [(Worker, ("model_runner", "reload_weights"))]
 faults = [f"{{cls.__name__}}: {{gone}}" for cls, names in wanted if (gone := lacks(cls, names))]
 assert not faults, faults

@@ -32,7 +32,7 @@ What is used, and why there is no public way:
   request was answered; the weights must not change under them.
 * ``get_mp_context`` in the three modules that start processes: on CPUs they are forked from one
   that has vLLM imported (:mod:`secura_serve.serve.fork_server`).
-* ``LinearBase.quant_method``, ``UnquantizedLinearMethod``, ``get_offloader`` and the
+* ``LinearBase.quant_method``, ``UnquantizedLinearMethod._gemm_impl``, ``get_offloader`` and the
   ``load_weights`` of models: where a rank holds which part of a weight, so that a GPU's can be
   folded in place, and which weights are plain.
 * ``get_tp_group``, ``get_pcp_group`` and ``get_pp_group``, ``Worker.rank``: what went wrong on any

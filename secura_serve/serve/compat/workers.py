@@ -255,8 +255,9 @@ def plain_weight(layer: Any) -> Tensor | None:
     method = linear.quant_method
     if type(method) is not find(f"{plain}.linear:UnquantizedLinearMethod"):
         return None
-    multiply = getattr(method, "_gemm_impl", None)
-    if multiply is not find(f"{plain}.utils:default_unquantized_gemm") or _batch_invariant():
+    require("UnquantizedLinearMethod", method, ("_gemm_impl",))
+    multiply = find(f"{plain}.utils:default_unquantized_gemm")
+    if method._gemm_impl is not multiply or _batch_invariant():
         return None
     weight = linear.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.stride(1) != 1:
