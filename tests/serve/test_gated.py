@@ -140,7 +140,7 @@ for activated, shape in ((True, (TOKENS, IN)), (False, (1, TOKENS, IN))):
     model, linear = mlp_of(vllms("llama:LlamaMLP"), Counted())
     mlp = model["mlp"]
     layer = mlp.gate_up_proj
-    layer.plain_weight = layer.W
+    layer.takes_linear, layer.base_layer.weight = True, layer.W
     assert not activated or taken(model) == 1
     x = linear.noise(TOKENS, IN)
     want = oracle(model, linear, x).float()

@@ -51,8 +51,8 @@ class CURLinearMixin(DeltaLinearMixin):
     activation: str | None = None
     """What follows this linear and takes its step along (:meth:`activated`); None where the step is
     taken at once."""
-    plain_weight: Tensor | None = None
-    """``(out, in)``, where the kernel multiplies with it in the base linear's place; else None."""
+    takes_linear: bool = False
+    """Whether the kernel multiplies with the base linear's weight in that linear's place."""
 
     # Given by the vLLM class that this is mixed into.
     punica_wrapper: Any
@@ -107,7 +107,7 @@ class CURLinearMixin(DeltaLinearMixin):
             offset = self._bias_at(rows.clamp(min=0).flatten().to(self.device))
         self.state = self.kernel.prepare(rows, C, offset, starts)
         weight = compat.plain_weight(self) if self.kernel.takes_linear else None
-        self.plain_weight = weight if weight is not None and weight.dtype == dtype else None
+        self.takes_linear = weight is not None and weight.dtype == dtype
         return layout
 
     def _local_rows(self, s: int, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -171,10 +171,10 @@ class CURLinearMixin(DeltaLinearMixin):
 
     def apply_linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the base linear's output with each token's adapter applied."""
-        if self.bank is None or self.plain_weight is None or self.activation is not None:
+        if self.bank is None or not self.takes_linear or self.activation is not None:
             return self.apply_adapter(x, compat.base_linear(self, x, bias))
         into, slots = self._batch(x)
-        given = (into, self.plain_weight, bias, self.R, slots)
+        given = (into, self.base_layer.weight, bias, self.R, slots)
         y = self._apply_others(into, self.kernel.linear(*given, *self._held()), slots)
         return y.view(*x.shape[:-1], -1)
 
@@ -218,9 +218,9 @@ class CURLinearMixin(DeltaLinearMixin):
         """
         base, (into, slots) = self.base_layer, self._batch(x)
         alone = self.deltas is None and self.lora is None
-        if self.plain_weight is not None and alone and not base.gather_output:
+        if self.takes_linear and alone and not base.gather_output:
             bias = None if base.skip_bias_add else base.bias
-            given = (into, self.plain_weight, bias, self.R, slots, *self._held(), self.activation)
+            given = (into, base.weight, bias, self.R, slots, *self._held(), self.activation)
             made: Tensor = self.kernel.activated_linear(*given)
             return made.view(*x.shape[:-1], -1)
         output, _ = self.forward(x)  # type: ignore[attr-defined]
