@@ -52,11 +52,11 @@ _GRACE_S = 30
 
 def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run the tests' cases; what fails raises."""
-    from tests.support.triton_cases import ACTIVATED, FOLD, LINEAR, SHARD, STEP
+    from tests.support.triton_cases import ACTIVATED, FOLD, LINEAR, SHARD, STEP, STREAMS
 
     device = "cpu" if rehearse else "cuda"
     dtypes = ["float32"] if rehearse else ["float32", "float16", "bfloat16"]
-    steps = (("step", STEP), ("activated", ACTIVATED), ("linear", LINEAR))
+    steps = (("step", STEP), ("activated", ACTIVATED), ("linear", LINEAR), ("streams", STREAMS))
     cases = (*steps, ("fold", FOLD), ("shard", SHARD))
     for (name, code), dtype in itertools.product(cases, dtypes):
         text = code.format(device=device, dtypes=f"(torch.{dtype},)")

@@ -42,7 +42,13 @@ H100 = {
     # What a kernel that waits for two streams costs more than one that waits for one: no figure
     # was found, so a guess.
     "join_s": (0.0, 0.5e-6),
+    # How long the linear's programs may wait for places that those of the launch beside it hold,
+    # which is there first: a guess, too. It is short, and small enough to share a multiprocessor
+    # with many a GEMM, but not with one that takes all registers.
+    "linear_held_up_s": (0.0, 1.0e-6),
+    "multiprocessors": 132,
 }
+_GUESSES = ("join_s", "linear_held_up_s")
 _BESIDE = ("rows_product", "core_of_parts")
 # A gathered number costs the 32 bytes around it.
 _SECTOR = 32
@@ -154,7 +160,7 @@ def overhead(
     """
     constants: Any = H100
     memory, cache = constants["memory_bytes_per_s"], constants["cache_bytes_per_s"]
-    times, moved, after, total = [0.0, 0.0], [0.0, 0.0], 0, 0
+    times, guessed, moved, after, total = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], 0, 0
     for name, (width, outs) in LLAMA3_8B.items():
         launches = step_launches(
             outs, r, tokens, early=early, adapters=adapters, activation=ACTIVATIONS.get(name),
@@ -166,10 +172,12 @@ def overhead(
             costs, moving = fixed(launch, early and i > 0 and not beside), first / memory
             moving += again / cache
             hidden = launch.kernel.__name__ in _BESIDE
+            # Few programs do not have the whole of the bandwidth.
+            share = min(launch.programs / constants["multiprocessors"], 1)
             if hidden:
                 at_once = (at_once[0] + first, at_once[1] + again)
             for bound in (0, 1):
-                chain[bound] += (constants["launch_s"][bound] + moving) * hidden
+                chain[bound] += (constants["launch_s"][bound] + moving / share) * hidden
                 times[bound] += 0 if hidden else LAYERS * (costs[bound] + moving)
             moved[0] += LAYERS * first
             moved[1] += LAYERS * again
@@ -179,7 +187,8 @@ def overhead(
         together = linear_seconds(width, outs, tokens, at_once)
         for bound in (0, 1) if beside else ():
             longer = max(together, chain[bound]) - alone
-            times[bound] += LAYERS * (constants["join_s"][bound] + longer)
+            guessed[bound] += LAYERS * sum(constants[name][bound] for name in _GUESSES)
+            times[bound] += LAYERS * longer
     base = base_seconds(tokens)
     return {
         "rank": r,
@@ -191,7 +200,8 @@ def overhead(
         "from_memory_mb": round(moved[0] / 1e6, 1),
         "from_cache_mb": round(moved[1] / 1e6, 1),
         "base_ms": round(base * 1e3, 2),
-        "overhead": [round(time / base, 3) for time in times],
+        "of_launches_and_bytes": [round(time / base, 3) for time in times],
+        "overhead": [round(sum(both) / base, 3) for both in zip(times, guessed, strict=True)],
     }
 
 

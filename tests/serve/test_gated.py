@@ -7,7 +7,6 @@ Needs vLLM installed; no engine is started.
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +36,17 @@ class GeluAndMul(nn.Module):
     """Like vLLM's, its form not given yet."""
 
 
+class Base(nn.Module):
+    """vLLM's linear that the layer wraps."""
+
+    gather_output = skip_bias_add = False
+    bias = None
+
+    def __init__(self, W):
+        super().__init__()
+        self.weight = nn.Parameter(W, requires_grad=False)
+
+
 class GateUp(CURLinearMixin, nn.Module):
     """gate and up as vLLM's layer with our mixin presents them."""
 
@@ -47,7 +57,7 @@ class GateUp(CURLinearMixin, nn.Module):
         self.kernel, self.state, self.active = linear.kernel, linear.state, torch.tensor(True)
         self.bank, self.ranks, self.W = linear.part, linear.ranks, linear.noise(2 * WIDTH, IN)
         self.punica_wrapper = type("Punica", (), {"_token_lora_indices": slots})
-        self.base_layer = SimpleNamespace(gather_output=False, skip_bias_add=False, bias=None)
+        self.base_layer = Base(self.W)
 
     def _get_quant_method(self):
         return self
@@ -140,7 +150,9 @@ for activated, shape in ((True, (TOKENS, IN)), (False, (1, TOKENS, IN))):
     model, linear = mlp_of(vllms("llama:LlamaMLP"), Counted())
     mlp = model["mlp"]
     layer = mlp.gate_up_proj
-    layer.takes_linear, layer.base_layer.weight = True, layer.W
+    layer.takes_linear = True
+    # What vLLM loads and a fold changes keeps its one name.
+    assert [name for name, _ in layer.named_parameters()] == ["base_layer.weight"]
     assert not activated or taken(model) == 1
     x = linear.noise(TOKENS, IN)
     want = oracle(model, linear, x).float()

@@ -79,8 +79,13 @@ class Linear:
         self._near(got, want)
         assert torch.equal(got[slots < 0], y[slots < 0])
 
-    def check_linear(self, tokens, width, slots=None, *, activation=None, own_R=False):
-        """The same where the kernel takes the linear along, W·x + b, and R·x comes of x."""
+    def check_linear(self, tokens, width, slots=None, *, activation=None, own_R=False, lay=None):
+        """The same where the kernel takes the linear along, W·x + b, and R·x comes of x.
+
+        Args:
+            own_R: whether R is held beside W.
+            lay: lays x out otherwise.
+        """
         _, slots = self._batch(tokens, slots)
         x, W = self.noise(tokens, width), self.noise(self.out, width) / width**0.5
         exact = x.double() @ W.double().T
@@ -94,7 +99,8 @@ class Linear:
             rows = torch.arange(len(R), dtype=torch.int32, device=device).view_as(state.rows)
             state = replace(state, rows=rows, offset=None)
         bias = None if self.b is None else self.b.to(device)
-        batch = (x.to(device), W.to(device), bias, R, slots.to(device))
+        x = x.to(device) if lay is None else lay(x.to(device))
+        batch = (x, W.to(device), bias, R, slots.to(device))
         held = (self.part, self.ranks, state, torch.tensor(True))
         if activation is None:
             got = self.kernel.linear(*batch, *held).cpu()

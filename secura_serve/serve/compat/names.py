@@ -85,6 +85,7 @@ NAMES: Mapping[str, tuple[str, ...] | None] = {
     "vllm.model_executor.layers.linear:LinearBase": ("quant_config", "prefix"),
     "vllm.model_executor.layers.linear:QKVParallelLinear": ("total_num_kv_heads",),
     "vllm.model_executor.layers.linear:UnquantizedLinearMethod": None,
+    "vllm.model_executor.layers.linear:ReplicatedLinear": None,
     "vllm.model_executor.layers.utils:default_unquantized_gemm": ("x", "weight", "bias"),
     "vllm.model_executor.offloader.base:get_offloader": (),
     "vllm.model_executor.offloader.base:NoopOffloader": None,

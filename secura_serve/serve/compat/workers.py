@@ -249,7 +249,8 @@ def base_linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def plain_weight(layer: Any) -> Tensor | None:
     """Return the ``(out, in)`` weight of a base linear that is torch's own ``linear``, no more.
 
-    None where it is anything else: quantised, by another kernel, or not on the layer's device.
+    None where it is anything else: quantised, by another kernel, in a forward of its own, or not on
+    the layer's device.
     """
     linear, plain = layer.base_layer, "vllm.model_executor.layers"
     method = linear.quant_method
@@ -257,7 +258,9 @@ def plain_weight(layer: Any) -> Tensor | None:
         return None
     require("UnquantizedLinearMethod", method, ("_gemm_impl",))
     multiply = find(f"{plain}.utils:default_unquantized_gemm")
-    if method._gemm_impl is not multiply or _batch_invariant():
+    # vLLM asks the whole module where it is a replicated one, and not this method alone.
+    replicated = isinstance(linear, find(f"{plain}.linear:ReplicatedLinear"))
+    if method._gemm_impl is not multiply or _batch_invariant() or replicated:
         return None
     weight = linear.weight
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.stride(1) != 1:

@@ -176,7 +176,7 @@ class CURLinearMixin(DeltaLinearMixin):
         into, slots = self._batch(x)
         given = (into, self.base_layer.weight, bias, self.R, slots)
         y = self._apply_others(into, self.kernel.linear(*given, *self._held()), slots)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def apply_adapter(self, x: Tensor, output: Tensor) -> Tensor:
         """Return ``output``, what the base linear made of x, with each token's adapter applied."""
@@ -205,6 +205,15 @@ class CURLinearMixin(DeltaLinearMixin):
             y = compat.apply_stock_lora(self, x, y)
         return y
 
+    @property
+    def begins_beside(self) -> bool:
+        """Whether a part of the step runs beside the base linear, where the kernel takes that."""
+        if self.activation is None:
+            return self.takes_linear
+        # What else changes the output comes between the linear and the activation.
+        alone = self.deltas is None and self.lora is None
+        return self.takes_linear and alone and not self.base_layer.gather_output
+
     def can_activate(self, activation: str) -> bool:
         """Return whether the step is better taken together with the gated activation after it."""
         pair = self.n_slices == 2 and self.output_slices[0] == self.output_slices[1]
@@ -217,12 +226,11 @@ class CURLinearMixin(DeltaLinearMixin):
         adapter, and the U of these kinds is zero.
         """
         base, (into, slots) = self.base_layer, self._batch(x)
-        alone = self.deltas is None and self.lora is None
-        if self.takes_linear and alone and not base.gather_output:
+        if self.begins_beside:
             bias = None if base.skip_bias_add else base.bias
             given = (into, base.weight, bias, self.R, slots, *self._held(), self.activation)
             made: Tensor = self.kernel.activated_linear(*given)
-            return made.view(*x.shape[:-1], -1)
+            return made.view(*x.shape[:-1], made.shape[-1])
         output, _ = self.forward(x)  # type: ignore[attr-defined]
         y = output.reshape(-1, output.shape[-1])
         held = (*self._held(), self.activation)

@@ -100,7 +100,7 @@ class CURModelManager(LRUCacheLoRAModelManager):
         plain = vllm_config.quant_config is None
         taken = take_activations(model, self.modules) if plain else 0
         if layers:
-            beside = sum(layer.takes_linear for layer in layers)
+            beside = sum(layer.begins_beside for layer in layers)
             logger.info(
                 "adapters: %d slots, %s kernel; of %d steps %d are taken in the activation that "
                 "follows, and %d begin beside their linear",

@@ -9,6 +9,8 @@ triton     GPU with Triton                     U as ``(r, r)``, C as ``(r, out)`
 torch      everywhere                          the same, C block-diagonal
 =========  ==================================  ==============================================
 
+``triton-after`` is ``triton`` with nothing of the step beside the linear.
+
 Beside it stands :func:`delta_step`, for adapters whose update is a whole matrix.
 
 A new kernel is a file with a subclass of :class:`Kernel` and one line below. A package of your own
@@ -29,7 +31,7 @@ from secura_serve.serve.kernels.delta_step import (
 from secura_serve.serve.kernels.layout import Layout
 from secura_serve.serve.kernels.native_kernel import NativeKernel
 from secura_serve.serve.kernels.torch_kernel import TorchKernel
-from secura_serve.serve.kernels.triton_kernel import TritonKernel
+from secura_serve.serve.kernels.triton_kernel import TritonAfterKernel, TritonKernel
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,4 +50,5 @@ __all__ = [
 
 register_kernel(NativeKernel)
 register_kernel(TritonKernel)
+register_kernel(TritonAfterKernel)
 register_kernel(TorchKernel)

@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["begin", "join", "make_stream"]
+__all__ = ["begin", "join", "prepare_stream"]
 
-# Inputs that one program of the first kernel multiplies, and how many programs may share a sum.
-_CHUNK, _PARTS = 512, 32
+# The most programs that share a sum, each with a multiple of so many inputs, and how many programs
+# are wanted: about an H100's multiprocessors, so that none has a long chain of loads.
+_PARTS, _INPUTS, _PROGRAMS = 32, 128, 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -79,28 +81,40 @@ def core_of_parts(
     tl.store(h + (t * n + s) * r + i, total.to(h.dtype.element_ty), mask=i < r)
 
 
+class _Beside(NamedTuple):
+    """A stream beside the engine's own, and what each of the two waits for."""
+
+    stream: torch.cuda.Stream
+    begun: torch.cuda.Event
+    done: torch.cuda.Event
+
+
 @cache
-def make_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream beside the engine's own; the first call must not be in a CUDA graph."""
-    return torch.cuda.Stream(device)
+def prepare_stream(device: torch.device) -> _Beside:
+    """Return what is needed on a GPU; the first call must not be in a CUDA graph."""
+    return _Beside(torch.cuda.Stream(device), torch.cuda.Event(), torch.cuda.Event())
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
+def _on_stream(device: torch.device) -> Iterator[None]:
     """Launch on the other stream, after all that this one has been given so far."""
     if device.type != "cuda":
         yield
         return
-    stream = make_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, begun, done = prepare_stream(device)
+    begun.record(torch.cuda.current_stream(device))
+    stream.wait_event(begun)
     with torch.cuda.stream(stream):
-        yield
+        try:
+            yield
+        finally:
+            done.record(stream)
 
 
 def join(device: torch.device) -> None:
-    """Have the current stream wait for all that :func:`begin` has launched."""
+    """Have the current stream wait for what the last :func:`begin` has launched."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(make_stream(device))
+        torch.cuda.current_stream(device).wait_event(prepare_stream(device).done)
 
 
 def begin(
@@ -111,8 +125,8 @@ def begin(
     Of a token without an adapter it holds anything.
 
     Args:
-        x: ``(T, in)``, of at least one token.
-        matrix: ``(any, in)``, of its dtype.
+        x: ``(T, in)``, of at least one token, whose rows are contiguous.
+        matrix: ``(any, in)``, of its dtype; the same.
         slots: ``(T,)`` int64; −1 is none.
         rows: ``(n, r)`` int32, rows of ``matrix``; −1 where a slice has fewer.
         bank: ``(slots + 1, n, r, r)``, each slot contiguous.
@@ -121,16 +135,18 @@ def begin(
     (tokens, width), (n, r) = x.shape, rows.shape
     # From this stream's memory, to which it goes back when it has been used here.
     h = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
-    chunk = _CHUNK * triton.cdiv(width, _CHUNK * _PARTS)
-    count, padded = triton.cdiv(width, chunk), max(16, triton.next_power_of_2(r))
-    exact = x.dtype == torch.float32
+    exact, padded = x.dtype == torch.float32, max(16, triton.next_power_of_2(r))
     tall = tokens > 16 and not exact
     tile, wide, deep = (
         (64, 64 if n * r > 32 else 32, 64) if tall else (16, 32, 32 if exact else 128)
     )
-    with _beside(x.device):
+    blocks, tiles = triton.cdiv(n * r, wide), triton.cdiv(tokens, tile)
+    wanted = min(triton.cdiv(_PROGRAMS, blocks * tiles), _PARTS)
+    chunk = _INPUTS * triton.cdiv(width, _INPUTS * wanted)
+    count = triton.cdiv(width, chunk)
+    with _on_stream(x.device):
         parts = torch.empty(count, tokens, n, r, dtype=torch.float32, device=x.device)
-        rows_product[(triton.cdiv(n * r, wide), count, triton.cdiv(tokens, tile))](
+        rows_product[(blocks, count, tiles)](
             parts, x, matrix, rows, slots, tokens, x.stride(0), matrix.stride(0), width, n * r,
             T=tile, ROWS=wide, IN=deep, CHUNK=chunk, num_warps=4, num_stages=3,
         )  # fmt: skip

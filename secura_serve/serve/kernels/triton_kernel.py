@@ -16,7 +16,7 @@ from secura_serve.serve.kernels.activation import ACTIVATIONS
 from secura_serve.serve.kernels.base import Kernel
 from secura_serve.serve.kernels.layout import Layout
 
-__all__ = ["TritonKernel", "TritonState"]
+__all__ = ["TritonAfterKernel", "TritonKernel", "TritonState"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TritonKernel(Kernel[TritonState]):
         from secura_serve.serve.kernels import triton_beside, triton_linear, triton_step  # noqa: F401
 
         if C.is_cuda:
-            triton_beside.make_stream(C.device)
+            triton_beside.prepare_stream(C.device)
         edges = list(starts)
         column_blocks = triton_step.blocks(edges, C.device)
         rows = rows.to(C.device, torch.int32)
@@ -154,3 +154,9 @@ class TritonKernel(Kernel[TritonState]):
             *(active, state.align, activation),
         )
         return made
+
+
+class TritonAfterKernel(TritonKernel):
+    """The same with the whole step after the linear; chosen by name alone."""
+
+    name, priority, takes_linear = "triton-after", 10, False

@@ -49,10 +49,9 @@ def launch_linear(
 
     The others are those of :func:`triton_step.launch`.
     """
-    h = _begin(x, weight, R, slots, rows, bank, ranks, active)
-    y = linear(x, weight, bias)
+    x = _contiguous(x)
+    y, h = _linear(x, weight, bias, R, slots, rows, bank, ranks, active)
     if h is not None:
-        join(y.device)
         triton_step.launch_expand(y, h, slots, C, table, align, joins=True)
         return y
     held = (slots, rows, bank, ranks, C, offset, table, active, align)
@@ -79,29 +78,39 @@ def launch_activated_linear(
 
     The arguments are its own and those of :func:`triton_step.launch_activated`.
     """
-    h = _begin(x, weight, R, slots, rows, bank, ranks, active)
-    y = linear(x, weight, bias)
-    if h is not None:
-        join(y.device)
+    x = _contiguous(x)
+    y, h = _linear(x, weight, bias, R, slots, rows, bank, ranks, active)
     source = None if h is not None else _gathered(x, R, active)
     held = (slots, rows, bank, ranks, C, offset, active, align, activation)
     return triton_step.launch_activated(y, source, *held, h)
 
 
-def _begin(
+def _contiguous(x: Tensor) -> Tensor:
+    """Return x with contiguous rows; a copy is held by the caller, for as long as it is read."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _linear(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     R: Tensor | None,
     slots: Tensor,
     rows: Tensor,
     bank: Tensor,
     ranks: Tensor,
     active: Tensor,
-) -> Tensor | None:
-    """Return the h that is being made; None where nothing was begun."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return y = W·x + b, and the h that was made beside it; None where none was."""
     if not 0 < x.shape[0] <= BESIDE or not active.item():
-        return None
-    return begin(x, weight if R is None else R, slots, rows, bank, ranks)
+        return linear(x, weight, bias), None
+    h = begin(x, weight if R is None else R, slots, rows, bank, ranks)
+    try:
+        y = linear(x, weight, bias)
+    finally:
+        # Also when it fails: whoever goes on must not be given memory that is still being read.
+        join(x.device)
+    return y, h
 
 
 def _gathered(x: Tensor, R: Tensor | None, active: Tensor) -> Tensor | None:

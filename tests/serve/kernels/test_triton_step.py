@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 
 from tests.support.interpreted import run
-from tests.support.triton_cases import ACTIVATED, LINEAR, STEP
+from tests.support.triton_cases import ACTIVATED, LINEAR, STEP, STREAMS
 
 pytest.importorskip("triton", reason="no triton package")
 
 
 CASES = pytest.mark.parametrize(
-    "code", [STEP, ACTIVATED, LINEAR], ids=["step", "activated", "linear"]
+    "code", [STEP, ACTIVATED, LINEAR, STREAMS], ids=["step", "activated", "linear", "streams"]
 )
 
 
