@@ -68,7 +68,7 @@ def chosen(task: str, name: str) -> tuple[str, float] | None:
     variants = PLAN.get("choices", {}).get(name, [name])
     jobs, wanted = [job for variant in variants for job in sweep(task, variant)], wanted_score(task)
     found = [(job, job.result) for job in jobs if job.result]
-    if wanted is None or len(found) < len(jobs):
+    if wanted is None or not jobs or len(found) < len(jobs):
         return None
     level = [
         (result["kl"], job.lr, job.variant) for job, result in found if result["score"] >= wanted
