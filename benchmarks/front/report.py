@@ -17,6 +17,7 @@ from benchmarks.experiment.report import cell, mean
 from benchmarks.front.runs import (
     PLAN,
     RESULTS,
+    chosen,
     chosen_lr,
     continual,
     known,
@@ -90,6 +91,12 @@ def test_table(task: str) -> str:
     return _table(head, rows) if rows else ""
 
 
+def _chosen_name(task: str, name: str) -> str:
+    """Return a candidate's name, and of a choice which variant it was."""
+    variant, _ = chosen(task, name) or (name, 0)
+    return name if variant == name else f"{name}: {variant}"
+
+
 def verdict_table() -> str:
     """Return one line per bar, candidate and task."""
     rows = []
@@ -99,7 +106,7 @@ def verdict_table() -> str:
         separate = {True: "yes", False: "no", None: "–"}[v.apart]
         rows.append(
             [
-                v.bar, v.variant, v.task, v.peer, str(v.seeds),
+                v.bar, _chosen_name(v.task, v.variant), v.task, v.peer, str(v.seeds),
                 f"{v.score_difference:+.3f} [{low:+.3f}, {high:+.3f}]",
                 f"{v.kl_ratio:.2f} (limit {v.limit:.3g})", separate, said,
             ]

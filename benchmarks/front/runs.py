@@ -55,29 +55,45 @@ def wanted_score(task: str) -> float | None:
     return max(scores) - float(PLAN["margin"])
 
 
-def chosen_lr(task: str, variant: str) -> float | None:
-    """The rate of the test runs, None while runs that decide it are missing.
+def chosen(task: str, name: str) -> tuple[str, float] | None:
+    """Return the variant and the rate of the test runs; None while runs that decide it are missing.
 
     Of the rates whose validation score is at least :func:`wanted_score` the one with the smallest
     KL; where there is none, the rate with the best score. The same for every variant, the
     reference included.
+
+    Args:
+        name: a variant, or one of the plan's choices between several.
     """
-    jobs, wanted = sweep(task, variant), wanted_score(task)
-    found = [(job.lr, job.result) for job in jobs if job.result]
-    if wanted is None or len(found) < len(jobs):
+    variants = PLAN.get("choices", {}).get(name, [name])
+    jobs, wanted = [job for variant in variants for job in sweep(task, variant)], wanted_score(task)
+    found = [(job, job.result) for job in jobs if job.result]
+    if wanted is None or not jobs or len(found) < len(jobs):
         return None
-    level = [(result["kl"], lr) for lr, result in found if result["score"] >= wanted]
+    level = [
+        (result["kl"], job.lr, job.variant) for job, result in found if result["score"] >= wanted
+    ]
     if level:
-        return min(level)[1]
-    return max((result["score"], -result["kl"], lr) for lr, result in found)[2]
+        _, lr, variant = min(level)
+    else:
+        ranked = [(result["score"], -result["kl"], job.lr, job.variant) for job, result in found]
+        *_, lr, variant = max(ranked)
+    return variant, lr
 
 
-def tests(task: str, variant: str) -> list[Job]:
-    """The test runs of a variant on a task, by seed; none before its rate is known."""
-    lr = chosen_lr(task, variant)
-    if lr is None:
+def chosen_lr(task: str, name: str) -> float | None:
+    """Return the rate that :func:`chosen` returns."""
+    choice = chosen(task, name)
+    return None if choice is None else choice[1]
+
+
+def tests(task: str, name: str) -> list[Job]:
+    """The test runs of a variant or choice on a task, by seed; none before its rate is known."""
+    choice = chosen(task, name)
+    if choice is None:
         return []
-    seeds = PLAN["seeds"] if variant in PLAN["claimed"] else PLAN["seeds"][: PLAN["front_seeds"]]
+    variant, lr = choice
+    seeds = PLAN["seeds"] if name in PLAN["claimed"] else PLAN["seeds"][: PLAN["front_seeds"]]
     return [_job("test", task, variant, lr, seed) for seed in seeds]
 
 
@@ -85,12 +101,10 @@ def continual() -> list[Job]:
     """The sequences of tasks whose learning rates are known: those chosen on the first task."""
     jobs = []
     for strategy, variants in PLAN["continual"]["runs"].items():
-        for variant, seeds in variants.items():
-            lr = chosen_lr(next(iter(PLAN["tasks"])), variant)
-            if lr is not None:
-                jobs += [
-                    _job("continual", strategy, variant, lr, seed) for seed in PLAN["seeds"][:seeds]
-                ]
+        for name, seeds in variants.items():
+            choice = chosen(next(iter(PLAN["tasks"])), name)
+            if choice is not None:
+                jobs += [_job("continual", strategy, *choice, s) for s in PLAN["seeds"][:seeds]]
     return sorted(jobs, key=lambda job: job.seed)
 
 

@@ -111,6 +111,16 @@ def test_the_rate_with_the_least_kl_among_those_that_score_enough(
     found[jobs[0].name], found[jobs[1].name] = result(0.895, 0.02), result(0.95, 0.03)
     assert runs.chosen_lr(task, other) == jobs[0].lr
     assert [job.lr for job in runs.tests(task, other)][:1] == [jobs[0].lr]
+    # Of a choice between variants all rates count alike, and all must be there.
+    third = next(name for name in runs.PLAN["variants"] if name not in (reference, other))
+    monkeypatch.setitem(runs.PLAN, "choices", {"either": [other, third]})
+    assert runs.chosen(task, "either") is None and runs.tests(task, "either") == []
+    for job in runs.sweep(task, third):
+        found[job.name] = result(0.9, 0.01)
+    last = runs.sweep(task, third)[-1]
+    found[last.name] = result(0.9, 0.005)
+    assert runs.chosen(task, "either") == (third, last.lr)
+    assert {job.variant for job in runs.tests(task, "either")} == {third}
 
 
 def test_level_is_paired_over_rows_and_seeds() -> None:
