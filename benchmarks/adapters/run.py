@@ -65,6 +65,7 @@ class Recipe:
     data: str | None = None
     """Task whose data it uses; its own by default."""
     core: str = "u"
+    inner_rank: int | None = None
     magnorm: str = "none"
     coordinates: str = "plain"
     retain: float = 0.0
@@ -142,6 +143,15 @@ RECIPES |= {
         ("extract-natural", 3e-3), ("extract", 6e-3), ("extract-natural-1.2e-2", 1.2e-2)
     )
 }  # fmt: skip
+# What benchmarks/front chose for iso-date: a core of inner rank 8, which learns more at less KL. On
+# 400 rows, because rates that differ by a factor of two were near each other there.
+RECIPES |= {
+    "iso-date-natural-ab": replace(
+        RECIPES["iso-date"],
+        data="iso-date", coordinates="natural", core="ab", inner_rank=8, dtype="float32",
+        lrs=(6e-3, 1.2e-2, 2.4e-2), validation=400,
+    )
+}  # fmt: skip
 # Small steps, and three times as many: in natural coordinates 100 steps have not learned enough. On
 # 200 rows the rates did not differ by more than chance.
 LONG: dict[str, Any] = NATURAL | {
@@ -152,7 +162,8 @@ RECIPES |= {
     "sentiment": replace(RECIPES["sentiment"], **LONG),
 }
 NOT_SHIPPED = (
-    "iso-date-plain", "sentiment-plain", "sentiment-natural", "iso-date-kept", "sentiment-kept",
+    "iso-date-plain", "iso-date-natural-ab", "iso-date-kept",
+    "sentiment-plain", "sentiment-natural", "sentiment-kept",
     "extract-plain", "extract-float32", "extract-natural", "extract-natural-1.2e-2",
     "extract-kept", "extract-retain-1", "extract-retain-10",
 )  # fmt: skip
@@ -248,8 +259,9 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         config = TrainConfig(
             base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, learning_rate=lr,
             max_steps=recipe.steps, per_device_train_batch_size=8, max_length=160, seed=seed,
-            device="cpu", core=recipe.core, magnorm=recipe.magnorm, coordinates=recipe.coordinates,
-            retain=recipe.retain, dtype=recipe.dtype, resume="auto",
+            device="cpu", core=recipe.core, inner_rank=recipe.inner_rank, magnorm=recipe.magnorm,
+            coordinates=recipe.coordinates, retain=recipe.retain, dtype=recipe.dtype,
+            resume="auto",
         )  # fmt: skip
         if not out.exists():
             write(config, train(config))
