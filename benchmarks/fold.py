@@ -6,7 +6,8 @@ One vLLM engine (eager, the base's dtype). ``reload`` reads W from the page cach
 place through vLLM's reload: what unfolding does. ``fold`` does the same with the fold between.
 Both are the time for which the engine answers nobody. ``verify_base``, which compares fingerprints,
 comes before a fold, in the server's process and while the engine still answers. Here the engine is
-idle: waiting for requests is not part of any.
+idle: waiting for requests is not part of any. On a CPU; what a fold takes on a GPU is measured by
+``benchmarks.gpu``.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def measure(base: Path, adapters: dict[str, Path], repeat: int) -> list[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", default="smollm2-135m", help="alias or folder (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=out_file, help="JSON to write")
+    parser.add_argument("--repeat", type=int, default=5, help="folds of each (%(default)s)")
+    parser.add_argument("--out", type=out_file, help="JSON to write (none by default)")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

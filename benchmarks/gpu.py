@@ -14,7 +14,8 @@
 Each part is a process of its own and is ended when its time is over; its rows until then stay. The
 file keeps the parts of earlier runs that are not run again. Needs torch and triton, for ``train``
 also transformers and PEFT; no network, and no vLLM but for ``serve``. ``--rehearse`` runs tiny
-shapes on a CPU, where the numbers mean nothing.
+shapes on a CPU, in Triton's interpreter, where the numbers mean nothing; they go to a file of their
+own.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import ROOT, commit, machine, out_file
+from benchmarks._report import ROOT, commit, end_on_terminate, machine, out_file
 
 PARTS = ("kernels", "step", "fold", "train", "serve")
 LINEARS = {
@@ -45,7 +47,12 @@ LINEARS = {
     "gate_up": (4096, (14336, 14336)),
     "down": (14336, (4096,)),
 }
+_FOLLOWS = {"gate_up": "silu"}
+CACHE_BYTES = 50 << 20
+"""An H100's."""
 TINY = {"qkv": (64, (64, 32, 32)), "gate_up": (64, (48, 48))}
+MEASURED = ROOT / "benchmarks/results/gpu.json"
+REHEARSED = ROOT / "build/gpu-rehearsal.json"
 # What a part has to end in once its time is over.
 _GRACE_S = 30
 
@@ -70,14 +77,18 @@ def kernels(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
 def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Time the adapter step of each linear, in the order in which the figures matter."""
     import torch
+    from torch.nn.functional import linear
 
     from benchmarks.step import lora_packed, once, packed
     from secura_serve.serve.kernels.activation import gated
+    from secura_serve.serve.kernels.triton_kernel import TritonKernel
 
     device = torch.device("cpu" if rehearse else "cuda")
     linears = TINY if rehearse else LINEARS
     # One launch, as in vLLM's own and in a compiled model.
     alone = gated if rehearse else torch.compile(gated, dynamic=True)
+    # What would run on a GPU is what is rehearsed.
+    kernel = TritonKernel()
     ranks = [8] if rehearse else [32, 8, 16, 64, 128]
     batches = [(1, 1), (4, 2)] if rehearse else [
         *((1, 1), (64, 64), (256, 256), (64, 1), (256, 1), (16, 16), (512, 64), (512, 256)),
@@ -85,21 +96,31 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     ]  # fmt: skip
     for r, (tokens, adapters) in itertools.product(ranks, batches):
         for name, (width, outs) in linears.items():
-            W = torch.randn(sum(outs), width, device=device).bfloat16()
             x = torch.randn(tokens, width, device=device).bfloat16()
-            batch = (outs, r, tokens, adapters, device)
-            follows = "silu" if name == "gate_up" else None
+            # In a model each W comes from memory. So that none is in the cache from the call
+            # before, calls go through several.
+            copies = 1 if rehearse else -(-3 * CACHE_BYTES // (2 * width * sum(outs)))
+            weights = [
+                torch.randn(sum(outs), width, device=device).bfloat16() for _ in range(copies)
+            ]
+            batch, follows = (outs, r, tokens, adapters, device), _FOLLOWS.get(name)
+            one = partial(packed, *batch, kernel=kernel)
             calls: dict[str, Callable[[], Any] | None] = {
-                "linear_us": lambda x=x, W=W: torch.nn.functional.linear(x, W),  # type: ignore[misc]
-                "step_us": packed(*batch),
-                "no_adapter_us": packed(*batch, active=False),
-                "linear_and_step_us": packed(*batch, activation=follows, linear=(x, W)),
+                "linear_us": _in_turn([partial(linear, x, W) for W in weights]),
+                "step_us": one(),
+                "no_adapter_us": one(active=False),
+                "linear_then_step_us": _in_turn(
+                    [one(activation=follows, linear=(x, W), after=True) for W in weights]
+                ),
+                "linear_and_step_us": _in_turn(
+                    [one(activation=follows, linear=(x, W)) for W in weights]
+                ),
                 "lora_us": lora_packed(width, outs, r, tokens, adapters, device),
             }
             if follows is not None:
                 y = torch.randn(tokens, sum(outs), device=device).bfloat16()
-                calls["activation_us"] = lambda y=y: alone(y, "silu")  # type: ignore[misc]
-                calls["step_in_activation_us"] = packed(*batch, activation=follows)
+                calls["activation_us"] = partial(alone, y, follows)
+                calls["step_in_activation_us"] = one(activation=follows)
             row: dict[str, Any] = {"linear": name, "r": r, "tokens": tokens, "adapters": adapters}
             for what, call in calls.items():
                 if call is not None and not (what == "no_adapter_us" and device.type == "cuda"):
@@ -114,6 +135,12 @@ def step(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
                     "y_bytes": 4 * tokens * sum(outs),
                 }
             add(row)
+
+
+def _in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Return a call of the next of them."""
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
 def fold(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
@@ -173,6 +200,9 @@ def _other(command: list[str], add: Callable[[dict[str, Any]], None]) -> None:
 
 def train(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     """Run ``benchmarks.train_step`` on random layers of Llama's shape."""
+    if missing := [name for name in ("transformers", "peft") if find_spec(name) is None]:
+        add({"skipped": f"{' and '.join(missing)} cannot be imported"})
+        return
     few = ["--rounds", "2", "--warmup", "1", "--targets", "q,v", "--kinds", "lora", "u"]
     same = ["--base", "llama-2048x4", "--match", "equal rank", "--processes", "1"]
     _other(["benchmarks.train_step", *same, *(few if rehearse else ["--rounds", "11"])], add)
@@ -183,9 +213,11 @@ def serve(rehearse: bool, add: Callable[[dict[str, Any]], None]) -> None:
     if rehearse or find_spec("vllm") is None:
         add({"skipped": "vLLM cannot be imported" if not rehearse else "a rehearsal"})
         return
-    counts = ["0", "1", "16", "64", "256"]
-    once = ["--repeat", "1", "--adapters", *counts]
-    _other(["benchmarks.serve", "--synthetic-gib", "2.5", *once], add)
+    once = ["benchmarks.serve", "--synthetic-gib", "2.5", "--repeat", "1", "--adapters"]
+    _other([*once, "0", "1", "16", "64", "256"], add)
+    # The same with the whole step after its linear.
+    os.environ["SECURA_KERNEL"] = "triton-after"
+    _other([*once, "64"], lambda report: add(report | {"kernel": "triton-after"}))
 
 
 def _versions() -> dict[str, str | None]:
@@ -236,35 +268,61 @@ def _bounded(command: list[str], env: dict[str, str], seconds: float) -> tuple[i
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = "time was over"
-            # Servers that a part has started end with it; what does not listen is ended.
+            # Servers that a part has started end with it; what does not listen is ended below.
             os.killpg(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
+        finally:
+            # Also where this process is stopped from outside: nothing stays behind.
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         said.seek(0)
         return status, said.read()
+
+
+def _above_0(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} minutes; must be more than 0")
+    return value
+
+
+def _earlier(file: Path, rehearsal: bool) -> dict[str, Any]:
+    """Return the parts of earlier runs that are in a file."""
+    try:
+        held = json.loads(file.read_text("utf-8")) if file.exists() else {"rehearsal": rehearsal}
+        parts: dict[str, Any] = held.get("parts", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"{file} is not a report of this command ({error}); give --out") from error
+    if held.get("rehearsal", False) != rehearsal:
+        kind = "measurements" if rehearsal else "a rehearsal"
+        raise SystemExit(f"{file} holds {kind}, which this run would mix with; give --out")
+    return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--minutes", type=float, default=10, help="of one part (%(default)s)")
-    parser.add_argument("--total", type=float, default=30, help="minutes of all (%(default)s)")
+    parser.add_argument("--minutes", type=_above_0, default=10, help="of one part (%(default)s)")
+    parser.add_argument("--total", type=_above_0, default=30, help="minutes of all (%(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, on a CPU")
-    default = ROOT / "benchmarks/results/gpu.json"
-    parser.add_argument("--out", type=out_file, default=default, help="JSON (%(default)s)")
+    parser.add_argument(
+        "--out", type=out_file,
+        help=f"JSON ({MEASURED.relative_to(ROOT)}; of a rehearsal {REHEARSED.relative_to(ROOT)})",
+    )  # fmt: skip
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         _run_part(args.one, Path(os.environ["SECURA_BENCH_PART"]), args.rehearse)
         return
-    device = _device()
+    end_on_terminate()
+    device = {"name": "cpu"} if args.rehearse else _device()
     if device["name"] == "cpu" and not args.rehearse:
         raise SystemExit("no GPU is to be seen by torch; --rehearse tries the command on a CPU")
-    old = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
-    report: dict[str, Any] = {"parts": old.get("parts", {})}
+    if args.out is None:
+        args.out = out_file(str(REHEARSED if args.rehearse else MEASURED))
+    report = {"rehearsal": args.rehearse, "parts": _earlier(args.out, args.rehearse)}
     env = os.environ | {"TRITON_INTERPRET": "1"} if args.rehearse else dict(os.environ)
     begun, failed = time.monotonic(), []
     for name in args.parts:
@@ -288,7 +346,8 @@ def main() -> None:
         wrong = part["status"] not in (0, "time was over")
         if wrong or not all(row.get("ok", True) for row in part["rows"]):
             failed.append(name)
-        report["parts"][name] = part
+        if part["rows"] or name not in report["parts"]:
+            report["parts"][name] = part
         args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         print(
             f"{name}: {len(part['rows'])} rows in {part['seconds']} s, status {part['status']}",

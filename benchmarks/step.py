@@ -39,16 +39,19 @@ def packed(
     active: bool = True,
     activation: str | None = None,
     linear: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> Callable[[], Any] | None:
+    after: bool = False,
+    kernel: Any = None,
+) -> Callable[[], Any]:
     """The adapter step of a linear whose outputs are those of several, side by side.
 
     Args:
         active: whether the batch has adapters.
         activation: what follows the linear and takes the step along.
-        linear: x and W of a linear that is to be taken along, too; None is returned where the
-            kernel does not do that.
+        linear: x and W of a linear that is taken along, too, by a kernel that can.
+        after: whether the whole step follows that linear, as in a graph of a model.
+        kernel: by default the one that would serve.
     """
-    kernel, n = choose_kernel(device, DTYPE), len(outs)
+    kernel, n = kernel or choose_kernel(device, DTYPE), len(outs)
     starts = [0, *itertools.accumulate(outs)]
     layout = kernel.layout(n, r, DTYPE)
     names = [f"linear{s}" for s in range(n)]
@@ -64,13 +67,15 @@ def packed(
     y = torch.zeros(tokens, starts[-1], dtype=DTYPE, device=device)
     slots = (torch.arange(tokens) % adapters).to(device)
     held = (bank.part(0), bank.ranks, state, torch.tensor(active))
-    if linear is not None:
-        if not kernel.takes_linear:
-            return None
+    if linear is not None and not after:
         given = (*linear, None, None, slots, *held)
         if activation is not None:
             return lambda: kernel.activated_linear(*given, activation)
         return lambda: kernel.linear(*given)
+    if linear is not None:
+        follow = () if activation is None else (activation,)
+        step = kernel.step if activation is None else kernel.activated_step
+        return lambda: step(torch.nn.functional.linear(*linear), None, slots, *held, *follow)
     if activation is not None:
         return lambda: kernel.activated_step(y, None, slots, *held, activation)
     return lambda: kernel.step(y, None, slots, *held)

@@ -1,4 +1,5 @@
-"""One adapter folder on disk. Needs torch and safetensors only."""
+"""One adapter folder on disk. Needs torch only, and safetensors and blake3 where files are read or
+written: they are imported there, so that the kernels of a fold run where there is nothing else."""
 
 from __future__ import annotations
 

@@ -18,9 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_bytes
 from torch import Tensor
 
 from secura_serve.adapter.fingerprint import fingerprint_of
@@ -63,6 +60,8 @@ class CalibratedBasis:
     @cached_property
     def digest(self) -> str:
         """The basis's name: 32 hex digits of BLAKE3 over all rankings, not over the file."""
+        from blake3 import blake3
+
         digest = blake3()
         for module, ranking in sorted(self.rankings.items()):
             rows, cols, *usable = ranking
@@ -106,6 +105,8 @@ class CalibratedBasis:
         Raises:
             OSError: it cannot be written.
         """
+        from safetensors.numpy import save as to_bytes
+
         target = Path(path).absolute()
         tensors = {}
         for module, (rows, cols, *usable) in self.rankings.items():
@@ -133,6 +134,8 @@ def load_basis(path: str | os.PathLike[str]) -> CalibratedBasis:
         ConfigError: there is no such file.
         BasisFormatError: it is truncated, damaged, changed, or of an unknown format.
     """
+    from safetensors import SafetensorError, safe_open
+
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no basis file {file}; make one with secura-basis --base B --out {file}")

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from blake3 import blake3
-
 from secura_serve.errors import AdapterFormatError, ConfigError
 from secura_serve.method import MagNorm, selection_problem
 
@@ -122,6 +120,8 @@ class AdapterConfig:
 
 def weights_digest(weights: bytes | memoryview) -> str:
     """Return 32 hex digits of BLAKE3 over a weights file's bytes."""
+    from blake3 import blake3
+
     digest: str = blake3(weights).hexdigest()[:32]
     return digest
 

@@ -14,9 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from secura_serve.adapter.format import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -115,6 +112,8 @@ def save(
         AdapterFormatError: the adapter is not well-formed.
         ConfigError: a bad name, or the folder exists and ``overwrite`` is False.
     """
+    from safetensors.torch import save_file
+
     target = Path(path).absolute()
     check_name(target.name)
     if target.exists() and not overwrite:
@@ -162,6 +161,8 @@ def load(path: str | os.PathLike[str]) -> Adapter:
     Raises:
         AdapterFormatError: with every problem found.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(path).absolute()
     fault = None
     try:

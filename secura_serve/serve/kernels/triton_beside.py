@@ -24,7 +24,7 @@ __all__ = ["begin", "join", "prepare_stream"]
 
 # The most programs that share a sum, each with a multiple of so many inputs, and how many programs
 # are wanted: about an H100's multiprocessors, so that none has a long chain of loads.
-_PARTS, _INPUTS, _PROGRAMS = 32, 128, 128
+_PARTS, _INPUTS, _PROGRAMS = 32, 256, 128
 
 
 @triton.jit(do_not_specialize=["tokens"])

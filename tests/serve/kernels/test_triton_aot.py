@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="no triton package")
 
 STEP = """
 import itertools, torch
-from benchmarks._launches import step_launches
+from benchmarks._launches import ACTIVATIONS, LLAMA3_8B, step_launches
 from tests.support.triton_aot import TARGETS, faults
 import triton
 
@@ -39,15 +39,18 @@ for r, tokens in itertools.product({ranks}, (1, 64, 1024)):
         found += faults(launches[-1], target, ("C", "y", "bank") if alone else ("C", "y"))
 # Begun beside the linear: two launches there, one after it, which waits for two streams and so for
 # all of them to end.
-for r, tokens in itertools.product({ranks}, (1, 64, 512)):
-    for target in TARGETS:
+for (name, (width, outs)), (r, tokens) in itertools.product(
+    LLAMA3_8B.items(), ((32, 1), (32, 64), (16, 256), (128, 64))
+):
+    follows = ACTIVATIONS.get(name)
+    for target in TARGETS if (r, tokens) == (32, 64) else ("sm_90", "sm_100"):
         early = target in ("sm_90", "sm_100")
-        made = step_launches((4096, 1024, 1024), r, tokens, early=early, width=4096)
+        made = step_launches(outs, r, tokens, early=early, width=width, activation=follows)
         assert [launch.options.get("PDL") for launch in made] == [None, None, False]
-        for launch in made[:2]:
-            found += faults(launch, target, ("bank", "x", "matrix"))
-(_, _, launch) = step_launches((14336, 14336), 32, 64, width=4096, activation="silu")
-assert launch.options["PDL"] is False
+        for launch, wide in zip(made, (("x", "matrix"), ("bank",), ("C", "y"))):
+            found += faults(launch, target, wide)
+for launch in step_launches((4096, 1024, 1024), 512, 64, width=4096)[:2]:
+    found += faults(launch, "sm_90", ("bank", "x", "matrix"))
 # Numbers of 4 bytes, of which none may be read alone either.
 for launch in step_launches((4096,), 64, 64, dtype=torch.float32):
     found += faults(launch, "sm_90", ("bank", "C", "y"))
