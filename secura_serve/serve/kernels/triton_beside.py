@@ -150,10 +150,10 @@ def begin(
             parts, x, matrix, rows, slots, tokens, x.stride(0), matrix.stride(0), width, n * r,
             T=tile, ROWS=wide, IN=deep, CHUNK=chunk, num_warps=4, num_stages=3,
         )  # fmt: skip
-        out, deep = min(padded, 32), min(padded, 128)
+        out, deep = min(padded, 32), min(padded, 64)
         core_of_parts[(tokens, n * triton.cdiv(r, out))](
             h, parts, slots, bank, ranks, tokens, bank.stride(0), n, r,
             PARTS=count, PADDED=triton.next_power_of_2(count), OUT=out, IN=deep,
-            num_warps=max(out * deep // 1024, 1),
+            num_warps=4 if deep > 32 else 1,
         )  # fmt: skip
     return h
