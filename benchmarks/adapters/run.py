@@ -143,15 +143,6 @@ RECIPES |= {
         ("extract-natural", 3e-3), ("extract", 6e-3), ("extract-natural-1.2e-2", 1.2e-2)
     )
 }  # fmt: skip
-# What benchmarks/front chose for iso-date: a core of inner rank 8, which learns more at less KL. On
-# 400 rows, because rates that differ by a factor of two were near each other there.
-RECIPES |= {
-    "iso-date-natural-ab": replace(
-        RECIPES["iso-date"],
-        data="iso-date", coordinates="natural", core="ab", inner_rank=8, dtype="float32",
-        lrs=(6e-3, 1.2e-2, 2.4e-2), validation=400,
-    )
-}  # fmt: skip
 # Small steps, and three times as many: in natural coordinates 100 steps have not learned enough. On
 # 200 rows the rates did not differ by more than chance.
 LONG: dict[str, Any] = NATURAL | {
@@ -161,8 +152,15 @@ RECIPES |= {
     "sentiment-plain": replace(RECIPES["sentiment"], data="sentiment"),
     "sentiment": replace(RECIPES["sentiment"], **LONG),
 }
+# A core of inner rank 8, as benchmarks/front chose for iso-date. On 200 training rows kept apart
+# the rates 6e-3, 1.2e-2 and 2.4e-2 gave .910 / .0075, .920 / .0182, .940 / .0643 (accuracy / KL):
+# the first is better than the recipe of before (.895 / .0106) in both, the others keep less.
+RECIPES |= {
+    "iso-date-natural": replace(RECIPES["iso-date"], data="iso-date"),
+    "iso-date": replace(RECIPES["iso-date"], core="ab", inner_rank=8, lrs=(6e-3,), dtype="float32"),
+}
 NOT_SHIPPED = (
-    "iso-date-plain", "iso-date-natural-ab", "iso-date-kept",
+    "iso-date-plain", "iso-date-natural", "iso-date-kept",
     "sentiment-plain", "sentiment-natural", "sentiment-kept",
     "extract-plain", "extract-float32", "extract-natural", "extract-natural-1.2e-2",
     "extract-kept", "extract-retain-1", "extract-retain-10",
