@@ -65,6 +65,7 @@ class Recipe:
     data: str | None = None
     """Task whose data it uses; its own by default."""
     core: str = "u"
+    inner_rank: int | None = None
     magnorm: str = "none"
     coordinates: str = "plain"
     retain: float = 0.0
@@ -151,8 +152,16 @@ RECIPES |= {
     "sentiment-plain": replace(RECIPES["sentiment"], data="sentiment"),
     "sentiment": replace(RECIPES["sentiment"], **LONG),
 }
+# A core of inner rank 8, as benchmarks/front chose for iso-date. On 200 training rows kept apart
+# the rates 6e-3, 1.2e-2 and 2.4e-2 gave .910 / .0075, .920 / .0182, .940 / .0643 (accuracy / KL):
+# the first is better than the recipe of before (.895 / .0106) in both, the others keep less.
+RECIPES |= {
+    "iso-date-natural": replace(RECIPES["iso-date"], data="iso-date"),
+    "iso-date": replace(RECIPES["iso-date"], core="ab", inner_rank=8, lrs=(6e-3,), dtype="float32"),
+}
 NOT_SHIPPED = (
-    "iso-date-plain", "sentiment-plain", "sentiment-natural", "iso-date-kept", "sentiment-kept",
+    "iso-date-plain", "iso-date-natural", "iso-date-kept",
+    "sentiment-plain", "sentiment-natural", "sentiment-kept",
     "extract-plain", "extract-float32", "extract-natural", "extract-natural-1.2e-2",
     "extract-kept", "extract-retain-1", "extract-retain-10",
 )  # fmt: skip
@@ -248,8 +257,9 @@ def run(task: str, seeds: list[int], work: Path) -> None:
         config = TrainConfig(
             base=BASE, data=str(data), eval_data=str(test), out=str(out), rank=32, learning_rate=lr,
             max_steps=recipe.steps, per_device_train_batch_size=8, max_length=160, seed=seed,
-            device="cpu", core=recipe.core, magnorm=recipe.magnorm, coordinates=recipe.coordinates,
-            retain=recipe.retain, dtype=recipe.dtype, resume="auto",
+            device="cpu", core=recipe.core, inner_rank=recipe.inner_rank, magnorm=recipe.magnorm,
+            coordinates=recipe.coordinates, retain=recipe.retain, dtype=recipe.dtype,
+            resume="auto",
         )  # fmt: skip
         if not out.exists():
             write(config, train(config))
