@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +31,6 @@ from secura_serve.adapter import (
     fingerprint,
     load,
     save,
-    store,
     verify,
     weights_digest,
 )
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_the_old_adapter(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store if step == "save_file" else os, step, full)
+    monkeypatch.setattr(safetensors.torch if step == "save_file" else os, step, full)
     config, modules = make(base)
     changed = {name: replace(cur, U=cur.U + 1) for name, cur in modules.items()}
     with pytest.raises(OSError, match="No space"):
@@ -313,15 +313,16 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.adapter import test_adapter_store as here
+from safetensors import torch as files
 from secura_serve import atomic
-from secura_serve.adapter import save, store
+from secura_serve.adapter import save
 step = sys.argv[2]
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 if step == "fsync":
     os.fsync = die
 else:
-    setattr(atomic if step == "put_in_place" else store, step, die)
+    setattr(atomic if step == "put_in_place" else files, step, die)
 save(Path(sys.argv[1]), *here.make(here.Base()), overwrite=True)
 """
 

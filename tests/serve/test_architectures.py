@@ -58,7 +58,8 @@ def _serve_and_compare(arch, base, tmp_path, monkeypatch, *more):
         names += "off-basis plain plain-narrow tuned wide"
         assert sorted(served.adapters) == names.split()
         found = agreement.compare(served, mixes=MIXES)
-        taken = "torch kernel, 2 of 8 steps" if arch in FUSED else "native kernel, 0 of 8 steps"
+        kernel, count = ("torch", 2) if arch in FUSED else ("native", 0)
+        taken = f"{kernel} kernel; of 8 steps {count} are taken in the activation"
         assert taken in served.log.read_text("utf-8")
     for name, result in found.items():
         assert result.worst < 1e-4, (name, result)

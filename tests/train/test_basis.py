@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -179,7 +180,7 @@ def test_a_file_that_is_not_whole_or_not_of_this_base_is_refused(
 
     (short := tmp_path / "short").write_bytes(file.read_bytes()[:-5])
     tensors = load_file(file)
-    with adapter.basis_file.safe_open(file, "np") as handle:
+    with safe_open(file, "np") as handle:
         metadata = handle.metadata()
     facts = json.loads(metadata["secura_basis"])
     rows = tensors[f"{name}.rows"]
