@@ -125,8 +125,8 @@ def begin(
     Of a token without an adapter it holds anything.
 
     Args:
-        x: ``(T, in)``, of at least one token, whose rows are contiguous.
-        matrix: ``(any, in)``, of its dtype; the same.
+        x: ``(T, in)``, of at least one token; each row is contiguous.
+        matrix: ``(any, in)``, of x's dtype; each row is contiguous.
         slots: ``(T,)`` int64; −1 is none.
         rows: ``(n, r)`` int32, rows of ``matrix``; −1 where a slice has fewer.
         bank: ``(slots + 1, n, r, r)``, each slot contiguous.
@@ -136,10 +136,9 @@ def begin(
     # From this stream's memory, to which it goes back when it has been used here.
     h = torch.empty(tokens, n, r, dtype=x.dtype, device=x.device)
     exact, padded = x.dtype == torch.float32, max(16, triton.next_power_of_2(r))
-    tall = tokens > 16 and not exact
-    tile, wide, deep = (
-        (64, 64 if n * r > 32 else 32, 64) if tall else (16, 32, 32 if exact else 128)
-    )
+    tile, wide, deep = 16, 32, 32 if exact else 128
+    if tokens > 16 and not exact:
+        tile, wide, deep = 64, 64 if n * r > 32 else 32, 64
     blocks, tiles = triton.cdiv(n * r, wide), triton.cdiv(tokens, tile)
     wanted = min(triton.cdiv(_PROGRAMS, blocks * tiles), _PARTS)
     chunk = _INPUTS * triton.cdiv(width, _INPUTS * wanted)
