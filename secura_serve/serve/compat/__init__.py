@@ -47,7 +47,7 @@ from __future__ import annotations
 
 from secura_serve.serve.compat.gated import gated_activation, take_activation
 from secura_serve.serve.compat.names import NAMES, SUPPORTED, check, vllm_version
-from secura_serve.serve.compat.param_shards import ParamShard, find_param_shards
+from secura_serve.serve.compat.param_shards import ParamShard, find_param_shards, plain_weight
 from secura_serve.serve.compat.server import (
     ListedModel,
     ServedModels,
@@ -78,7 +78,6 @@ from secura_serve.serve.compat.workers import (
     lora_request,
     model_manager,
     packed_modules,
-    plain_weight,
     quiet_reload,
     registered_adapter,
     registered_adapters,

@@ -3,7 +3,8 @@
 How vLLM slices, packs and copies differs by class, rank and version. So it is not written down
 here: the model loads stand-ins without memory, and each copy into a parameter is caught before it
 happens. It says which part of the weight would have gone where. What comes of it is a guess until
-somebody has compared the parameter with that part of the file, bit for bit.
+somebody has compared the parameter with that part of the file, bit for bit. Beside it: which
+weights are multiplied with as they lie.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secura_serve.serve.compat.names import find
+from secura_serve.serve.compat.names import find, require
 
-__all__ = ["ParamShard", "find_param_shards"]
+__all__ = ["ParamShard", "find_param_shards", "plain_weight"]
 
 _OFFLOADER = "vllm.model_executor.offloader.base"
 
@@ -80,18 +81,46 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def plain_weight(layer: Any) -> Tensor | None:
+    """Return the ``(out, in)`` weight of a base linear that is torch's own ``linear``, no more.
+
+    None where it is anything else: quantised, by another kernel, in a forward of its own, or not on
+    the layer's device.
+    """
+    linear, plain = layer.base_layer, "vllm.model_executor.layers"
+    if not _is_unquantised(linear):
+        return None
+    method = linear.quant_method
+    require("UnquantizedLinearMethod", method, ("_gemm_impl",))
+    multiply = find(f"{plain}.utils:default_unquantized_gemm")
+    # vLLM asks the whole module where it is a replicated one, and not this method alone.
+    replicated = isinstance(linear, find(f"{plain}.linear:ReplicatedLinear"))
+    if method._gemm_impl is not multiply or _batch_invariant() or replicated:
+        return None
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.stride(1) != 1:
+        return None
+    return weight if weight.device == torch.device(layer.device) else None
+
+
+def _batch_invariant() -> bool:
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def _is_unquantised(linear: Any) -> bool:
+    unquantised = find("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
+    return type(getattr(linear, "quant_method", None)) is unquantised
+
+
 def _plain_storages(model: nn.Module) -> set[int]:
     """Return the addresses of the weights of linears that are not quantised, held once each."""
     if type(find(f"{_OFFLOADER}:get_offloader")()) is not find(f"{_OFFLOADER}:NoopOffloader"):
         # Then a parameter may be a buffer that several layers use in turn.
         return set()
     linear = find("vllm.model_executor.layers.linear:LinearBase")
-    unquantised = find("vllm.model_executor.layers.linear:UnquantizedLinearMethod")
-    weights = [
-        m.weight
-        for m in model.modules()
-        if isinstance(m, linear) and type(getattr(m, "quant_method", None)) is unquantised
-    ]
+    weights = [m.weight for m in model.modules() if isinstance(m, linear) and _is_unquantised(m)]
     held = model.named_parameters(remove_duplicate=False)
     holders = Counter(p.untyped_storage().data_ptr() for _, p in held)
     found = (w.untyped_storage().data_ptr() for w in weights if isinstance(w, Tensor))

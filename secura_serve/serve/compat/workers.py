@@ -246,34 +246,6 @@ def base_linear(layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def plain_weight(layer: Any) -> Tensor | None:
-    """Return the ``(out, in)`` weight of a base linear that is torch's own ``linear``, no more.
-
-    None where it is anything else: quantised, by another kernel, in a forward of its own, or not on
-    the layer's device.
-    """
-    linear, plain = layer.base_layer, "vllm.model_executor.layers"
-    method = linear.quant_method
-    if type(method) is not find(f"{plain}.linear:UnquantizedLinearMethod"):
-        return None
-    require("UnquantizedLinearMethod", method, ("_gemm_impl",))
-    multiply = find(f"{plain}.utils:default_unquantized_gemm")
-    # vLLM asks the whole module where it is a replicated one, and not this method alone.
-    replicated = isinstance(linear, find(f"{plain}.linear:ReplicatedLinear"))
-    if method._gemm_impl is not multiply or _batch_invariant() or replicated:
-        return None
-    weight = linear.weight
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.stride(1) != 1:
-        return None
-    return weight if weight.device == torch.device(layer.device) else None
-
-
-def _batch_invariant() -> bool:
-    from vllm import envs
-
-    return bool(envs.VLLM_BATCH_INVARIANT)
-
-
 def kv_head_copies(layer: Any, s: int) -> int:
     """Return how many ranks hold the same rows of slice ``s``; more than 1 for copied KV heads."""
     return int(layer.base_layer.num_kv_head_replicas) if s and _is_qkv(layer.base_layer) else 1
