@@ -68,10 +68,7 @@ def packed(
     slots = (torch.arange(tokens) % adapters).to(device)
     held = (bank.part(0), bank.ranks, state, torch.tensor(active))
     if linear is not None and not after:
-        given = (*linear, None, None, slots, *held)
-        if activation is not None:
-            return lambda: kernel.activated_linear(*given, activation)
-        return lambda: kernel.linear(*given)
+        return lambda: kernel.linear(*linear, None, None, slots, *held, activation)
     if linear is not None:
         follow = () if activation is None else (activation,)
         step = kernel.step if activation is None else kernel.activated_step

@@ -112,7 +112,7 @@ def model(x, scratch):
         held = (None, None, mine, layer.part, layer.ranks, layer.state, on)
         x = normal(layer.kernel.linear(x, W, *held))
         held = (None, None, mine, gated.part, gated.ranks, gated.state, on, "silu")
-        x = normal(x + gated.kernel.activated_linear(x, V, *held))
+        x = normal(x + gated.kernel.linear(x, V, *held))
         if scratch:
             # Whoever is given memory too early writes over it.
             torch.full((len(x) * 64,), torch.nan, device=device), torch.full_like(x, torch.nan)

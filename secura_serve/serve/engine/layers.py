@@ -229,7 +229,7 @@ class CURLinearMixin(DeltaLinearMixin):
         if self.begins_beside:
             bias = None if base.skip_bias_add else base.bias
             given = (into, base.weight, bias, self.R, slots, *self._held(), self.activation)
-            made: Tensor = self.kernel.activated_linear(*given)
+            made: Tensor = self.kernel.linear(*given)
             return made.view(*x.shape[:-1], made.shape[-1])
         output, _ = self.forward(x)  # type: ignore[attr-defined]
         y = output.reshape(-1, output.shape[-1])

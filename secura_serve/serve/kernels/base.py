@@ -33,7 +33,7 @@ class Kernel(ABC, Generic[State]):
     fuses: ClassVar[frozenset[str]] = frozenset()
     """The activations with which :meth:`activated_step` is better than a step before them."""
     takes_linear: ClassVar[bool] = False
-    """Whether :meth:`linear` and :meth:`activated_linear` are better than a step after it."""
+    """Whether :meth:`linear` is better than a step after the linear."""
 
     @classmethod
     @abstractmethod
@@ -118,10 +118,12 @@ class Kernel(ABC, Generic[State]):
         ranks: Tensor,
         state: State,
         active: Tensor,
+        activation: str | None = None,
     ) -> Tensor:
         """Return the adapted output of a linear that is not quantised: W·x + b and the step.
 
-        Traced like :meth:`step`, whose arguments the others are.
+        With an activation return what :meth:`activated_step` makes of W·x + b. Traced like
+        :meth:`step`, whose arguments the others are.
 
         Args:
             x: ``(T, in)``.
@@ -129,22 +131,6 @@ class Kernel(ABC, Generic[State]):
             bias: ``(out,)``.
             R: ``(n·r, in)``, whose rows are meant by ``rows``; None where those of ``weight`` are.
         """
-        raise NotImplementedError
-
-    def activated_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        R: Tensor | None,
-        slots: Tensor,
-        bank: Tensor,
-        ranks: Tensor,
-        state: State,
-        active: Tensor,
-        activation: str,
-    ) -> Tensor:
-        """Return act(gate')·up' of what :meth:`linear` returns; see :meth:`activated_step`."""
         raise NotImplementedError
 
 

@@ -127,31 +127,12 @@ class TritonKernel(Kernel[TritonState]):
         ranks: Tensor,
         state: TritonState,
         active: Tensor,
+        activation: str | None = None,
     ) -> Tensor:
         """Return the linear's adapted output; see :class:`Kernel`."""
         made: Tensor = torch.ops.secura_gpu.linear(
             *(x, weight, bias, R, slots, state.rows, bank, ranks, state.C, state.offset),
-            *(state.column_blocks, active, state.align),
-        )
-        return made
-
-    def activated_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        R: Tensor | None,
-        slots: Tensor,
-        bank: Tensor,
-        ranks: Tensor,
-        state: TritonState,
-        active: Tensor,
-        activation: str,
-    ) -> Tensor:
-        """Return the activation's output; see :class:`Kernel`."""
-        made: Tensor = torch.ops.secura_gpu.activated_linear(
-            *(x, weight, bias, R, slots, state.rows, bank, ranks, state.C, state.offset),
-            *(active, state.align, activation),
+            *(state.column_blocks, active, state.align, activation),
         )
         return made
 

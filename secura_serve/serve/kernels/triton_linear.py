@@ -1,5 +1,4 @@
-"""A base linear and its adapter step on a GPU, as the torch ops ``secura_gpu::linear`` and
-``secura_gpu::activated_linear``.
+"""A base linear and its adapter step on a GPU, as the torch op ``secura_gpu::linear``.
 
 Up to :data:`BESIDE` tokens, the first half of the step is made beside the linear
 (:mod:`~secura_serve.serve.kernels.triton_beside`). That is why the linear is in the op: whoever
@@ -17,7 +16,7 @@ from torch.nn.functional import linear
 from secura_serve.serve.kernels import triton_step
 from secura_serve.serve.kernels.triton_beside import begin, join
 
-__all__ = ["BESIDE", "launch_activated_linear", "launch_linear"]
+__all__ = ["BESIDE", "launch_linear"]
 
 BESIDE = 512
 """The most tokens for which h is made beside the linear. Larger batches are mostly prompts, which
@@ -38,8 +37,11 @@ def launch_linear(
     table: Tensor,
     active: Tensor,
     align: int,
+    activation: str | None,
 ) -> Tensor:
     """Return y = W·x + b, ``(T, out)``, with C·(U_slot·R·x) added.
+
+    With an activation return act(gate')·up' of that, ``(T, out/2)``.
 
     Args:
         x: ``(T, in)``.
@@ -47,42 +49,19 @@ def launch_linear(
         bias: ``(out,)``.
         R: ``(n·r, in)``, of which ``rows`` are the rows; None where they are those of ``weight``.
 
-    The others are those of :func:`triton_step.launch`.
-    """
-    x = _contiguous(x)
-    y, h = _linear(x, weight, bias, R, slots, rows, bank, ranks, active)
-    if h is not None:
-        triton_step.launch_expand(y, h, slots, C, table, align, joins=True)
-        return y
-    held = (slots, rows, bank, ranks, C, offset, table, active, align)
-    triton_step.launch(y, _gathered(x, R, active), *held)
-    return y
-
-
-def launch_activated_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    R: Tensor | None,
-    slots: Tensor,
-    rows: Tensor,
-    bank: Tensor,
-    ranks: Tensor,
-    C: Tensor,
-    offset: Tensor | None,
-    active: Tensor,
-    align: int,
-    activation: str,
-) -> Tensor:
-    """Return act(gate')·up' of what :func:`launch_linear` returns, ``(T, out/2)``.
-
-    The arguments are its own and those of :func:`triton_step.launch_activated`.
+    The others are those of :func:`triton_step.launch` and :func:`triton_step.launch_activated`.
     """
     x = _contiguous(x)
     y, h = _linear(x, weight, bias, R, slots, rows, bank, ranks, active)
     source = None if h is not None else _gathered(x, R, active)
-    held = (slots, rows, bank, ranks, C, offset, active, align, activation)
-    return triton_step.launch_activated(y, source, *held, h)
+    held = (slots, rows, bank, ranks, C, offset)
+    if activation is not None:
+        return triton_step.launch_activated(y, source, *held, active, align, activation, h)
+    if h is not None:
+        triton_step.launch_expand(y, h, slots, C, table, align, joins=True)
+    else:
+        triton_step.launch(y, source, *held, table, active, align)
+    return y
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -118,22 +97,18 @@ def _gathered(x: Tensor, R: Tensor | None, active: Tensor) -> Tensor | None:
     return torch.mm(x, R.T) if R is not None and active.item() else None
 
 
-_HELD = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? R, Tensor slots, Tensor rows, Tensor bank, "
-    "Tensor ranks, Tensor C, Tensor? offset, "
-)
 _LIBRARY = torch.library.Library("secura_gpu", "FRAGMENT")
-_LIBRARY.define(f"linear({_HELD}Tensor table, Tensor active, int align) -> Tensor")
-_LIBRARY.define(f"activated_linear({_HELD}Tensor active, int align, str activation) -> Tensor")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? R, Tensor slots, Tensor rows, "
+    "Tensor bank, Tensor ranks, Tensor C, Tensor? offset, Tensor table, Tensor active, int align, "
+    "str? activation) -> Tensor"
+)
 for _key in ("CUDA", "CPU"):
     _LIBRARY.impl("linear", launch_linear, _key)
-    _LIBRARY.impl("activated_linear", launch_activated_linear, _key)
 torch.library.register_fake(
-    "secura_gpu::linear", lambda x, weight, *args: x.new_empty(x.shape[0], weight.shape[0]),
-    lib=_LIBRARY,
-)  # fmt: skip
-torch.library.register_fake(
-    "secura_gpu::activated_linear",
-    lambda x, weight, *args: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    "secura_gpu::linear",
+    lambda x, weight, *held: x.new_empty(
+        x.shape[0], weight.shape[0] if held[-1] is None else weight.shape[0] // 2
+    ),
     lib=_LIBRARY,
 )
