@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.methods.prepared import PreparedModel
 
 __all__ = ["base_digest"]
 

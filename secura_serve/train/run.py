@@ -20,7 +20,8 @@ from secura_serve.train.checkpoints import RunFolder, is_main_process, processes
 from secura_serve.train.data import Record, Rows, digest, encode, parse_columns, read, split
 from secura_serve.train.fit import fit
 from secura_serve.train.methods.base import load_tokenizer
-from secura_serve.train.methods.prepared import PreparedModel, prepare
+from secura_serve.train.methods.preparation import prepare
+from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.retention import (
     Retention,
     mean_retention,

@@ -28,6 +28,7 @@ from secura_serve.serve.app.adapters.content.snapshots import Snapshot
 from secura_serve.serve.app.adapters.content.verifier import Entry, Verifier
 from secura_serve.serve.app.adapters.library import Library, Version
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.answers import Answers
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import ASKING_KEY, PageAccess, page_access
 from secura_serve.serve.app.http.context import ServerContext
@@ -97,7 +98,7 @@ class App:
         library.set_alias("prod", "secret")
         library.set_alias("pinned", "extract@012345")
         library.refuse("broken", "it holds NaN")
-        self.folding = Folding(Path("base"), ["base", "base-two"], library)
+        self.folding = Folding(Path("base"), Answers(["base", "base-two"], library))
         updates = AdapterUpdates(None, library, Verifier(lambda: None))
         self.context = ServerContext(self.folding, updates, keys)
         parser, _ = compat.make_arg_parser()
@@ -106,7 +107,7 @@ class App:
         args = parser.parse_args([*flags, "--middleware", middleware])
         self.context.hand_over(args)
         self.app = build_app(args, ("generate",))
-        bases = [BaseModelPath(name, "base") for name in self.folding.names]
+        bases = [BaseModelPath(name, "base") for name in self.folding.answers.names]
         models = self.app.state.openai_serving_models = OpenAIServingModels(Engine(), bases)
         self.loop.run_until_complete(self.serve(models))
 
@@ -264,7 +265,7 @@ def test_a_forbidden_name_is_answered_like_an_unknown_one(make_app):
 
 def test_a_mix_may_be_asked_by_a_key_that_may_ask_every_part(make_app):
     app = make_app()
-    for record in app.folding.library.records.values():
+    for record in app.context.answers.library.records.values():
         config = SimpleNamespace(magnorm=MagNorm())
         record.versions = [
             replace(v, entry=replace(v.entry, adapter=SimpleNamespace(config=config), lora=None))
@@ -301,14 +302,14 @@ def test_a_mix_may_be_asked_by_a_key_that_may_ask_every_part(make_app):
             parts = [*others, {"name": forbidden, "weight": 1 - len(others) / 2}]
             answer = app("POST", "/v1/completions", "key-team", json={"adapters": parts})
             assert answer.status_code == 404, answer.text
-    app.folding.folded = "secret"
+    app.context.answers.folded = "secret"
     answer = app.generate("key-team", "extract*0.5+team-a-one")
     assert answer.status_code == 409 and "secret" not in answer.text
 
 
 def test_the_same_holds_while_something_is_folded(make_app):
     app = make_app()
-    app.folding.folded = "secret"
+    app.context.answers.folded = "secret"
     answer = app.generate("key-team", "extract")
     assert answer.status_code == 409 and "secret" not in answer.text
     assert "secret" in app.generate("key-all", "extract").text
@@ -316,7 +317,7 @@ def test_the_same_holds_while_something_is_folded(make_app):
         answer = app.generate("key-team", name)
         assert answer.status_code == 404 and "secret" not in answer.text.replace("`secret`", "")
     assert app.models("key-team") == ["extract", "team-a-one", "team-a-two"]
-    app.folding.folded = "team-a-one"
+    app.context.answers.folded = "team-a-one"
     assert app.generate("key-team", "team-a-one").status_code in REACHED
     assert "team-a-one is folded" in app.generate("key-team", "extract").text
     assert app.generate("key-base").status_code == 409

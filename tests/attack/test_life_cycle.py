@@ -19,6 +19,7 @@ from secura_serve.serve.app.adapters import updates as updating
 from secura_serve.serve.app.adapters import watch as watching
 from secura_serve.serve.app.adapters.content.snapshots import digest_of
 from secura_serve.serve.app.adapters.watch import FolderWatch
+from secura_serve.serve.app.answers import Answers
 from secura_serve.serve.app.folding import Folding
 from tests.support.engines import random_adapter
 from tests.support.lifecycle import files_of, house, pushed
@@ -113,7 +114,7 @@ def test_an_upload_and_an_alias_of_one_name_do_not_both_succeed(make):
 
 def test_what_is_about_to_be_folded_cannot_be_deleted_and_what_goes_not_folded(make, monkeypatch):
     parts = make()
-    folding = Folding(parts.base, ["base"], parts.library)
+    folding = Folding(parts.base, Answers(["base"], parts.library))
     parts.updates.folded = folding.held
     looking, look_on = asyncio.Event(), asyncio.Event()
 

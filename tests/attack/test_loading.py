@@ -89,10 +89,10 @@ def test_a_sound_adapter_is_loaded_replaced_and_unloaded(server):
     loaded()
     assert len(set(numbers)) == 5 and len(set(paths)) == 3
     # A fold takes what is loaded, and nothing once it is unloaded.
-    folding = server.folding
-    assert str(folding.library.find("sound").snapshot.path) == paths[-1] and folding.known("sound")
+    folding, answers = server.folding, server.folding.answers
+    assert str(answers.library.find("sound").snapshot.path) == paths[-1] and answers.known("sound")
     assert server.post(UNLOAD, lora_name="sound")[0] == 200
-    assert not folding.known("sound") and not folding.foldable()
+    assert not answers.known("sound") and not folding.foldable()
     assert (server.root / "sound").is_dir(), "unloading leaves the folder"
 
 
@@ -105,11 +105,11 @@ def test_unloading_frees_the_slot_and_what_was_kept(server):
 
 
 def test_loading_works_while_another_adapter_is_folded(server):
-    server.folding.folded = "elsewhere"
+    server.folding.answers.folded = "elsewhere"
     assert server.post(LOAD, lora_name="sound", lora_path="sound")[0] == 200
-    assert server.folding.refusal("sound").status == 409
-    server.folding.folded = None
-    assert server.folding.refusal("sound") is None
+    assert server.folding.answers.refusal("sound").status == 409
+    server.folding.answers.folded = None
+    assert server.folding.answers.refusal("sound") is None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_what_the_start_would_refuse_is_refused(server):
     assert server.post(LOAD, lora_name="sound", lora_path="sound")[0] == 400
     assert not server.engine.calls and not server.models.lora_requests
     # One that must be folded is known from now on, and answers once it is.
-    assert server.folding.status("bounded") == "unfolded" and server.folding.foldable()
+    assert server.folding.answers.status("bounded") == "unfolded" and server.folding.foldable()
 
 
 def test_what_the_engine_refuses_is_a_400_and_changes_nothing(server):

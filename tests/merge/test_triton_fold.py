@@ -22,7 +22,7 @@ from benchmarks._launches import LLAMA3_8B, caught, fake
 from secura_serve.merge.fold import triton_code, triton_fold
 from secura_serve.merge.fold import Part, Target
 from secura_serve.merge.fold.journal import Journal
-from secura_serve.merge.fold.shard import Gathered
+from secura_serve.merge.fold.target import Gathered
 from secura_serve.method import Basis, MagNorm
 from tests.support.triton_aot import TARGETS, faults
 import triton

@@ -32,6 +32,7 @@ from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.content.snapshots import Snapshot, SnapshotStore
 from secura_serve.serve.app.adapters.content.verifier import Entry
 from secura_serve.serve.app.adapters.library import Library, Version
+from secura_serve.serve.app.answers import Answers
 from secura_serve.serve.app.folding import Folding
 from tests.support import agreement
 from tests.support.engines import random_adapter, serving
@@ -250,7 +251,7 @@ def test_what_cannot_be_folded_is_told_from_what_is_not_there(name, said, tmp_pa
     snapshot = Snapshot(path, tmp_path / "lora", "0" * 32, ())
     library = Library(["base"])
     library.add(Version(Entry("lora", None, lora=lora, snapshot=snapshot), 1, "folder", 0.0))
-    folding = Folding(tmp_path, ["base"], library)
+    folding = Folding(tmp_path, Answers(["base"], library))
     with pytest.raises(ConfigError, match=said):
         asyncio.run(folding.change(name))
 
@@ -395,13 +396,13 @@ def test_the_server_stops_when_nothing_can_be_put_back(tiny_base, tmp_path, monk
     parts = house(tmp_path, tiny_base("qwen2"))
     random_adapter(parts.base, parts.folder / "one", r=4, seed=1)
     parts.fill()
-    folding, ended = Folding(parts.base, ["base"], parts.library), []
+    folding, ended = Folding(parts.base, Answers(["base"], parts.library)), []
     folding._engine, folding._models = FailingEngine(), SimpleNamespace()
     monkeypatch.setattr("os.kill", lambda pid, number: ended.append((pid, number)))
     with pytest.raises(FoldError, match="server is stopping.*could not be put back"):
         asyncio.run(folding.change("one"))
     assert ended == [(os.getpid(), signal.SIGTERM)]
-    assert folding.refusal("base").status == 503
+    assert folding.answers.refusal("base").status == 503
 
 
 @pytest.mark.slow

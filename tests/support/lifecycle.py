@@ -154,6 +154,7 @@ def serving_app(parts: House) -> Iterator[Any]:
     from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
     from secura_serve.serve.app.adapters.attach_to_engine import attach_to_engine
+    from secura_serve.serve.app.answers import Answers
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http import adapters
     from secura_serve.serve.app.http.access import Keys
@@ -162,7 +163,7 @@ def serving_app(parts: House) -> Iterator[Any]:
 
     engine: Any = parts.engine
     models = OpenAIServingModels(engine, [BaseModelPath(name="base", model_path=str(parts.base))])
-    folding = Folding(parts.base, ["base"], parts.library)
+    folding = Folding(parts.base, Answers(["base"], parts.library))
     context = ServerContext(folding, parts.updates, Keys(), watch=parts.watch, follow=False)
     app = FastAPI()
     app.state.args = SimpleNamespace(log_error_stack=False)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from secura_serve.merge.fold.journal import Journal
 from secura_serve.merge.fold.shard import (
-    Gathered,
     bits_to_keep,
     fold_shard,
     folds_by_shard,
     gather_shard,
     undo_shard,
 )
-from secura_serve.merge.fold.target import Part, Target, gather_target
+from secura_serve.merge.fold.target import Gathered, Part, Target, gather_target
 from secura_serve.merge.fold.weight import Change, fold_weight, takes_triton
 
 __all__ = [

@@ -7,38 +7,21 @@ beforehand, from the whole W, so that the shard can be overwritten while it is r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from secura_serve.merge.fold.journal import Journal, journal_bits
-from secura_serve.merge.fold.target import Target, gather_target
+from secura_serve.merge.fold.target import Gathered, Target, gather_target
 from secura_serve.merge.fold.weight import factors, takes_triton
 from secura_serve.method import MagNorm, write
 
 __all__ = [
-    "Gathered",
     "bits_to_keep",
     "fold_shard",
     "folds_by_shard",
     "gather_shard",
     "undo_shard",
 ]
-
-
-class Gathered(NamedTuple):
-    """C and R of every part of a target, for one shard."""
-
-    C: tuple[Tensor, ...]
-    """``(rows, r)`` each."""
-    R: tuple[Tensor, ...]
-    """``(r, columns)`` each."""
-
-    def map(self, work: Callable[[Tensor], Tensor]) -> Gathered:
-        """Return the same with ``work`` done to each tensor."""
-        return Gathered(tuple(map(work, self.C)), tuple(map(work, self.R)))
 
 
 def folds_by_shard(target: Target, norm: MagNorm) -> bool:

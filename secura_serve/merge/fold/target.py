@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from secura_serve.adapter import gather_verified
 from secura_serve.method import Basis
 
-__all__ = ["Part", "Target", "gather_target"]
+__all__ = ["Gathered", "Part", "Target", "gather_target"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,19 @@ class Target:
     parts: tuple[Part, ...]
     transposed: bool = False
     """The tensor is W as ``(in, out)``: GPT-2's Conv1D."""
+
+
+class Gathered(NamedTuple):
+    """C and R of every part of a target, for one shard."""
+
+    C: tuple[Tensor, ...]
+    """``(rows, r)`` each."""
+    R: tuple[Tensor, ...]
+    """``(r, columns)`` each."""
+
+    def map(self, work: Callable[[Tensor], Tensor]) -> Gathered:
+        """Return the same with ``work`` done to each tensor."""
+        return Gathered(tuple(map(work, self.C)), tuple(map(work, self.R)))
 
 
 def gather_target(

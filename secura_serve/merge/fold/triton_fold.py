@@ -9,7 +9,7 @@ gathered beforehand. Imported on GPUs only (and, with ``TRITON_INTERPRET=1``, by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,12 +18,9 @@ from torch import Tensor
 from secura_serve.errors import MergeError
 from secura_serve.merge.fold import triton_code
 from secura_serve.merge.fold.journal import Journal
-from secura_serve.merge.fold.target import Target
+from secura_serve.merge.fold.target import Gathered, Target
 from secura_serve.method import MagNorm
 from secura_serve.method.native import FORMS
-
-if TYPE_CHECKING:
-    from secura_serve.merge.fold.shard import Gathered
 
 __all__ = [
     "Moved",

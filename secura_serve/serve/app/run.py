@@ -105,8 +105,8 @@ def run(config: ServeConfig, args: Any, memory: Memory, context: ServerContext) 
             raise ServeError(f"the engine did not start: {cause}") from error
     if context.shutdown.engine_died is not None:
         raise ServeError(f"the engine died: {context.shutdown.engine_died}")
-    if context.folding.broken is not None:
-        raise FoldError(context.folding.broken)
+    if context.answers.broken is not None:
+        raise FoldError(context.answers.broken)
 
 
 def _chat_page(

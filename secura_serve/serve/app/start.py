@@ -146,6 +146,7 @@ def _context(
     resident: ResidentSpec,
 ) -> ServerContext:
     """Put the parts of the server together."""
+    from secura_serve.serve.app.answers import Answers
     from secura_serve.serve.app.folding import Folding
     from secura_serve.serve.app.http.context import ServerContext
     from secura_serve.serve.app.metrics import Metrics
@@ -153,7 +154,8 @@ def _context(
     metrics = Metrics()
     root = Path(os.path.expanduser(config.adapters)).absolute() if config.adapters else None
     library = Library(names, keep=config.adapter_versions)
-    folding = Folding(base.path, names, library, per_request=per_request, observer=metrics)
+    answers = Answers(names, library, per_request=per_request)
+    folding = Folding(base.path, answers, metrics)
     state = StateFile(_state_path(config, args, root)) if root is not None else None
     updates = AdapterUpdates(
         root, library, verifier, state, folding.admission.ended, observer=metrics

@@ -21,13 +21,8 @@ from __future__ import annotations
 
 from secura_serve.serve.kernels.activation import ACTIVATIONS, use_base_activation
 from secura_serve.serve.kernels.base import Kernel, choose_kernel, kernel_names, register_kernel
-from secura_serve.serve.kernels.delta_step import (
-    PADDED,
-    DeltaSlots,
-    choose_delta_step,
-    delta_blocks,
-    delta_step,
-)
+from secura_serve.serve.kernels.delta_slots import PADDED, DeltaSlots, delta_blocks
+from secura_serve.serve.kernels.delta_step import choose_delta_step, delta_step
 from secura_serve.serve.kernels.layout import Layout
 from secura_serve.serve.kernels.native_kernel import NativeKernel
 from secura_serve.serve.kernels.torch_kernel import TorchKernel

@@ -7,53 +7,17 @@ A batch that asks for none costs one look at the slots, or on a GPU at a flag.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from secura_serve.serve.kernels.delta_slots import DeltaSlots, Form
 from secura_serve.serve.kernels.native_library import DTYPES, native_library
 
-__all__ = [
-    "BLOCK",
-    "PADDED",
-    "DeltaSlots",
-    "Form",
-    "choose_delta_step",
-    "delta_blocks",
-    "delta_step",
-]
-
-PADDED = 32
-"""The rows of :attr:`DeltaSlots.weight` are padded to a multiple of this."""
-BLOCK = 32
-"""Rows of one entry of :func:`delta_blocks`."""
+__all__ = ["choose_delta_step", "delta_step"]
 
 _SOURCE = "native_delta.cpp"
-
-Form = Literal["native", "triton", "torch"]
-"""What takes the step: a C++ op on CPUs, a Triton kernel on GPUs, torch anywhere."""
-
-
-@dataclass(frozen=True)
-class DeltaSlots:
-    """The updates of one linear, in tensors whose addresses never change."""
-
-    weight: Tensor
-    """``(K, rows, in)`` int8 or float32: the rows of all slices that any adapter may change."""
-    scale: Tensor
-    """``(K, rows)`` float32: D of a row is this times its ``weight``."""
-    segments: Tensor
-    """``(n, 3)`` int64 on the CPU: of each slice the first column in y, the first row, and how
-    many."""
-    blocks: Tensor
-    """See :func:`delta_blocks`."""
-    used: Tensor
-    """``(K, n)`` uint8: whether an update changes a slice."""
-    form: Form = "torch"
 
 
 def choose_delta_step(device: torch.device, dtype: torch.dtype) -> Form:
@@ -65,16 +29,6 @@ def choose_delta_step(device: torch.device, dtype: torch.dtype) -> Form:
     if device.type == "cpu" and dtype in DTYPES and native_library(_SOURCE) is not None:
         return "native"
     return "torch"
-
-
-def delta_blocks(segments: Iterable[tuple[int, int, int]], device: torch.device) -> Tensor:
-    """Return blocks of rows of one slice: ``(m, 4)`` int32 of column, row, count and slice."""
-    table = [
-        (column + at, first + at, min(BLOCK, count - at), s)
-        for s, (column, first, count) in enumerate(segments)
-        for at in range(0, count, BLOCK)
-    ]
-    return torch.tensor(table, dtype=torch.int32, device=device)
 
 
 def delta_step(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from secura_serve.serve.kernels.delta_step import BLOCK
+from secura_serve.serve.kernels.delta_slots import BLOCK
 
 __all__ = ["ROWS", "launch_delta"]
 

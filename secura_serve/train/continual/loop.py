@@ -34,7 +34,8 @@ from secura_serve.train.data import (
 from secura_serve.train.fit import Interrupted, fit
 from secura_serve.train.loss import score_rows
 from secura_serve.train.methods.base import load_tokenizer
-from secura_serve.train.methods.prepared import PreparedModel, prepare
+from secura_serve.train.methods.preparation import prepare
+from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.tensors import checkpoint_tensors, restore
 from secura_serve.train.retention import mean_retention, prepare_retention, supplied_rows
 from secura_serve.train.run import Run, check_out, log, log_plan

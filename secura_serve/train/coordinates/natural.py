@@ -7,7 +7,6 @@ import json
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
@@ -20,10 +19,8 @@ from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.coordinates.moments import Moments, measure_moments
 from secura_serve.train.data import sample_base_text
+from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.tuner import SecuraLayer, adapter_layers
-
-if TYPE_CHECKING:
-    from secura_serve.train.methods.prepared import PreparedModel
 
 __all__ = ["set_natural_coordinates"]
 

@@ -16,7 +16,8 @@ from secura_serve.train.methods.registry import METHODS, Method, register_method
 
 if TYPE_CHECKING:
     from secura_serve.train.methods.base import load_base, load_tokenizer
-    from secura_serve.train.methods.prepared import PreparedModel, prepare
+    from secura_serve.train.methods.preparation import prepare
+    from secura_serve.train.methods.prepared import PreparedModel
     from secura_serve.train.methods.tensors import (
         checkpoint_tensors,
         restore,
@@ -49,7 +50,7 @@ __getattr__ = lazy(
         "checkpoint_tensors": "tensors",
         "load_base": "base",
         "load_tokenizer": "base",
-        "prepare": "prepared",
+        "prepare": "preparation",
         "restore": "tensors",
         "save_checkpoint_tensors": "tensors",
     },

@@ -31,19 +31,20 @@ async def attach_to_engine(context: ServerContext, engine: Any, models: Any) -> 
     Raises:
         UnservableError: ``--strict``, and a worker refuses an adapter.
     """
-    updates, folding, library = context.updates, context.folding, context.updates.library
+    updates, folding, answers = context.updates, context.folding, context.answers
+    library = updates.library
     residency = updates.residency
-    table = AdapterTable(library) if folding.per_request else {}
+    table = AdapterTable(library) if answers.per_request else {}
 
     def listed() -> Iterator[ListedModel]:
         for version in library:
             if context.may_ask(version.name):
                 yield ListedModel(
-                    version.name, version.snapshot.source, folding.status(version.name)
+                    version.name, version.snapshot.source, answers.status(version.name)
                 )
 
     served = ServedModels(
-        models, table, lambda: folding.status(folding.names[0]), listed, context.may_ask
+        models, table, lambda: answers.status(answers.names[0]), listed, context.may_ask
     )
     await served.take_over()
     folding.bind(engine, served)

@@ -44,7 +44,7 @@ async def shown(context: ServerContext, name: str) -> dict[str, Any]:
     """Return one adapter as the API shows it."""
     resident = await context.updates.residency.numbers()
     return describe(
-        context.updates.library, name, resident=resident, folded=context.folding.folded_version
+        context.updates.library, name, resident=resident, folded=context.answers.folded_version
     )
 
 
@@ -59,7 +59,7 @@ def _check_known(context: ServerContext, name: str) -> None:
 async def list_adapters(context: Context) -> dict[str, Any]:
     """Return every adapter with its versions, its state and what its card says."""
     resident, library = await context.updates.residency.numbers(), context.updates.library
-    folded = context.folding.folded_version
+    folded = context.answers.folded_version
     names = [name for name in library.records if context.may_ask(name)]
     cards = [describe(library, name, resident=resident, folded=folded) for name in names]
     return {"object": "list", "data": cards}

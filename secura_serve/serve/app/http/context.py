@@ -17,6 +17,7 @@ from secura_serve.errors import ServeError
 from secura_serve.serve.app.adapters.changes import WeightChanges
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
 from secura_serve.serve.app.adapters.watch import FolderWatch
+from secura_serve.serve.app.answers import Answers
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http.access import Keys
 from secura_serve.serve.app.metrics import Metrics
@@ -32,7 +33,7 @@ class ServerContext:
     """The parts of one running server."""
 
     folding: Folding
-    """What is folded into the weights, and which requests may run."""
+    """Changes what is folded into the weights; says which requests may run."""
     updates: AdapterUpdates
     """What changes the adapters while the server runs."""
     keys: Keys
@@ -62,6 +63,11 @@ class ServerContext:
     def __post_init__(self) -> None:
         self.changes = WeightChanges(lambda: Checkpoint(self.folding.base))
 
+    @property
+    def answers(self) -> Answers:
+        """What the server answers to, and who may ask for it."""
+        return self.folding.answers
+
     def keep_running(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the requests; an error is reported, and ends nothing else."""
         task = asyncio.ensure_future(work)
@@ -76,7 +82,7 @@ class ServerContext:
 
     def may_ask(self, model: str) -> bool:
         """Return whether whoever asks now may ask this model."""
-        return self.folding.may_ask(model)
+        return self.answers.may_ask(model)
 
     def hand_over(self, args: Namespace) -> None:
         """Put this where :func:`context_of` finds it in the app that vLLM makes of ``args``."""

@@ -87,7 +87,7 @@ async def get_fold(context: Context) -> dict[str, Any]:
     """
     folding = context.folding
     return {
-        "folded": folding.folded,
+        "folded": context.answers.folded,
         "busy": folding.busy,
         "holding": folding.admission.holding,
         "running_requests": folding.admission.running,
@@ -112,7 +112,7 @@ async def get_model(model_id: str, request: Request, context: Context) -> Any:
     for card in listed.data:
         if card.id == model_id:
             return card
-    return Refusal(404, context.folding.unknown(model_id)).response()
+    return Refusal(404, context.answers.unknown(model_id)).response()
 
 
 class AdminPlugin:
@@ -143,7 +143,7 @@ class AdminPlugin:
             AdmissionMiddleware,
             admission=context.folding.admission,
             background=lambda: background_tasks(app.state)(),
-            bases=context.folding.names,
+            bases=context.answers.names,
         )
         if context.metrics is not None:
             states = AdapterStates(context.metrics, context.updates, context.folding)
@@ -164,7 +164,7 @@ class AdminPlugin:
         context, models = context_of(SimpleNamespace(state=state)), state.openai_serving_models
         background_tasks(state)
         if context.metrics is not None:
-            count_requests(engine_client, context.metrics, context.folding.base_label)
+            count_requests(engine_client, context.metrics, context.answers.base_label)
         await attach_to_engine(context, engine_client, models)
         if context.fold_at_start is not None:
             await context.folding.change(context.fold_at_start)

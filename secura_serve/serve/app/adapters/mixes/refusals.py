@@ -1,70 +1,19 @@
-"""Why a mix is not answered, and what to ask for instead."""
+"""Why adapters are not summed for a request, and what to ask for instead."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from secura_serve.errors import MixError
 from secura_serve.serve.app.adapters.library import Version
-from secura_serve.serve.app.adapters.mixes.canonical_mix import combine
-from secura_serve.serve.app.adapters.mixes.grammar import parse
 from secura_serve.serve.app.http.admission import Refusal
 
-if TYPE_CHECKING:
-    from secura_serve.serve.app.folding import Folding
+__all__ = ["SHOWN", "refuse_sum"]
 
-__all__ = ["refuse_mix"]
-
-_SHOWN = 100
+SHOWN = 100
+"""Characters of a mix that an error repeats."""
 
 
-def refuse_mix(folding: Folding, text: str) -> Refusal | None:
-    """Return why a mix cannot be answered now, or None if it can.
-
-    Whether the key of the request may ask every part comes before anything that the parts would
-    tell about themselves.
-
-    Args:
-        text: an expression that is no model's name.
-    """
-    try:
-        parts = parse(text)
-        for part in parts:
-            if (refusal := _unknown(folding, text, part.model)) is not None:
-                return refusal
-        canonical = combine(parts, folding.library)
-    except MixError as error:
-        return Refusal(error.status, str(error))
-    if canonical.nothing and not folding.may_ask(None):
-        return Refusal(404, folding.unknown(folding.names[0]))
-    if folding.folded is not None:
-        return folding.blocked(text[:_SHOWN])
-    if not folding.per_request:
-        return Refusal(
-            409,
-            f"{text[:_SHOWN]}: this engine takes no adapters per request, and so no mixes; merge "
-            "them into a checkpoint with secura-merge",
-        )
-    if canonical.alone is not None:
-        return folding.refusal(str(canonical.alone))
-    return _uncombinable(text, [version for version, _ in canonical.parts])
-
-
-def _unknown(folding: Folding, text: str, model: str) -> Refusal | None:
-    """Return the refusal of a part that does not exist for whoever asks."""
-    if model in folding.names and folding.may_ask(model):
-        return Refusal(
-            400,
-            f"{model} is the base, which every mix is added to with weight 1: leave it out of "
-            f"{text[:_SHOWN]}",
-        )
-    if folding.may_ask(model) and folding.library.find(model) is not None:
-        return None
-    return Refusal(404, f"The mix `{text[:_SHOWN]}` cannot be answered: {folding.unknown(model)}")
-
-
-def _uncombinable(text: str, versions: Sequence[Version]) -> Refusal | None:
+def refuse_sum(text: str, versions: Sequence[Version]) -> Refusal | None:
     """Return why these adapters have no weighted sum that this server can answer with, or None."""
     problems = []
     for version in versions:
@@ -115,4 +64,4 @@ def _normed(text: str, versions: Sequence[Version]) -> Refusal | None:
 
 
 def _refusal(status: int, text: str, problems: Sequence[str]) -> Refusal:
-    return Refusal(status, f"{text[:_SHOWN]} is no mix that can be answered: {'; '.join(problems)}")
+    return Refusal(status, f"{text[:SHOWN]} is no mix that can be answered: {'; '.join(problems)}")
