@@ -44,7 +44,7 @@ def median(values: list[float]) -> dict[str, float]:
 
 def place(source: Path, target: Path) -> None:
     """Put a folder in the place of another in one step, as secura-train does."""
-    from secura_serve.atomic import atomic_folder
+    from secura_serve.system.atomic import atomic_folder
 
     with atomic_folder(target) as new:
         for file in source.iterdir():

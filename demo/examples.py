@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 from .endpoint import encodable
 

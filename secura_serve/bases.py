@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import BaseModelError
-from secura_serve.os_errors import described
 from secura_serve.suggest import did_you_mean
+from secura_serve.system.atomic import atomic_folder, only_writer
+from secura_serve.system.os_errors import described
 
 __all__ = ["ALIASES", "ResolvedBase", "resolve_base"]
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secura_serve.errors import BaseModelError
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 __all__ = ["Checkpoint"]
 

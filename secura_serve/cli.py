@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 
-from secura_serve.garbage_collection import exit_without_collecting
+from secura_serve.system.garbage_collection import exit_without_collecting
 
 __all__ = ["basis", "demo", "evaluate", "merge", "train"]
 

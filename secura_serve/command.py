@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from secura_serve import __version__
-from secura_serve.compiled import native_is_wanted
 from secura_serve.errors import ConfigError, SecuraError
-from secura_serve.os_errors import described
 from secura_serve.suggest import near_names
+from secura_serve.system.compiled import native_is_wanted
+from secura_serve.system.os_errors import described
 
 __all__ = ["CommandParser", "by_flags", "run_command", "suggest_flags"]
 

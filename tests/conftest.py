@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from secura_serve.garbage_collection import (
+from secura_serve.system.garbage_collection import (
     collect_as_usual,
     collect_rarely,
     exit_without_collecting,
@@ -71,9 +71,9 @@ ENGINES = {"served", "started", "start", "restarted"}
 SHARE_A_SERVER = {
     "tests/docs/test_blocks.py",
     "tests/evaluate/test_secura_eval.py",
-    "tests/serve/test_chat_page.py",
-    "tests/serve/test_metrics.py",
-    "tests/serve/test_served.py",
+    "tests/serve/http/test_chat_page.py",
+    "tests/serve/http/test_metrics.py",
+    "tests/serve/http/test_served.py",
 }
 
 

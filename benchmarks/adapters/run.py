@@ -33,8 +33,8 @@ from benchmarks.front.base import Base
 from benchmarks.front.one import knowledge
 from secura_serve.evaluate import answers, retention, score
 from secura_serve.evaluate.neutral_text import neutral_texts
-from secura_serve.train.card import write
 from secura_serve.train.methods.base import load_base
+from secura_serve.train.output.card import write
 from secura_serve.train.run import train
 from secura_serve.train.settings import TrainConfig
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.front.questions import ROOM, Question, questions, right
-from secura_serve.atomic import only_writer
 from secura_serve.evaluate import answers, neutral_texts
 from secura_serve.evaluate.models.base import NEUTRAL_TOKENS
+from secura_serve.system.atomic import only_writer
 
 __all__ = ["Base", "Drift"]
 

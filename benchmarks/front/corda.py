@@ -16,7 +16,7 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 from secura_serve.train.data import encode, read, sample_base_text
-from secura_serve.train.fit import fit
+from secura_serve.train.loop.fit import fit
 from secura_serve.train.methods import PreparedModel
 from secura_serve.train.methods.base import load_base
 from secura_serve.train.run import Run

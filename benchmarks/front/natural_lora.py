@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 from secura_serve.method import natural_coordinates
 from secura_serve.train.basis.energies import read_text
 from secura_serve.train.data import encode, read, sample_base_text
-from secura_serve.train.fit import fit
+from secura_serve.train.loop.fit import fit
 from secura_serve.train.methods import PreparedModel, prepare
 from secura_serve.train.retention import prepare_retention
 from secura_serve.train.run import Run

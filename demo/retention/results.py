@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 from ..figure_table import figure_table
 

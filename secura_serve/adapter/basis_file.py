@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from secura_serve.adapter.fingerprint import fingerprint_of
-from secura_serve.atomic import write_whole
 from secura_serve.errors import BaseMismatchError, BasisFormatError, ConfigError
 from secura_serve.method import CALIBRATED, Basis, Ranking, gather
-from secura_serve.os_errors import is_wrong_path, reason
+from secura_serve.system.atomic import write_whole
+from secura_serve.system.os_errors import is_wrong_path, reason
 
 __all__ = ["CalibratedBasis", "load_basis", "weight_fingerprint"]
 

@@ -21,9 +21,9 @@ from secura_serve.adapter.format import (
     weights_digest,
 )
 from secura_serve.adapter.tensors import CURModule, module_problems, parse_modules
-from secura_serve.atomic import atomic_folder
 from secura_serve.errors import AdapterFormatError, ConfigError
-from secura_serve.os_errors import is_wrong_path, reason
+from secura_serve.system.atomic import atomic_folder
+from secura_serve.system.os_errors import is_wrong_path, reason
 
 __all__ = [
     "NAME_PATTERN",

@@ -15,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from secura_serve.adapter import Adapter, base_id, load, save
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 if TYPE_CHECKING:
     from torch import nn

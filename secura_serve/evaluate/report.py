@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve import __version__
-from secura_serve.atomic import atomic_folder, check_target
 from secura_serve.errors import EvaluationError
 from secura_serve.evaluate.config import EvalConfig
 from secura_serve.evaluate.metrics.significance import METHOD
 from secura_serve.evaluate.run import Results
-from secura_serve.os_errors import described
+from secura_serve.system.atomic import atomic_folder, check_target
+from secura_serve.system.os_errors import described
 
 __all__ = ["check_out", "markdown", "write_report"]
 

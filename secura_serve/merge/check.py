@@ -15,7 +15,7 @@ from secura_serve.merge.io.layout import Stored, read_shard
 from secura_serve.merge.manifest import describe, read_manifest
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.transfer import is_decoded, output_tensors
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 __all__ = ["check_merge"]
 

@@ -22,7 +22,7 @@ from secura_serve.merge.fold import Change
 from secura_serve.merge.io.buffers import DIGEST
 from secura_serve.merge.plan import MergePlan
 from secura_serve.merge.source import Source
-from secura_serve.os_errors import is_wrong_path, reason
+from secura_serve.system.os_errors import is_wrong_path, reason
 
 __all__ = ["MANIFEST", "card", "describe", "manifest", "read_manifest"]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from secura_serve.atomic import place_problem
 from secura_serve.errors import MergeError
 from secura_serve.merge.io.layout import Shard, with_dtype
 from secura_serve.merge.methods import LINEAR, MergeMethod
 from secura_serve.merge.source import NOTHING_DONE, Source, open_source, plan_fold
 from secura_serve.merge.stream import FoldPlan
 from secura_serve.merge.verify import base_mismatches, quantised_targets, shards_of
+from secura_serve.system.atomic import place_problem
 
 __all__ = [
     "DTYPES",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from secura_serve.garbage_collection import collect_rarely, exit_without_collecting
+from secura_serve.system.garbage_collection import collect_rarely, exit_without_collecting
 
 __all__ = ["main"]
 

@@ -23,11 +23,11 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from secura_serve.atomic import atomic_folder
 from secura_serve.errors import StorageError
 from secura_serve.merge.io.buffers import opened, read_tensor
 from secura_serve.merge.io.layout import read_shard
 from secura_serve.method import dequantise_rows, quantise_rows
+from secura_serve.system.atomic import atomic_folder
 
 __all__ = ["DTYPES", "DeltaImage", "image_nbytes", "write_image"]
 

@@ -21,9 +21,9 @@ def register() -> None:
     Raises:
         IncompatibleVLLMError: a private vLLM name has moved.
     """
-    from secura_serve.garbage_collection import collect_as_usual
     from secura_serve.serve.children import prepare
     from secura_serve.serve.loader import register_loader
+    from secura_serve.system.garbage_collection import collect_as_usual
 
     if multiprocessing.parent_process() is not None:
         # All that is large has been imported by now.

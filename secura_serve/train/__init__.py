@@ -13,7 +13,6 @@ from secura_serve.lazy import lazy
 
 if TYPE_CHECKING:
     from secura_serve.train.callbacks import ExactResume, Fusion, PushCallback
-    from secura_serve.train.card import write
     from secura_serve.train.continual import (
         AccuracyMatrix,
         SequenceConfig,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         prepare,
         register_method,
     )
+    from secura_serve.train.output.card import write
     from secura_serve.train.run import Run, train
     from secura_serve.train.settings import TrainConfig
     from secura_serve.train.tuner import (
@@ -84,7 +84,7 @@ if not TYPE_CHECKING:
             ),
             **dict.fromkeys(("Run", "train"), "run"),
             "TrainConfig": "settings",
-            "write": "card",
+            "write": "output.card",
             **dict.fromkeys(
                 (
                     *("SecuraConfig", "SecuraLayer", "SecuraLinear", "SecuraModel"),

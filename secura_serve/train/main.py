@@ -12,9 +12,9 @@ from typing import Any
 from secura_serve.command import CommandParser, run_command
 from secura_serve.config import add_flags, build, current_names
 from secura_serve.errors import TrainingError
-from secura_serve.os_errors import described
-from secura_serve.train.checkpoints import is_main_process
+from secura_serve.system.os_errors import described
 from secura_serve.train.continual.config import SequenceConfig
+from secura_serve.train.output.checkpoints import is_main_process
 from secura_serve.train.recipe import SEQUENCE_ONLY, parse_changes, read_recipe
 from secura_serve.train.settings import REPRODUCTION_ONLY, TrainConfig
 
@@ -73,8 +73,8 @@ def settings(argv: Sequence[str] | None) -> TrainConfig:
 def _run(argv: list[str]) -> int:
     config = settings(argv)
     # torch and transformers take seconds to import: --help and typing errors must not wait.
-    from secura_serve.train.card import REPRODUCTION_NOTE, is_written, write
-    from secura_serve.train.fit import Interrupted
+    from secura_serve.train.loop.fit import Interrupted
+    from secura_serve.train.output.card import REPRODUCTION_NOTE, is_written, write
     from secura_serve.train.run import train
 
     if config.resume == "auto" and not config.overwrite and is_written(config):

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secura_serve.host_memory import available_memory
+from secura_serve.system.host_memory import available_memory
 from secura_serve.train.data import IGNORE, Rows
+from secura_serve.train.loop.prefix import can_share, causal_lm, shared_length
 from secura_serve.train.methods.prepared import PreparedModel
-from secura_serve.train.prefix import can_share, causal_lm, shared_length
 from secura_serve.train.retention import Retention
 from secura_serve.train.settings import REPRODUCTION_ONLY
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from secura_serve.config import current_names
 from secura_serve.errors import ConfigError
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 from secura_serve.train.checks import BEFORE_COORDINATES
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.settings import REMOVED, TrainConfig, not_taken_over

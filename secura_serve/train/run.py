@@ -12,16 +12,16 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
 from secura_serve.adapter import check_name
-from secura_serve.atomic import check_target
 from secura_serve.errors import ConfigError
+from secura_serve.system.atomic import check_target
 from secura_serve.train import memory
 from secura_serve.train.callbacks import PushCallback
-from secura_serve.train.checkpoints import RunFolder, is_main_process, processes
 from secura_serve.train.data import Record, Rows, digest, encode, parse_columns, read, split
-from secura_serve.train.fit import fit
+from secura_serve.train.loop.fit import fit
 from secura_serve.train.methods.base import load_tokenizer
 from secura_serve.train.methods.preparation import prepare
 from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.output.checkpoints import RunFolder, is_main_process, processes
 from secura_serve.train.retention import (
     Retention,
     mean_retention,
@@ -50,7 +50,7 @@ class Run:
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[TrainerCallback] = ()) -> Run:
-    """Train once; ``--out`` is not written (see :func:`secura_serve.train.card.write`).
+    """Train once; ``--out`` is not written (see :func:`secura_serve.train.output.card.write`).
 
     The same settings, data, thread count and versions give the same tensors, whether the run was
     interrupted and resumed or not.

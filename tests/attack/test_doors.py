@@ -21,6 +21,7 @@ from secura_serve.serve.app import main as server
 from secura_serve.serve.app.adapters.content.verifier import Verifier
 from secura_serve.serve.app.adapters.library import Library
 from secura_serve.serve.app.adapters.updates import AdapterUpdates
+from secura_serve.serve.app.answers import Answers
 from secura_serve.serve.app.folding import Folding
 from secura_serve.serve.app.http import guard
 from secura_serve.serve.app.http.access import Keys, PageAccess, is_loopback_host, page_access
@@ -65,7 +66,7 @@ async def _answer(scope, receive, send):
 def _context(keys, attached=False):
     library = Library(["base"])
     updates = AdapterUpdates(None, library, Verifier(lambda: None))
-    folding = Folding(Path("base"), ["base"], library)
+    folding = Folding(Path("base"), Answers(["base"], library))
     return ServerContext(folding, updates, keys, attached=attached)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from secura_serve.adapter import load
-from secura_serve.atomic import check_target, place_problem
 from secura_serve.bases import resolve_base
 from secura_serve.errors import AdapterFormatError, BaseModelError, ConfigError, DataError
 from secura_serve.evaluate import EvalConfig, load_task
 from secura_serve.merge.config import MergeConfig
 from secura_serve.serve.app.config import ServeConfig
+from secura_serve.system.atomic import check_target, place_problem
 from secura_serve.train import SequenceConfig, TrainConfig
 from secura_serve.train.basis.config import BasisConfig
 from secura_serve.train.data import read

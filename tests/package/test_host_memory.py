@@ -7,7 +7,7 @@ import os
 import psutil
 import pytest
 
-from secura_serve.host_memory import available_memory
+from secura_serve.system.host_memory import available_memory
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-FOUNDATION = {"addresses", "command", "config", "errors", "lazy", "os_errors", "suggest"}
+FOUNDATION = {"addresses", "command", "config", "errors", "lazy", "suggest", "system"}
 # A room is a file or folder of the package, a sub-room one within another ("merge.io"). A line
 # lists what a room may import: a name allows that room with its sub-rooms. Of a room that one
 # stands in oneself it allows only the files that are in no sub-room, so that sub-rooms of one
@@ -22,41 +22,37 @@ ALLOWED: dict[str, set[str]] = {
     "addresses": set(),
     "errors": set(),
     "lazy": set(),
-    "garbage_collection": set(),
-    "host_memory": set(),
-    "os_errors": set(),
     "page_module": set(),
     "suggest": set(),
+    "system": {"errors"},
     "registry": {"errors", "suggest"},
     "config": {"errors", "suggest"},
-    "command": {"compiled", "errors", "os_errors", "suggest"},
-    "atomic": {"errors", "os_errors"},
-    "compiled": {"errors"},
-    "bases": FOUNDATION | {"atomic"},
+    "command": {"errors", "suggest", "system"},
+    "bases": FOUNDATION,
     "checkpoint": FOUNDATION,
     "method.fold_stats": set(),
-    "method.native": {"compiled", "method.fold_stats"},
+    "method.native": {"system", "method.fold_stats"},
     "method.modes": {"errors", "registry", "method.native"},
 }
 ALLOWED["method"] = FOUNDATION | {
     "registry",
     *(f"method.{r}" for r in ("fold_stats", "modes", "native")),
 }
-ALLOWED["adapter"] = FOUNDATION | {"atomic", "bases", "checkpoint", "compiled", "method"}
-ALLOWED["merge.io"] = {"atomic", "errors", "os_errors"}
+ALLOWED["adapter"] = FOUNDATION | {"bases", "checkpoint", "method"}
+ALLOWED["merge.io"] = {"errors", "system"}
 ALLOWED["merge.fold"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
 ALLOWED["merge"] = ALLOWED["merge.fold"] | {"merge.fold"}
-ALLOWED["train.data"] = {"errors", "os_errors"}
-ALLOWED["train.tuner"] = {"errors", "os_errors", "method", "adapter"}
+ALLOWED["train.data"] = {"errors", "system"}
+ALLOWED["train.tuner"] = {"errors", "system", "method", "adapter"}
 ALLOWED["client"] = FOUNDATION | {"adapter", "train.tuner"}
 ALLOWED["train"] = ALLOWED["adapter"] | {
-    *("adapter", "client", "host_memory", "registry", "train.data", "train.tuner"),
+    *("adapter", "client", "registry", "train.data", "train.tuner"),
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {
-    *("adapter", "garbage_collection", "host_memory", "merge", "page_module", "registry"),
+    *("adapter", "merge", "page_module", "registry"),
 }
-ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "garbage_collection", "page_module", "serve"}
+ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "page_module", "serve"}
 # It names everything public; only type checkers follow that.
 ALLOWED["__init__"] = ALLOWED["cli"] | {"train", "merge", "adapter", "method", "serve", "lazy"}
 # Two processes of one server: neither may import the other's room.

@@ -8,8 +8,8 @@ differs in what libraries read when they are imported, and on systems other than
 ``sys.executable``.
 
 What runs is the same code in a process of its own. How a command starts from nothing is left to
-tests/serve/test_default_start.py, tests/package/test_cli.py, one case of test_stop.py and most of
-tests/attack/test_processes.py, which do not use this.
+tests/serve/process/test_default_start.py, tests/package/test_cli.py, one case of test_stop.py and
+most of tests/attack/test_processes.py, which do not use this.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from secura_serve.garbage_collection import exit_without_collecting
+from secura_serve.system.garbage_collection import exit_without_collecting
 
 # What is imported at the first command that has the word in it.
 GROUPS = {
@@ -50,7 +50,7 @@ GROUPS = {
     },
     "tools": {
         "train": (
-            *("secura_serve.train.run", "secura_serve.train.trainer", "peft", "datasets"),
+            *("secura_serve.train.run", "secura_serve.train.loop.trainer", "peft", "datasets"),
             *("matplotlib.backends.backend_agg", "matplotlib.figure"),
         ),
         "eval": (

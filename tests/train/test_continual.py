@@ -34,8 +34,8 @@ from secura_serve.train.continual.strategies.ewc import EWC, fisher_diagonal
 from secura_serve.train.continual.strategies.ilora import ILoRA
 from secura_serve.train.data import Collator, encode
 from secura_serve.train.data.records import read_jsonl
-from secura_serve.train.fit import Interrupted
-from secura_serve.train.loss import answer_logits, score_rows
+from secura_serve.train.loop.fit import Interrupted
+from secura_serve.train.loop.loss import answer_logits, score_rows
 from secura_serve.train.main import main, settings
 from secura_serve.train.methods import checkpoint_tensors, prepare
 from tests.support.training import PAIRS, command, environment, flags, same, tensors, write

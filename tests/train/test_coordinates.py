@@ -27,16 +27,16 @@ from secura_serve.errors import ConfigError
 from secura_serve.method import Coordinates, natural_coordinates
 from secura_serve.train import adapter_layers
 from secura_serve.train.basis.energies import weight_of
-from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.coordinates import Moments, measure_moments
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.data import BaseText, sample_base_text
-from secura_serve.train.fit import Interrupted
+from secura_serve.train.loop.fit import Interrupted
 from secura_serve.train.main import main
 from secura_serve.train.main import settings as parsed
 from secura_serve.train.methods import prepare, restore
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.tensors import checkpoint_tensors
+from secura_serve.train.output.checkpoints import RunFolder
 from secura_serve.train.run import train
 from secura_serve.train.settings import TrainConfig
 from tests.support.training import PAIRS, flags, same, write

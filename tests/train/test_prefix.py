@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from secura_serve.evaluate import answers
 from secura_serve.train import adapter_layers
 from secura_serve.train.data import Collator, Rows
-from secura_serve.train.loss import answer_logits, summed_cross_entropy
-from secura_serve.train.prefix import can_share, split_prefix
+from secura_serve.train.loop.loss import answer_logits, summed_cross_entropy
+from secura_serve.train.loop.prefix import can_share, split_prefix
 from tests.support.tuning import SHAPES, VOCAB, base, tuned
 
 COMMON = 40
@@ -55,7 +55,7 @@ def test_logits_and_gradients_are_those_of_the_whole_batch(
     shared = gradients(model)
     longest = max(len(row["input_ids"]) for row in rows())
     assert widths == [COMMON, longest - COMMON]
-    monkeypatch.setattr("secura_serve.train.loss.split_prefix", lambda batch: None)
+    monkeypatch.setattr("secura_serve.train.loop.loss.split_prefix", lambda batch: None)
     for ours, wanted in zip(shared, gradients(model), strict=True):
         # The logits are float32 in both.
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)

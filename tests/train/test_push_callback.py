@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secura_serve import ConfigError, PushError, SecuraConfig, adapter
 from secura_serve.train import PushCallback, adapter_layers
-from secura_serve.train.card import is_written
 from secura_serve.train.main import main, settings
+from secura_serve.train.output.card import is_written
 from tests.support.pushes import Receiver, error, parts, receiving
 from tests.support.training import PAIRS, flags, tensors, write
 

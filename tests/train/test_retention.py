@@ -28,7 +28,7 @@ from secura_serve.evaluate import load_task
 from secura_serve.evaluate.neutral_text import missing, neutral_texts
 from secura_serve.evaluate.run import KNOWLEDGE
 from secura_serve.train.data import IGNORE
-from secura_serve.train.fit import fit
+from secura_serve.train.loop.fit import fit
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import prepare

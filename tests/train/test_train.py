@@ -26,7 +26,7 @@ from secura_serve.config import build
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.train.data import IGNORE, Collator, encode
 from secura_serve.train.data.records import digest, read_jsonl
-from secura_serve.train.loss import answer_logits, summed_cross_entropy
+from secura_serve.train.loop.loss import answer_logits, summed_cross_entropy
 from secura_serve.train.main import main, parser, settings
 from secura_serve.train.settings import TrainConfig
 from tests.support import ROOT

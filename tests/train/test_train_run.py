@@ -25,15 +25,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from secura_serve import adapter
 from secura_serve.errors import ConfigError
 from secura_serve.merge import main as merge
-from secura_serve.train.checkpoints import RunFolder
 from secura_serve.train.data import Collator, Rows, encode, mix
 from secura_serve.train.data.records import read_jsonl
-from secura_serve.train.fit import fit
-from secura_serve.train.loss import answer_logits, score_rows, summed_cross_entropy
+from secura_serve.train.loop.fit import fit
+from secura_serve.train.loop.loss import answer_logits, score_rows, summed_cross_entropy
+from secura_serve.train.loop.packing import packer
 from secura_serve.train.main import main, settings
 from secura_serve.train.memory import estimate
 from secura_serve.train.methods import checkpoint_tensors, prepare, restore
-from secura_serve.train.packing import packer
+from secura_serve.train.output.checkpoints import RunFolder
 from tests.support import warm
 from tests.support.training import PAIRS, command, environment, flags, same, tensors, write
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from secura_serve.adapter import is_plain_lora, load
-from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import SecuraError
+from secura_serve.system.atomic import atomic_folder, only_writer
 
 
 def place(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from secura_serve.train.data import prompt_ids
-from secura_serve.train.prefix import WORTH, can_share, causal_lm
+from secura_serve.train.loop.prefix import WORTH, can_share, causal_lm
 
 __all__ = ["answers"]
 

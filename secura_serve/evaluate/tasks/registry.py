@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from secura_serve.atomic import place_problem
 from secura_serve.errors import ConfigError, DataError
 from secura_serve.evaluate.tasks.rows import SPLITS, jsonl
 from secura_serve.evaluate.tasks.task import Task
 from secura_serve.registry import Registry
 from secura_serve.suggest import did_you_mean
+from secura_serve.system.atomic import place_problem
 
 __all__ = ["TASKS", "load_task", "register_task", "suggestion", "write_data"]
 

@@ -13,9 +13,9 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import MergeError
-from secura_serve.os_errors import described
+from secura_serve.system.atomic import atomic_folder, only_writer
+from secura_serve.system.os_errors import described
 
 __all__ = ["copy_extra_files", "new_folder", "progress"]
 

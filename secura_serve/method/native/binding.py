@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
 from secura_serve.method.fold_stats import FoldStats
+from secura_serve.system.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
 
 __all__ = ["FORMS", "Update", "is_supported", "product", "write"]
 

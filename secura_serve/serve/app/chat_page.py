@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from secura_serve.errors import ServeError
-from secura_serve.os_errors import reason
 from secura_serve.page_module import CHECKOUT, IN_CHECKOUT, page_module
 from secura_serve.serve.app.http.access import PageAccess
 from secura_serve.serve.logs import follow, is_json, say
+from secura_serve.system.os_errors import reason
 
 __all__ = ["ChatPage"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.host_memory import available_memory
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.resident.plan import place_nbytes
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.basis import SharedBasis
+from secura_serve.system.host_memory import available_memory
 
 __all__ = ["Memory", "default_cached", "default_slots", "estimate", "kv_cache_gib"]
 

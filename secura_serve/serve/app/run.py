@@ -11,8 +11,6 @@ from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup
 from vllm.platforms import current_platform
 
 from secura_serve.errors import ConfigError, FoldError, ServeError
-from secura_serve.garbage_collection import collect_as_usual
-from secura_serve.os_errors import reason
 from secura_serve.serve.app.chat_page import ChatPage
 from secura_serve.serve.app.config import ServeConfig
 from secura_serve.serve.app.http.access import PageAccess, page_access
@@ -24,6 +22,8 @@ from secura_serve.serve.app.lifecycle.write_deadline import http_protocol
 from secura_serve.serve.app.memory import Memory, kv_cache_gib
 from secura_serve.serve.app.startup_messages import ready_notice, who_can_reach
 from secura_serve.serve.logs import say
+from secura_serve.system.garbage_collection import collect_as_usual
+from secura_serve.system.os_errors import reason
 
 __all__ = ["run"]
 

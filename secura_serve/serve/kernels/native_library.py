@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from secura_serve.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
+from secura_serve.system.compiled import FAILURES, HALF_PRECISION, compiled, native_is_wanted
 
 __all__ = ["DTYPES", "native_library"]
 

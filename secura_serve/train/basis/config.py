@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from secura_serve.atomic import place_problem
 from secura_serve.config import SEED, at_least, not_allowed, option
 from secura_serve.errors import ConfigError
+from secura_serve.system.atomic import place_problem
 
 __all__ = ["BasisConfig"]
 

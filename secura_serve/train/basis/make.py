@@ -14,14 +14,14 @@ from blake3 import blake3
 
 from secura_serve import __version__
 from secura_serve.adapter import CalibratedBasis, load_basis, weight_fingerprint
-from secura_serve.atomic import only_writer
 from secura_serve.bases import cache_root
 from secura_serve.errors import BaseMismatchError, BasisFormatError, ConfigError
 from secura_serve.method import Ranking, importance, order_indices, rank_by_energy
+from secura_serve.system.atomic import only_writer
 from secura_serve.train.basis.config import BasisConfig
 from secura_serve.train.basis.energies import Energies, linears, measure, weight_of
-from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data.base_text import sample_base_text
+from secura_serve.train.output.checkpoints import is_main_process
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from secura_serve.errors import TrainingError
-from secura_serve.train.checkpoints import TENSORS
 from secura_serve.train.methods.tensors import restore, save_checkpoint_tensors
+from secura_serve.train.output.checkpoints import TENSORS
 
 __all__ = ["ExactResume"]
 

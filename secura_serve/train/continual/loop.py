@@ -14,8 +14,6 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as hf_logging
 
 from secura_serve.errors import ConfigError, DataError
-from secura_serve.train.card import run_facts, write
-from secura_serve.train.checkpoints import processes
 from secura_serve.train.continual.config import SequenceConfig
 from secura_serve.train.continual.results import Results, Scores
 from secura_serve.train.continual.stages import StageFolder
@@ -31,12 +29,14 @@ from secura_serve.train.data import (
     read,
     split,
 )
-from secura_serve.train.fit import Interrupted, fit
-from secura_serve.train.loss import score_rows
+from secura_serve.train.loop.fit import Interrupted, fit
+from secura_serve.train.loop.loss import score_rows
 from secura_serve.train.methods.base import load_tokenizer
 from secura_serve.train.methods.preparation import prepare
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.tensors import checkpoint_tensors, restore
+from secura_serve.train.output.card import run_facts, write
+from secura_serve.train.output.checkpoints import processes
 from secura_serve.train.retention import mean_retention, prepare_retention, supplied_rows
 from secura_serve.train.run import Run, check_out, log, log_plan
 from secura_serve.train.settings import SELF

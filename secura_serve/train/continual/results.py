@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secura_serve.train.continual.metrics import AccuracyMatrix
-from secura_serve.train.fit import FitResult
+from secura_serve.train.loop.fit import FitResult
 
 __all__ = ["Results", "Stage"]
 

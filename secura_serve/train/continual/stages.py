@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secura_serve.atomic import atomic_folder
 from secura_serve.errors import ConfigError
-from secura_serve.os_errors import described
-from secura_serve.train.checkpoints import RunFolder
+from secura_serve.system.atomic import atomic_folder
+from secura_serve.system.os_errors import described
+from secura_serve.train.output.checkpoints import RunFolder
 
 __all__ = ["StageFolder"]
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from secura_serve.atomic import only_writer, write_whole
 from secura_serve.bases import EMBEDDED, cache_root
 from secura_serve.errors import ConfigError
 from secura_serve.method import gather, natural_coordinates
+from secura_serve.system.atomic import only_writer, write_whole
 from secura_serve.train.base_digest import base_digest
-from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.coordinates.kept import encode_moments, read_moments
 from secura_serve.train.coordinates.moments import Moments, measure_moments
 from secura_serve.train.data import sample_base_text
 from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.output.checkpoints import is_main_process
 from secura_serve.train.tuner import SecuraLayer, adapter_layers
 
 __all__ = ["set_natural_coordinates"]

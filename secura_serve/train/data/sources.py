@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_serve.errors import DataError
-from secura_serve.os_errors import is_wrong_path, reason
+from secura_serve.system.os_errors import is_wrong_path, reason
 
 __all__ = ["json_rows", "raw_rows"]
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from secura_serve.errors import ConfigError
 from secura_serve.train.data import IGNORE, Batch, Collator, Rows
-from secura_serve.train.loss import answer_logits
+from secura_serve.train.loop.loss import answer_logits
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.retention.kept import kept_targets
 from secura_serve.train.retention.targets import Targets, bucketed_kl

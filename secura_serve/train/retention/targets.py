@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 
-from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data import IGNORE, Collator, Rows
-from secura_serve.train.loss import answer_logits
+from secura_serve.train.loop.loss import answer_logits
 from secura_serve.train.methods.prepared import PreparedModel
+from secura_serve.train.output.checkpoints import is_main_process
 
 __all__ = ["TOP", "Targets", "base_only", "base_targets", "bucketed_kl", "compact"]
 

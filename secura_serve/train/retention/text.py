@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from secura_serve.atomic import only_writer, write_whole
 from secura_serve.bases import cache_root
+from secura_serve.system.atomic import only_writer, write_whole
 from secura_serve.train.base_digest import base_digest
 from secura_serve.train.data import (
     IGNORE,

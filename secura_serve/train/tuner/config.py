@@ -17,7 +17,7 @@ from secura_serve.adapter import FORMAT_VERSION, AdapterConfig, CalibratedBasis,
 from secura_serve.adapter.format import WEIGHTS_NAME
 from secura_serve.errors import AdapterFormatError, ConfigError
 from secura_serve.method import INITS, Basis, MagNorm, selection_problem
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 from secura_serve.train.tuner.peft_type import extend_peft_type
 
 __all__ = ["SecuraConfig"]

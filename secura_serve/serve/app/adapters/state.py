@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from secura_serve.atomic import write_whole
 from secura_serve.errors import SecuraError, StorageError
 from secura_serve.serve.app.adapters.content.snapshots import SnapshotStore
 from secura_serve.serve.app.adapters.library import Library, Origin, Record, Version
+from secura_serve.system.atomic import write_whole
 
 __all__ = ["StateFile"]
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from secura_serve.errors import ConfigError
-from secura_serve.os_errors import reason
 from secura_serve.serve.logs import say
+from secura_serve.system.os_errors import reason
 
 __all__ = ["FileKey", "KeyFile", "Role", "parse_keys", "read_keys"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.host_memory import available_memory
+from secura_serve.system.host_memory import available_memory
 
 __all__ = ["PristineCopies", "file_stamp"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from secura_serve.train.data import Rows
-from secura_serve.train.loss import ExtraLoss
+from secura_serve.train.loop.loss import ExtraLoss
 
 if TYPE_CHECKING:
     from secura_serve.train.continual.config import SequenceConfig

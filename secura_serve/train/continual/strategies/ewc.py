@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secura_serve.train.continual.strategies.base import Strategy
 from secura_serve.train.data import Batch, Collate, Collator, Rows
-from secura_serve.train.loss import answer_logits, summed_cross_entropy
+from secura_serve.train.loop.loss import answer_logits, summed_cross_entropy
 
 if TYPE_CHECKING:
     from secura_serve.train.continual.config import SequenceConfig

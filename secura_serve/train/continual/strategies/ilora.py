@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from secura_serve.train.continual.strategies.er import Replay
 from secura_serve.train.data import IGNORE, Batch
-from secura_serve.train.loss import answer_logits
+from secura_serve.train.loop.loss import answer_logits
 from secura_serve.train.methods.tensors import checkpoint_tensors
 
 if TYPE_CHECKING:

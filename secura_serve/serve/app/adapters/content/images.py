@@ -18,12 +18,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from secura_serve.atomic import only_writer
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import StorageError
 from secura_serve.merge import open_source, plan_fold, update_stream
 from secura_serve.serve.app.adapters.content.fine_tune import FineTune, updates_of
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes, write_image
+from secura_serve.system.atomic import only_writer
 
 __all__ = ["KEPT_DAYS", "DeltaImages", "step_back"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from filelock import Timeout
 
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
-from secura_serve.atomic import atomic_folder, only_writer
 from secura_serve.errors import LifecycleError, StorageError
+from secura_serve.system.atomic import atomic_folder, only_writer
 
 __all__ = ["UPLOADED", "check_uploaded", "remove_folder", "write_folder"]
 

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from secura_serve.atomic import write_whole
+from secura_serve.system.atomic import write_whole
 
 __all__ = ["Stamps", "Verified"]
 

@@ -11,13 +11,13 @@ from secura_serve.adapter import Adapter
 from secura_serve.adapter.format import CONFIG_NAME, WEIGHTS_NAME
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import AdapterFormatError, SecuraError, UnservableError
-from secura_serve.os_errors import reason
 from secura_serve.serve.app.adapters.content.fine_tune import FineTune, is_fine_tune
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.app.adapters.content.plain_lora import PlainLoRA
 from secura_serve.serve.app.adapters.content.snapshots import Snapshot, SnapshotStore, stamps_of
 from secura_serve.serve.app.adapters.content.verified import Verified
 from secura_serve.serve.basis import NormBounds, base_id
+from secura_serve.system.os_errors import reason
 
 __all__ = ["Comparison", "Entry", "Verifier", "printable"]
 

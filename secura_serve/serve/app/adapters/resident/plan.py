@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from secura_serve.checkpoint import Checkpoint
-from secura_serve.host_memory import available_memory
 from secura_serve.serve.app.adapters.resident.slots import ResidentSpec
 from secura_serve.serve.delta_image import image_nbytes
+from secura_serve.system.host_memory import available_memory
 
 
 class Changes(Protocol):

@@ -21,15 +21,15 @@ from transformers import (
 
 from secura_serve.errors import ConfigError
 from secura_serve.train.callbacks import Divergence, Fusion, Interrupt, Progress
-from secura_serve.train.checkpoints import processes
 from secura_serve.train.data import Batch, Collate, Collator, Rows
-from secura_serve.train.loss import ExtraLoss
+from secura_serve.train.loop.loss import ExtraLoss
+from secura_serve.train.loop.packing import packer
+from secura_serve.train.loop.trainer import AnswerTrainer
 from secura_serve.train.methods.prepared import PreparedModel
 from secura_serve.train.methods.registry import METHODS
-from secura_serve.train.packing import packer
+from secura_serve.train.output.checkpoints import processes
 from secura_serve.train.retention import Retention
 from secura_serve.train.settings import TrainConfig
-from secura_serve.train.trainer import AnswerTrainer
 
 __all__ = ["FitResult", "Interrupted", "fit"]
 

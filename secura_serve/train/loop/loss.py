@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from secura_serve.train.checkpoints import is_main_process
 from secura_serve.train.data import IGNORE, Batch, Collate, Rows
-from secura_serve.train.prefix import can_share, causal_lm, split_prefix
+from secura_serve.train.loop.prefix import can_share, causal_lm, split_prefix
+from secura_serve.train.output.checkpoints import is_main_process
 
 __all__ = ["ExtraLoss", "answer_logits", "score_rows", "summed_cross_entropy"]
 
@@ -33,7 +33,7 @@ def answer_logits(
     """Return the logits that predict the answers of one batch, and the tokens they should predict.
 
     The output layer runs only on the columns that hold a label and on the one before them. What
-    all rows begin with is computed once, see :mod:`secura_serve.train.prefix`.
+    all rows begin with is computed once, see :mod:`secura_serve.train.loop.prefix`.
 
     Args:
         forward: called in place of ``model``, with its arguments.

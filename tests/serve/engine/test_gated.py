@@ -133,7 +133,7 @@ def test_an_mlp_takes_the_step_in_its_activation(shape):
 BESIDE = """
 import torch
 from secura_serve.serve.kernels.triton_kernel import TritonKernel
-from tests.serve.test_gated import IN, TOKENS, mlp_of, oracle, taken, vllms
+from tests.serve.engine.test_gated import IN, TOKENS, mlp_of, oracle, taken, vllms
 
 calls = []
 

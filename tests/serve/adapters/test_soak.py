@@ -24,8 +24,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save
 
-from secura_serve.atomic import atomic_folder
 from secura_serve.method import MagNorm
+from secura_serve.system.atomic import atomic_folder
 from tests.support.engines import random_adapter, random_fine_tune, serving
 
 MINUTES = float(os.environ.get("SECURA_SOAK_MINUTES", "20"))

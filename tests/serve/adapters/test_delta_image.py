@@ -13,13 +13,13 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from secura_serve.atomic import only_writer
 from secura_serve.checkpoint import Checkpoint
 from secura_serve.errors import MergeError, StorageError
 from secura_serve.method import MagNorm, dequantise_rows
 from secura_serve.serve.app.adapters.content import images as content
 from secura_serve.serve.app.adapters.content.images import DeltaImages
 from secura_serve.serve.delta_image import DeltaImage, image_nbytes
+from secura_serve.system.atomic import only_writer
 from tests.support import oracle
 from tests.support.engines import random_adapter
 

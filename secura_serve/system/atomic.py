@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secura_serve.errors import ConfigError
-from secura_serve.os_errors import reason
+from secura_serve.system.os_errors import reason
 
 __all__ = [
     "atomic_folder",

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from secura_serve.errors import TrainingError
-from secura_serve.train.checkpoints import TENSORS
 from secura_serve.train.data import Collate, Rows
-from secura_serve.train.loss import ExtraLoss, answer_logits, score_rows, summed_cross_entropy
+from secura_serve.train.loop.loss import ExtraLoss, answer_logits, score_rows, summed_cross_entropy
 from secura_serve.train.methods.tensors import restore, save_checkpoint_tensors
+from secura_serve.train.output.checkpoints import TENSORS
 
 __all__ = ["AnswerTrainer"]
 

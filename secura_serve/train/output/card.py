@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from secura_serve.adapter import save
-from secura_serve.atomic import atomic_folder
-from secura_serve.train import curves
-from secura_serve.train.checkpoints import processes
+from secura_serve.system.atomic import atomic_folder
 from secura_serve.train.data.records import digest
 from secura_serve.train.methods.registry import METHODS
+from secura_serve.train.output import curves
+from secura_serve.train.output.checkpoints import processes
 from secura_serve.train.run import Run, check_out
 from secura_serve.train.settings import NO_PUSHES, REPRODUCTION_ONLY, SELF, TrainConfig
 from secura_serve.train.tuner import adapter_layers, exported

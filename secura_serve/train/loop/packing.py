@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening
 
 from secura_serve.errors import ConfigError
 from secura_serve.train.data import Batch, Collate, Collator, Rows
-from secura_serve.train.loss import answer_logits
+from secura_serve.train.loop.loss import answer_logits
 
 __all__ = ["packer"]
 

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from secura_serve.errors import ConfigError
-from secura_serve.os_errors import described, reason
+from secura_serve.system.os_errors import described, reason
 from secura_serve.train.settings import TrainConfig
 
 __all__ = ["TENSORS", "RunFolder", "is_main_process", "processes"]

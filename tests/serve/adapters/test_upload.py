@@ -163,7 +163,7 @@ def test_a_full_disk_is_a_507_and_a_worker_s_refusal_a_400(server, made, monkeyp
     monkeypatch.undo()
     # Full only once the copy is made: the folder is not written.
     with monkeypatch.context() as patch:
-        patch.setattr("secura_serve.atomic.tempfile.mkdtemp", _full_for(server.parts.folder))
+        patch.setattr("secura_serve.system.atomic.tempfile.mkdtemp", _full_for(server.parts.folder))
         assert put(server, "one", two).status_code == 507
         assert put(server, "new", two).status_code == 507
     server.parts.engine.refuses = "no room"

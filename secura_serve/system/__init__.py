@@ -1,0 +1,1 @@
+"""What the program needs of the machine: files that are whole or absent, memory, a compiler."""

@@ -1,0 +1,1 @@
+"""The training itself: a prepared model, rows and a loss, step by step."""
