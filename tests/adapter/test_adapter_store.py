@@ -314,7 +314,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.adapter import test_adapter_store as here
 from safetensors import torch as files
-from secura_serve import atomic
+from secura_serve.system import atomic
 from secura_serve.adapter import save
 step = sys.argv[2]
 def die(*args, **kwargs):
