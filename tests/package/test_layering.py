@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support import ROOT
 
-FOUNDATION = {"addresses", "command", "config", "errors", "lazy", "suggest", "system"}
+FOUNDATION = {"addresses", "command", "config", "errors", "lazy", "system.os_errors", "suggest"}
 # A room is a file or folder of the package, a sub-room one within another ("merge.io"). A line
 # lists what a room may import: a name allows that room with its sub-rooms. Of a room that one
 # stands in oneself it allows only the files that are in no sub-room, so that sub-rooms of one
@@ -22,37 +22,60 @@ ALLOWED: dict[str, set[str]] = {
     "addresses": set(),
     "errors": set(),
     "lazy": set(),
+    "system": set(),
+    "system.garbage_collection": set(),
+    "system.host_memory": set(),
+    "system.os_errors": set(),
     "page_module": set(),
     "suggest": set(),
-    "system": {"errors"},
     "registry": {"errors", "suggest"},
     "config": {"errors", "suggest"},
-    "command": {"errors", "suggest", "system"},
-    "bases": FOUNDATION,
+    "command": {"system.compiled", "errors", "system.os_errors", "suggest"},
+    "system.atomic": {"errors", "system.os_errors"},
+    "system.compiled": {"errors"},
+    "bases": FOUNDATION | {"system.atomic"},
     "checkpoint": FOUNDATION,
     "method.fold_stats": set(),
-    "method.native": {"system", "method.fold_stats"},
+    "method.native": {"system.compiled", "method.fold_stats"},
     "method.modes": {"errors", "registry", "method.native"},
 }
 ALLOWED["method"] = FOUNDATION | {
     "registry",
     *(f"method.{r}" for r in ("fold_stats", "modes", "native")),
 }
-ALLOWED["adapter"] = FOUNDATION | {"bases", "checkpoint", "method"}
-ALLOWED["merge.io"] = {"errors", "system"}
+ALLOWED["adapter"] = FOUNDATION | {
+    "system.atomic",
+    "bases",
+    "checkpoint",
+    "system.compiled",
+    "method",
+}
+ALLOWED["merge.io"] = {"system.atomic", "errors", "system.os_errors"}
 ALLOWED["merge.fold"] = ALLOWED["adapter"] | {"adapter", "merge.io"}
 ALLOWED["merge"] = ALLOWED["merge.fold"] | {"merge.fold"}
-ALLOWED["train.data"] = {"errors", "system"}
-ALLOWED["train.tuner"] = {"errors", "system", "method", "adapter"}
+ALLOWED["train.data"] = {"errors", "system.os_errors"}
+ALLOWED["train.tuner"] = {"errors", "system.os_errors", "method", "adapter"}
 ALLOWED["client"] = FOUNDATION | {"adapter", "train.tuner"}
 ALLOWED["train"] = ALLOWED["adapter"] | {
-    *("adapter", "client", "registry", "train.data", "train.tuner"),
+    *("adapter", "client", "system.host_memory", "registry", "train.data", "train.tuner"),
 }
 ALLOWED["evaluate"] = ALLOWED["train"] | {"train", "merge"}
 ALLOWED["serve"] = ALLOWED["adapter"] | {
-    *("adapter", "merge", "page_module", "registry"),
+    *(
+        "adapter",
+        "system.garbage_collection",
+        "system.host_memory",
+        "merge",
+        "page_module",
+        "registry",
+    ),
 }
-ALLOWED["cli"] = ALLOWED["evaluate"] | {"evaluate", "page_module", "serve"}
+ALLOWED["cli"] = ALLOWED["evaluate"] | {
+    "evaluate",
+    "system.garbage_collection",
+    "page_module",
+    "serve",
+}
 # It names everything public; only type checkers follow that.
 ALLOWED["__init__"] = ALLOWED["cli"] | {"train", "merge", "adapter", "method", "serve", "lazy"}
 # Two processes of one server: neither may import the other's room.
